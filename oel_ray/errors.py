@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """The run could not go on although the input was right. One line. Exit code 1; the run stays resumable."""
+
+
+class EngineUnavailable(RunFailed):
+    """No engine is left that could answer, or none answered within its deadline."""

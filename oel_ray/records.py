@@ -59,9 +59,7 @@ class Generate(Protocol):
     Raises `EngineUnavailable` when no engine answers within its deadline.
     """
 
-    async def __call__(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, key: str
-    ) -> Generation: ...
+    async def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, key: str) -> Generation: ...
 
 
 class Turn(Record):

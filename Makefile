@@ -1,0 +1,45 @@
+# Two commands: `make quickstart` and `make test`. Both set up .venv first if it is missing or out of date.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.installed
+LOCK := requirements/cpu.lock
+TORCH := torch==2.13.0+cpu
+# Where pip finds the CPU build of torch, if it is not where pip looks by itself.
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+
+.PHONY: help setup quickstart test lint
+help:
+	@echo "make quickstart   set up, then run two rounds of online experiential learning on this machine's CPU"
+	@echo "make test         set up, then lint, type-check and test"
+	@echo "make setup        only set up .venv"
+
+setup: $(READY)
+
+$(READY): $(LOCK) pyproject.toml setup.cfg
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or say make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@echo "setup: torch, CPU build (about 200 MB)"
+	@$(PIP) "$(TORCH)" $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") || { \
+	  echo "setup: pip does not find $(TORCH) where it is configured to look." >&2; \
+	  echo "setup: take the address of the CPU wheel index from PyTorch's 'Get Started' page (pip, CPU) and run" >&2; \
+	  echo "setup:     make $(MAKECMDGOALS) TORCH_INDEX=ADDRESS" >&2; exit 2; }
+	@echo "setup: the packages of $(LOCK)"
+	@$(PIP) -r $(LOCK)
+	@$(PIP) --editable .
+	@touch $@
+
+quickstart: setup
+	@$(BIN)/oel run quickstart
+
+lint: setup
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+test: lint
+	@$(BIN)/python -m pytest

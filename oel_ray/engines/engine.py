@@ -1,0 +1,167 @@
+"""One vLLM replica. Runs as a Ray actor on the node of its CPUs or GPUs; vLLM starts two more processes below it."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from oel_ray.config import EnginesConfig
+from oel_ray.records import Generation, Sampling
+
+
+class Engine:
+    """A vLLM `AsyncLLM` with token ids in and out, and weight syncs that are safe to serve after.
+
+    State: the weights and their version, the prefix cache, the requests in flight. All of it dies with the actor.
+    """
+
+    def __init__(self, index: int, config: EnginesConfig, policy: str, *, on_gpu: bool, **vllm_args: Any) -> None:
+        """`policy`: an HF folder. `vllm_args` go to vLLM as they are, over ours. `start` does the work."""
+        self.index = index
+        self._config = config
+        self._requests = 0
+        self._vllm_args = _engine_args(config, policy, on_gpu=on_gpu) | vllm_args
+        if not on_gpu:
+            _bind_cpu(index, config.cpu_threads)
+
+    async def start(self) -> None:
+        """Load the policy and get ready to serve."""
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._llm: Any = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._vllm_args))
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling, seed: int, deadline_s: float) -> Generation:
+        """One response.
+
+        Raises:
+            TimeoutError: nothing complete within `deadline_s`; the request is aborted.
+            RuntimeError: the response mixes weight versions.
+        """
+        self._requests += 1
+        async with asyncio.timeout(deadline_s):
+            return await self._generate(f"{self.index}-{self._requests}", prompt_ids, sampling, seed)
+
+    async def _generate(self, request_id: str, prompt_ids: list[int], sampling: Sampling, seed: int) -> Generation:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=seed,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async for request in self._llm.generate({"prompt_token_ids": list(prompt_ids)}, params, request_id):
+            output = request.outputs[0]
+        versions = {span.version for span in output.weight_versions or []}
+        if len(versions) != 1:
+            raise RuntimeError(f"a response of engine {self.index} carries weight versions {sorted(versions)}")
+        return Generation(
+            token_ids=list(output.token_ids),
+            text=output.text,
+            finish_reason=output.finish_reason or "",
+            weight_version=versions.pop(),
+        )
+
+    async def logprobs(self, prompt_ids: list[int], top: int) -> list[tuple[int, float]]:
+        """The `top` most likely next tokens and their log-probabilities, best first: what a canary compares."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=top)
+        self._requests += 1
+        async for request in self._llm.generate(
+            {"prompt_token_ids": list(prompt_ids)}, params, f"{self.index}-{self._requests}"
+        ):
+            best = request.outputs[0].logprobs[0]
+        ranked = sorted(best.items(), key=lambda item: -item[1].logprob)
+        return [(token, entry.logprob) for token, entry in ranked[:top]]
+
+    async def check_health(self) -> str:
+        """The weight version that is served. Raises vLLM's EngineDeadError if a process below this one is gone."""
+        await self._llm.check_health()
+        return str(await self._llm.get_weight_version())
+
+    # A sync is init (once per group), start, update, finish, each on all engines before the next.
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def start_weight_update(self) -> None:
+        """Let requests in flight finish, hold back new ones, and open the model for new weights."""
+        await self._llm.pause_generation(mode="wait", clear_cache=False)
+        await self._llm.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
+
+    async def finish_weight_update(self, version: str) -> None:
+        """Check and close the update, drop the stale prefix cache, take the version, serve again.
+
+        Raises:
+            RuntimeError: the weights were incomplete or the cache could not be dropped. The engine must not serve.
+        """
+        await self._llm.finish_weight_update()
+        await self.drop_cache()
+        await self._llm.update_weight_version(version)
+        await self._llm.resume_generation()
+
+    async def drop_cache(self) -> None:
+        """Forget all cached prefixes. vLLM's reset does nothing while requests run, and only its result says so."""
+        if not await self._llm.reset_prefix_cache():
+            raise RuntimeError(f"engine {self.index} could not reset its prefix cache")
+
+    async def load_policy(self, folder: str, version: str) -> None:
+        """Take the weights of an HF folder that has the same tensors as the one the engine was started from."""
+        await self.start_weight_update()
+        await self.update_weights({"folder": folder})
+        await self.finish_weight_update(version)
+
+    async def shutdown(self) -> None:
+        self._llm.shutdown()
+
+
+def _engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str, Any]:
+    from vllm.config import WeightTransferConfig
+
+    from oel_ray.engines.plugin import GLOO, NCCL
+
+    args: dict[str, Any] = {
+        "model": policy,
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "enable_prefix_caching": True,
+        "weight_transfer_config": WeightTransferConfig(backend=NCCL if on_gpu else GLOO),
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if on_gpu:
+        return args | {"gpu_memory_utilization": config.gpu_memory_utilization}
+    # A prompt that is prefilled in pieces makes vLLM rewind the seeded generator, which a CPU generator cannot do: the
+    # worker dies. So prompts go in whole.
+    return args | {
+        "kv_cache_memory_bytes": config.cpu_kv_cache_gib * 2**30,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(config.max_model_len, 4096),
+    }
+
+
+def _bind_cpu(index: int, threads: int) -> None:
+    """Give this engine's worker cores of its own. vLLM's "auto" puts every engine of a node on the same core."""
+    cores = sorted(os.sched_getaffinity(0))
+    mine = [cores[(index * threads + offset) % len(cores)] for offset in range(min(threads, len(cores)))]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
+    # The spawned processes must see these before they load torch.
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if openmp.exists() and "LD_PRELOAD" not in os.environ:
+        os.environ["LD_PRELOAD"] = str(openmp)

@@ -1,0 +1,210 @@
+"""The engine pool. `EnginePool` is the one control actor that owns the replicas; `PoolClient` is what players, chains
+and training ranks hold; `engine_pool` runs in the driver.
+
+Requests go straight from a client to an engine; the pool only says which one. It is asked for a lease before and told
+after, so it knows the tokens in flight on every engine, and its answers never wait behind generation or a sync.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from oel_ray.config import EnginesConfig
+from oel_ray.engines.engine import Engine
+from oel_ray.errors import EngineUnavailable, RunFailed
+from oel_ray.records import Generation, Sampling
+
+POOL_NAME = "engine-pool"
+_STICKY_KEYS = 100_000
+_CONTROL_DEADLINE_S = 60.0
+
+
+@dataclass
+class Replica:
+    """One engine as the pool sees it. `load` counts the tokens of its requests in flight, prompts and responses."""
+
+    index: int
+    handle: Any
+    load: int = 0
+    healthy: bool = True
+
+
+@dataclass
+class Router:
+    """Which replica serves a key: the one that served it last, unless it is much busier than the least busy one."""
+
+    replicas: list[Replica]
+    _home: OrderedDict[str, int] = field(default_factory=OrderedDict)
+
+    def pick(self, key: str, tokens: int) -> Replica:
+        """The replica for a request of `tokens` tokens; counts them as its load.
+
+        Raises:
+            EngineUnavailable: no healthy replica is left.
+        """
+        healthy = [replica for replica in self.replicas if replica.healthy]
+        if not healthy:
+            raise EngineUnavailable("no healthy engine is left")
+        idlest = min(healthy, key=lambda replica: replica.load)
+        home = self.replicas[self._home[key]] if key in self._home else idlest
+        # A prefix hit is worth a wait, but not any wait: beyond twice the least load the request moves.
+        chosen = home if home.healthy and home.load <= 2 * idlest.load + tokens else idlest
+        self._home[key] = chosen.index
+        self._home.move_to_end(key)
+        if len(self._home) > _STICKY_KEYS:
+            self._home.popitem(last=False)
+        chosen.load += tokens
+        return chosen
+
+
+class EnginePool:
+    """The control actor. State: the replicas, their health and load, which key lives where, the deployed version."""
+
+    def __init__(self, config: EnginesConfig, *, on_gpu: bool) -> None:
+        self._config = config
+        self._on_gpu = on_gpu
+        self._router = Router([])
+
+    async def start(self, policy: str) -> None:
+        """Start all replicas on a policy folder, side by side."""
+        config = self._config
+        resources = {"num_gpus": config.tensor_parallel} if self._on_gpu else {"num_cpus": config.cpu_threads}
+        actor = ray.remote(Engine).options(max_concurrency=10_000, **resources)
+        replicas = [
+            Replica(index, actor.options(name=f"engine-{index}").remote(index, config, policy, on_gpu=self._on_gpu))
+            for index in range(config.count)
+        ]
+        await self._on_all(replicas, "start", deadline_s=config.start_deadline_s)
+        self._router = Router(replicas)
+
+    async def deploy(self, policy: str, version: str) -> None:
+        """Load a policy folder into every replica and label it."""
+        await self._on_all(
+            self._router.replicas, "load_policy", policy, version, deadline_s=self._config.sync_deadline_s
+        )
+
+    def lease(self, key: str, tokens: int) -> tuple[int, Any]:
+        """Index and handle of the replica for a request. Give the lease back with `release`."""
+        replica = self._router.pick(key, tokens)
+        return replica.index, replica.handle
+
+    def release(self, index: int, tokens: int, *, failed: bool = False) -> None:
+        replica = self._router.replicas[index]
+        replica.load -= tokens
+        replica.healthy = replica.healthy and not failed
+
+    def engines(self) -> list[Any]:
+        """Handles of all replicas, in order: the receivers of a weight sync.
+
+        Raises:
+            EngineUnavailable: a replica is dead, so that a sync cannot reach all.
+        """
+        dead = [replica.index for replica in self._router.replicas if not replica.healthy]
+        if dead:
+            raise EngineUnavailable(f"engines {dead} are dead")
+        return [replica.handle for replica in self._router.replicas]
+
+    async def shutdown(self) -> None:
+        for replica in self._router.replicas:
+            replica.healthy = False
+        await asyncio.wait_for(
+            asyncio.gather(*(r.handle.shutdown.remote() for r in self._router.replicas), return_exceptions=True),
+            _CONTROL_DEADLINE_S,
+        )
+
+    async def _on_all(self, replicas: Sequence[Replica], method: str, *args: Any, deadline_s: float) -> None:
+        calls = [getattr(replica.handle, method).remote(*args) for replica in replicas]
+        try:
+            await asyncio.wait_for(asyncio.gather(*calls), deadline_s)
+        except TimeoutError:
+            raise EngineUnavailable(f"an engine did not finish '{method}' within {deadline_s:.0f} s") from None
+
+
+class PoolClient:
+    """`Generate` through the pool. Small and picklable: holds only the pool's handle."""
+
+    def __init__(self, pool: Any, deadline_s: float) -> None:
+        self._pool = pool
+        self._deadline_s = deadline_s
+
+    async def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, key: str) -> Generation:
+        """One response. A dead engine's request goes to another one until none is left."""
+        tokens = len(prompt_ids) + sampling.max_tokens
+        while True:
+            index, engine = await asyncio.wait_for(self._pool.lease.remote(key, tokens), _CONTROL_DEADLINE_S)
+            failed = False
+            try:
+                call = engine.generate.remote(list(prompt_ids), sampling, seed, self._deadline_s)
+                generation: Generation = await asyncio.wait_for(call, self._deadline_s + _CONTROL_DEADLINE_S)
+            except (RayActorError, TimeoutError, RayTaskError) as error:
+                if isinstance(error, RayTaskError) and not _is_engine_failure(error):
+                    raise
+                failed = True
+            else:
+                return generation
+            finally:
+                self._pool.release.remote(index, tokens, failed=failed)
+
+
+def _is_engine_failure(error: RayTaskError) -> bool:
+    """Whether a request failed because of its engine, so that another engine may answer it."""
+    return type(error.cause).__name__ in {"EngineDeadError", "TimeoutError"}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The pool as the driver holds it."""
+
+    actor: Any
+    config: EnginesConfig
+
+    @property
+    def client(self) -> PoolClient:
+        return PoolClient(self.actor, self.config.generate_deadline_s)
+
+    def deploy(self, policy: Path, version: str) -> None:
+        """Serve the policy of a folder, under a version label, from all engines.
+
+        Raises:
+            EngineUnavailable: not all engines took it within the deadline.
+        """
+        _wait(self.actor.deploy.remote(str(policy), version), self.config.sync_deadline_s + _CONTROL_DEADLINE_S)
+
+
+@contextmanager
+def engine_pool(config: EnginesConfig, policy: Path, *, on_gpu: bool) -> Iterator[Pool]:
+    """Start a pool on a policy folder; at the end no process of it is left.
+
+    Raises:
+        RunFailed: an engine did not start; the message says why.
+    """
+    actor = ray.remote(EnginePool).options(name=POOL_NAME, num_cpus=0, max_concurrency=10_000)
+    handle = actor.remote(config, on_gpu=on_gpu)
+    try:
+        _wait(handle.start.remote(str(policy)), config.start_deadline_s + _CONTROL_DEADLINE_S)
+        yield Pool(handle, config)
+    finally:
+        try:
+            _wait(handle.shutdown.remote(), 2 * _CONTROL_DEADLINE_S)
+        except RunFailed:
+            pass  # what does not stop by itself is ended with its actor
+        ray.kill(handle)
+
+
+def _wait(reference: Any, timeout_s: float) -> Any:
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except GetTimeoutError:
+        raise EngineUnavailable(f"the engine pool did not answer within {timeout_s:.0f} s") from None
+    except RayTaskError as error:
+        cause = error.cause
+        raise RunFailed(f"engines: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}") from error
+    except RayActorError as error:
+        raise EngineUnavailable(f"the engine pool died: {str(error).splitlines()[0]}") from error

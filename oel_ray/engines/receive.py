@@ -1,0 +1,164 @@
+"""Worker side of the weight transfer. Runs inside vLLM's Worker processes.
+
+What vLLM's own engines do not do, and what makes a sync safe to serve after:
+
+- every tensor of the checkpoint must have come, with its full shape, or the sync fails (vLLM only logs a missing
+  tensor, and a half-sent fused layer keeps uninitialised memory);
+- a tied output head that the CPU backend keeps in a packed form of its own is packed again.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.distributed import ProcessGroup
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from oel_ray.engines import transport
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def checkpoint_shapes(folder: str | Path) -> Shapes:
+    """Names and shapes of all tensors of an HF checkpoint folder, read from the safetensors headers."""
+    shapes: Shapes = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of an HF checkpoint folder."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """What a sync brings: tensors over the wire, or a `folder` that the worker reads itself."""
+
+    names: list[str] = field(default_factory=list)
+    dtype_names: list[str] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)
+    folder: str | None = None
+
+    def specs(self) -> list[transport.TensorSpec]:
+        rows = zip(self.names, self.dtype_names, self.shapes, strict=True)
+        return [transport.TensorSpec(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
+
+
+class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
+    """What our receivers have in common: layerwise reload, loading from a folder, completeness, the tied head."""
+
+    update_info_cls = UpdateInfo
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._received: Shapes = {}
+
+    def start_weight_update(self) -> None:
+        self._received = {}
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        if update_info.folder is not None:
+            self._received |= checkpoint_shapes(update_info.folder)
+            self.model.load_weights(checkpoint_tensors(update_info.folder))
+            return
+        self.receive_stream(update_info)
+        self._received |= {spec.name: spec.shape for spec in update_info.specs()}
+
+    def receive_stream(self, update_info: UpdateInfo) -> None:
+        raise NotImplementedError
+
+    def finish_weight_update(self) -> None:
+        self.check_complete()
+        finalize_layerwise_reload(self.model, self.model_config)
+        self.repack_tied_head()
+
+    def check_complete(self) -> None:
+        """Compare what came with the checkpoint that this engine was started from.
+
+        Raises:
+            RuntimeError: naming the first tensors that are missing, unknown or of another shape.
+        """
+        expected: Mapping[str, tuple[int, ...]] = checkpoint_shapes(self.model_config.model)
+        if self.model_config.hf_config.tie_word_embeddings:
+            received = {name: shape for name, shape in self._received.items() if name != "lm_head.weight"}
+            expected = {name: shape for name, shape in expected.items() if name != "lm_head.weight"}
+        else:
+            received = self._received
+        if received != expected:
+            missing = sorted(expected.keys() - received.keys())
+            unknown = sorted(received.keys() - expected.keys())
+            changed = sorted(n for n in expected.keys() & received.keys() if expected[n] != received[n])
+            raise RuntimeError(
+                f"incomplete weight sync: missing {missing[:3]} ({len(missing)}), "
+                f"unknown {unknown[:3]} ({len(unknown)}), of another shape {changed[:3]} ({len(changed)})"
+            )
+
+    def repack_tied_head(self) -> None:
+        """Pack a tied head again from the embedding that it shares.
+
+        On CPU vLLM's first load packs the head into a buffer of its own; the reload refreshes layers that received
+        weights, and a tied head receives none.
+        """
+        head = getattr(self.model, "lm_head", None)
+        if head is None or self.device.type != "cpu" or not self.model_config.hf_config.tie_word_embeddings:
+            return
+        head.quant_method.process_weights_after_loading(head)
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """Where the group meets. The worker's rank is `rank_offset` plus its rank inside the engine."""
+
+    address: str
+    port: int
+    rank_offset: int
+    world_size: int
+    timeout_s: float
+
+
+class GlooReceiver(CheckedReceiver):
+    """Receives over gloo: for engines on CPUs."""
+
+    init_info_cls = GlooInitInfo
+    _group: ProcessGroup | None = None
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        rank = init_info.rank_offset + self.parallel_config.rank
+        self._group = transport.gloo_group(
+            init_info.address, init_info.port, rank, init_info.world_size, init_info.timeout_s
+        )
+
+    def receive_stream(self, update_info: UpdateInfo) -> None:
+        if self._group is None:
+            raise RuntimeError("no weight-transfer group: init_transfer_engine comes first")
+        for tensors in transport.receive_stream(self._group, update_info.specs()):
+            self.model.load_weights(tensors)
+
+    def shutdown(self) -> None:
+        self._group = None
+
+
+class NcclReceiver(CheckedReceiver, NCCLWeightTransferEngine):  # type: ignore[misc]
+    """Receives over NCCL: vLLM's own engine with our checks around it."""
+
+    init_info_cls = NCCLWeightTransferEngine.init_info_cls
+    update_info_cls = UpdateInfo
+
+    def receive_stream(self, update_info: UpdateInfo) -> None:
+        NCCLWeightTransferEngine.receive_weights(self, update_info)

@@ -1,0 +1,105 @@
+"""Weights from the training ranks to all engines. Runs in every training rank; only rank 0 imports vLLM and transmits.
+
+One `WeightSync` lives as long as the training group. A sync that fails leaves its engines unable to serve, so its error
+must end the training attempt.
+"""
+
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import ray
+
+from oel_ray.config import EnginesConfig
+
+
+class Weights(Protocol):
+    """Full tensors under their checkpoint names. Iterating may be a collective; `metadata` is not."""
+
+    def metadata(self) -> Sequence[tuple[str, Any, Sequence[int]]]: ...
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]: ...
+
+
+class EngineSyncClient:
+    """vLLM's `VLLMWeightSyncClient` over our engine actors: every call reaches all engines and has a deadline.
+
+    Raises (from every method):
+        ray.exceptions.GetTimeoutError: an engine missed the deadline.
+        ray.exceptions.RayTaskError, RayActorError: an engine failed.
+    """
+
+    def __init__(self, engines: Sequence[Any], workers_per_engine: int, deadline_s: float) -> None:
+        self._engines = engines
+        self._workers_per_engine = workers_per_engine
+        self._deadline_s = deadline_s
+        self.version = ""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        # The engines are independent replicas: each gets ranks of its own behind the sender's rank 0.
+        offsets = range(1, 1 + len(self._engines) * self._workers_per_engine, self._workers_per_engine)
+        self._get(
+            [
+                engine.init_weight_transfer_engine.remote({**init_info, "rank_offset": offset})
+                for engine, offset in zip(self._engines, offsets, strict=True)
+            ]
+        )
+
+    def start_weight_update(self) -> None:
+        self._get([engine.start_weight_update.remote() for engine in self._engines])
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._get([engine.update_weights.remote(update_info) for engine in self._engines])
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        # vLLM's own NCCL sender passes no version: the one set for this sync counts.
+        version = weight_version or self.version
+        self._get([engine.finish_weight_update.remote(version) for engine in self._engines])
+
+    def _get(self, references: list[Any]) -> None:
+        ray.get(references, timeout=self._deadline_s)
+
+
+class WeightSync:
+    """The sending end of all syncs of one training group."""
+
+    def __init__(
+        self, engines: Sequence[Any], weights: Weights, config: EnginesConfig, *, rank: int, on_gpu: bool
+    ) -> None:
+        """A collective over sender and engines; ranks other than 0 only take part in the gathering of weights."""
+        self._weights = weights
+        self._sender: Any = None
+        if rank != 0:
+            return
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        from oel_ray.engines.plugin import register
+        from oel_ray.engines.send import GlooTrainerInitInfo, NamedTensors, NcclTrainerInitInfo
+
+        register()
+        self._client = EngineSyncClient(engines, config.tensor_parallel, config.sync_deadline_s)
+        address, port = ray.util.get_node_ip_address(), _free_port()
+        world_size = 1 + len(engines) * config.tensor_parallel
+        info: Any = (
+            NcclTrainerInitInfo(address, port, world_size, rank=0)
+            if on_gpu
+            else GlooTrainerInitInfo(address, port, world_size, config.sync_deadline_s, rank=0)
+        )
+        self._sender = WeightTransferTrainerFactory.trainer_init(
+            info, client=self._client, source=NamedTensors(weights)
+        )
+
+    def send(self, version: str) -> None:
+        """Bring all engines to the current weights, labelled `version`. Called on every rank."""
+        if self._sender is None:
+            for _ in self._weights:
+                pass
+            return
+        self._client.version = version
+        self._sender.send_weights()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,105 @@
+"""The wire between trainer and engines on CPUs: one gloo group, weights in large flat buckets. Both sides import it.
+
+Sender is rank 0; engine workers follow. Sender and receiver cut the stream at the same places because both cut the
+same list of (name, dtype, shape) with the same bucket size.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore
+
+BUCKET_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What one tensor looks like on the wire."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> Iterator[list[TensorSpec]]:
+    """Cut a list of tensors, in order, into runs of at most `bucket_bytes` (a larger tensor is alone in its run)."""
+    run: list[TensorSpec] = []
+    size = 0
+    for spec in specs:
+        if run and size + spec.nbytes > bucket_bytes:
+            yield run
+            run, size = [], 0
+        run.append(spec)
+        size += spec.nbytes
+    if run:
+        yield run
+
+
+def gloo_group(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroup:
+    """Join a gloo group that is independent of the process's default group. Rank 0 hosts the rendezvous.
+
+    Raises:
+        RuntimeError, torch.distributed.DistError: not everybody came within `timeout_s`.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    return ProcessGroupGloo(PrefixStore("oel_ray_weights", store), rank, world_size, timeout)
+
+
+def broadcast(group: ProcessGroup, flat: torch.Tensor) -> None:
+    """Broadcast one bucket (uint8, 1-D) from rank 0; raises when a peer is gone or the group's timeout passes."""
+    options = torch.distributed.BroadcastOptions()
+    options.rootRank = 0
+    options.rootTensor = 0
+    group.broadcast([flat], options).wait()
+
+
+def send_stream(
+    group: ProcessGroup,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    bucket_bytes: int = BUCKET_BYTES,
+) -> None:
+    """Sender side: pack `tensors`, which must come in the order of `specs`, and broadcast bucket after bucket.
+
+    Raises:
+        ValueError: the stream differs from `specs`.
+    """
+    stream = iter(tensors)
+    for run in buckets(specs, bucket_bytes):
+        flat = torch.empty(sum(spec.nbytes for spec in run), dtype=torch.uint8)
+        at = 0
+        for spec in run:
+            name, tensor = next(stream)
+            if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
+                raise ValueError(f"weights out of order: announced {spec}, got {name} {tensor.dtype} {tensor.shape}")
+            flat[at : at + spec.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+            at += spec.nbytes
+        broadcast(group, flat)
+    if next(stream, None) is not None:
+        raise ValueError("more weights came than were announced")
+
+
+def receive_stream(
+    group: ProcessGroup, specs: Sequence[TensorSpec], bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Receiver side: the tensors of each bucket, as views into memory of their own."""
+    for run in buckets(specs, bucket_bytes):
+        flat = torch.empty(sum(spec.nbytes for spec in run), dtype=torch.uint8)
+        broadcast(group, flat)
+        tensors = []
+        at = 0
+        for spec in run:
+            # A view of another dtype needs an aligned start; a clone of the slice always has one.
+            piece = flat[at : at + spec.nbytes]
+            aligned = piece if at % spec.dtype.itemsize == 0 else piece.clone()
+            tensors.append((spec.name, aligned.view(spec.dtype).view(spec.shape)))
+            at += spec.nbytes
+        yield tensors

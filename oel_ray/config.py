@@ -122,7 +122,7 @@ class EnginesConfig(Section):
     """GPUs of one engine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    max_model_len: Positive = 16384
+    max_model_len: Positive = 32768
     """Tokens of prompt and response together."""
     max_num_seqs: Positive = 64
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9

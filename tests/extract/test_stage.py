@@ -50,7 +50,7 @@ def test_a_failing_accumulation_ends_the_stage_with_one_line(policy: Path, tmp_p
 
 
 def test_a_policy_without_a_tokenizer_ends_the_stage_with_one_line(policy: Path, tmp_path: Path) -> None:
-    config = RunConfig(extract=ExtractConfig(seeds=1))
+    config = RunConfig(extract=CONFIG.extract.model_copy(update={"seeds": 1}))
     with pytest.raises(RunFailed, match=r"^extraction seed 0 failed: .*$") as caught:
         extract(GAMES, 1, config, tmp_path, HeldAtSecondStep(tmp_path), lambda done, total: None)
     assert "\n" not in str(caught.value)

@@ -1,11 +1,12 @@
 """From text to token ids and back: the one place where prompts are tokenised. Any process with transformers.
 
-A chat prompt is one user message. Its ids are those of up to four pieces, each tokenised by itself:
+A chat prompt is one user message. Its ids are those of up to five pieces, each tokenised by itself:
 
-    template before the message | head + knowledge section | situation | template behind the message
+    template before the message | head | knowledge section | situation | template behind the message
 
 The cuts lie at special tokens or line breaks. Student, teacher and in-context evaluation all use these pieces, so a
-teacher's prompt is the student's with ids inserted, and whatever is generated is appended as ids.
+teacher's prompt is the student's with ids inserted, and whatever is generated is appended as ids. Head and knowledge
+are cut apart too, because some tokenizers read the blank line between them differently when a word follows.
 Text from games and models is tokenised with special tokens switched off: it cannot open or close a turn.
 """
 
@@ -39,7 +40,8 @@ class ChatFormat:
         """`tokenizer`: a transformers tokenizer with a chat template.
 
         Raises:
-            UserError: the tokenizer has no chat template, or one that changes the user's message.
+            UserError: the tokenizer has no chat template, or one that changes the user's message, or it reads
+                special tokens in plain text.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("the model's tokenizer has no chat template: use an instruction-tuned model")
@@ -56,6 +58,11 @@ class ChatFormat:
             raise UserError("the model's chat template does not show the user's message exactly once")
         self.before_ids: list[int] = self._ids(before, special=True)
         self.after_ids: list[int] = self._ids(after, special=True)
+        for token in set(tokenizer.all_special_tokens) - {tokenizer.unk_token}:
+            if tokenizer.convert_tokens_to_ids(token) in self._ids(token):
+                raise UserError(
+                    f"the model's tokenizer cannot take '{token}' as plain text: a game could end the prompt"
+                )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, thinking: bool) -> "ChatFormat":
@@ -67,7 +74,9 @@ class ChatFormat:
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         if not text:
             return []
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
+        ids: list[int] = encoded["input_ids"]
+        return ids
 
     def message_ids(self, text: str) -> list[int]:
         """Prompt ids of one user message."""
@@ -82,7 +91,8 @@ class ChatFormat:
 
     def game_prefix_ids(self, knowledge: str = "") -> list[int]:
         """The part of `game_ids` that depends on the knowledge alone."""
-        return [*self.before_ids, *self._ids(prompts.GAME_HEAD + prompts.knowledge_section(knowledge))]
+        section = prompts.knowledge_section(knowledge)
+        return [*self.before_ids, *self._ids(prompts.GAME_HEAD), *self._ids(section)]
 
     def count(self, text: str) -> int:
         """Tokens of plain text."""

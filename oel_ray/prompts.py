@@ -16,7 +16,8 @@ ITEM_MARKER = "- EXPERIENCE ITEM:"
 
 GAME_HEAD = (
     "You are playing a text game that you have to figure out as you go. "
-    "Look at the situation, decide on a single next action, and give it in square brackets at the end of your answer.\n\n"
+    "Look at the situation, decide on a single next action, and give it in square brackets at the end of your "
+    "answer.\n\n"
 )
 
 _QUESTION = "Which action do you take now? Finish with exactly one action in square brackets."

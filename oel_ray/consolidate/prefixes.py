@@ -1,0 +1,97 @@
+"""Prefixes: the places in played games where the student writes anew, and who reads which in which step. Pure.
+
+The driver plans with it; the training workers build the teacher's prompts with it.
+"""
+
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from oel_ray import prompts
+from oel_ray.chat import ChatFormat
+from oel_ray.errors import RunFailed, UserError
+from oel_ray.records import Prefix, Trajectory
+from oel_ray.seeds import derive_seed
+
+
+class Draw(NamedTuple):
+    """One sample of a step: indices into the prefixes and into the K knowledge texts."""
+
+    prefix: int
+    knowledge: int
+
+
+Plan = list[list[Draw]]
+"""The draws of every optimizer step of a round."""
+
+
+def prefixes(trajectories: Sequence[Trajectory], chat: ChatFormat) -> list[Prefix]:
+    """Every turn of every trajectory, in order. `id` is "trajectory id/index of the turn", counted from 0.
+
+    Recorded prompt ids must be the ones that the text gives today: if they are not, tokenizer, chat template or
+    wording changed since the game was played, and student and teacher would read different games. Trajectories from
+    elsewhere come without ids and get them here.
+
+    Raises:
+        RunFailed: recorded ids differ.
+    """
+    result = []
+    for trajectory in trajectories:
+        for number, turn in enumerate(trajectory.turns):
+            rest = prompts.game_situation(trajectory.instructions, trajectory.turns[:number], turn.observation)
+            prompt_ids = chat.game_ids(rest)
+            if turn.prompt_ids and turn.prompt_ids != prompt_ids:
+                raise RunFailed(
+                    f"trajectory {trajectory.id}, turn {number}: the recorded prompt ids are not those of its text "
+                    f"(played with template {trajectory.template}, now {prompts.GAME_TEMPLATE}; same tokenizer?)"
+                )
+            identity = f"{trajectory.id}/{number}"
+            result.append(
+                Prefix(id=identity, trajectory_id=trajectory.id, turn=number, prompt_ids=prompt_ids, rest=rest)
+            )
+    return result
+
+
+def step_batches(
+    prefixes: Sequence[Prefix],
+    knowledge_count: int,
+    *,
+    steps: int,
+    batching: Literal["shuffled", "by_game"],
+    games_per_step: int,
+    run_seed: int,
+    round_number: int,
+) -> Plan:
+    """Which prefixes each step trains on, and the knowledge text that the teacher reads with each.
+
+    "shuffled" cuts a permutation of all prefixes into near-equal parts; "by_game" gives a step the prefixes of its
+    own `games_per_step` games, in order. A prefix is used at most once, and by "shuffled" exactly once. Knowledge is
+    drawn per prefix id, so a prefix keeps its text whatever the batching.
+
+    Raises:
+        UserError: some step would have no prefix.
+    """
+    if batching == "shuffled":
+        order = list(range(len(prefixes)))
+        random.Random(derive_seed(run_seed, "prefix_order", round_number)).shuffle(order)
+        cuts = [len(order) * step // steps for step in range(steps + 1)]
+        parts = [order[start:end] for start, end in pairwise(cuts)]
+    else:
+        games = {identity: game for game, identity in enumerate(dict.fromkeys(x.trajectory_id for x in prefixes))}
+        parts = [[] for _ in range(steps)]
+        for index, prefix in enumerate(prefixes):
+            step = games[prefix.trajectory_id] // games_per_step
+            if step < steps:
+                parts[step].append(index)
+    if not all(parts):
+        raise UserError(
+            f"{len(prefixes)} prefixes do not fill {steps} steps: lower consolidate.steps, or bring more games"
+        )
+    seeds = [derive_seed(run_seed, "knowledge", round_number, prefix.id) for prefix in prefixes]
+    return [[Draw(index, seeds[index] % knowledge_count) for index in part] for part in parts]
+
+
+def teacher_prompt_ids(prefix: Prefix, knowledge: str, chat: ChatFormat) -> list[int]:
+    """What the teacher reads before the student's response: the student's prompt with the knowledge in it."""
+    return chat.game_ids(prefix.rest, knowledge)

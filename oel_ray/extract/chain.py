@@ -1,0 +1,131 @@
+"""One accumulation: reads the trajectories one after the other and grows one knowledge text.
+
+Runs as a coroutine in an extraction worker; many share its event loop. Imports no Ray.
+"""
+
+import random
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from oel_ray import prompts
+from oel_ray.chat import ChatFormat, strip_thinking
+from oel_ray.config import ExtractConfig
+from oel_ray.extract.items import fit, join, structured_items, unstructured_items, within
+from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory
+from oel_ray.seeds import derive_seed
+
+
+def knowledge_id(round_number: int, seed_index: int) -> str:
+    return f"r{round_number:03d}-k{seed_index:02d}"
+
+
+def reading_order(
+    trajectories: Sequence[Trajectory], run_seed: int, round_number: int, seed_index: int
+) -> list[Trajectory]:
+    """The order in which an accumulation reads T: as collected for the first, shuffled for the others."""
+    order = list(trajectories)
+    if seed_index > 0:
+        random.Random(derive_seed(run_seed, "reading_order", round_number, seed_index)).shuffle(order)
+    return order
+
+
+def extraction_prompt_ids(
+    trajectory: Trajectory, previous: str, config: ExtractConfig, chat: ChatFormat, max_model_len: int
+) -> list[int] | None:
+    """The extractor's prompt, with room for its response in the context. None if not even the last turn fits.
+
+    As few as possible of the oldest turns are left out. The end of the game, the knowledge and the question stay whole.
+    """
+
+    def render(skipped: int) -> list[int]:
+        game = prompts.transcript(trajectory.instructions, trajectory.turns, trajectory.outcome, skipped)
+        return chat.message_ids(
+            prompts.extraction_prompt(
+                game,
+                previous,
+                structured=config.format == "structured",
+                show_previous=config.show_previous,
+            )
+        )
+
+    room = max_model_len - config.sampling.max_tokens
+    whole = render(0)
+    if len(whole) <= room:
+        return whole
+    choices = range(1, len(trajectory.turns))
+    found = bisect_left(choices, True, key=lambda skipped: len(render(skipped)) <= room)
+    return render(choices[found]) if found < len(choices) else None
+
+
+async def accumulate(
+    trajectories: Sequence[Trajectory],
+    *,
+    seed_index: int,
+    round_number: int,
+    config: ExtractConfig,
+    chat: ChatFormat,
+    generate: Generate,
+    run_seed: int,
+    max_model_len: int,
+    on_step: Callable[[AccumulationStep], None] | None = None,
+) -> KnowledgeText:
+    """Accumulate one knowledge text from an empty one: a step per trajectory, no selection.
+
+    Raises:
+        EngineUnavailable: `generate` found no engine.
+    """
+    identity = knowledge_id(round_number, seed_index)
+    items: list[KnowledgeItem] = []
+    steps: list[AccumulationStep] = []
+    text = ""
+
+    for index, trajectory in enumerate(reading_order(trajectories, run_seed, round_number, seed_index)):
+        response: Generation | None = None
+        found: list[str] = []
+        status: Literal["added", "unclosed_thought", "no_items", "over_long"] = "no_items"
+        if config.format == "raw":
+            found = [prompts.transcript(trajectory.instructions, trajectory.turns, trajectory.outcome)]
+        elif (prompt_ids := extraction_prompt_ids(trajectory, text, config, chat, max_model_len)) is None:
+            status = "over_long"
+        else:
+            seed = derive_seed(run_seed, "extract", round_number, seed_index, index)
+            response = await generate(prompt_ids, config.sampling.sampling(), seed=seed, key=identity)
+            answer = strip_thinking(response.text, thinking=chat.thinking)
+            if answer is None:
+                status = "unclosed_thought"
+            else:
+                found = structured_items(answer) if config.format == "structured" else unstructured_items(answer)
+
+        added = within(found, config.max_tokens, chat.count)
+        if found:
+            status = "added" if added else "over_long"
+        items += [KnowledgeItem(text=item, trajectory_id=trajectory.id) for item in added]
+        kept, dropped = fit([item.text for item in items], config.max_tokens, chat.count)
+        items = items[dropped:]
+        text = join(kept)
+        steps.append(
+            AccumulationStep(
+                index=index,
+                trajectory_id=trajectory.id,
+                status=status,
+                added=added,
+                dropped=dropped,
+                knowledge_tokens=chat.count(text),
+                response_tokens=len(response.token_ids) if response else 0,
+                weight_version=response.weight_version if response else "",
+            )
+        )
+        if on_step:
+            on_step(steps[-1])
+
+    return KnowledgeText(
+        id=identity,
+        round=round_number,
+        seed=seed_index,
+        format=config.format,
+        text=text,
+        tokens=chat.count(text),
+        items=items,
+        steps=steps,
+    )

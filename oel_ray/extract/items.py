@@ -1,0 +1,42 @@
+"""Experience items: read from an extractor's answer, kept within a token budget. Pure; runs in extraction workers.
+
+An item is the text that it contributes to the knowledge text; a structured item carries its marker. The knowledge
+text is always `join` of its items, for every format.
+"""
+
+from collections.abc import Callable, Sequence
+
+from oel_ray.prompts import ITEM_MARKER
+
+
+def structured_items(answer: str) -> list[str]:
+    """The marked statements of an answer, one line each. Everything else is dropped, continuation lines too."""
+    statements = [
+        statement.strip()
+        for line in answer.splitlines()
+        for statement in line.split(ITEM_MARKER)[1:]  # [0] is what stands before the first marker
+    ]
+    return [f"{ITEM_MARKER} {statement}" for statement in statements if statement]
+
+
+def unstructured_items(answer: str) -> list[str]:
+    """The whole answer as one item; none if it is blank."""
+    return [answer.strip()] if answer.strip() else []
+
+
+def join(items: Sequence[str]) -> str:
+    return "\n".join(items)
+
+
+def within(items: Sequence[str], max_tokens: int, count: Callable[[str], int]) -> list[str]:
+    """The items that fit the budget by themselves. The others must not enter: `fit` would drop all else for them."""
+    return [item for item in items if count(item) <= max_tokens]
+
+
+def fit(items: Sequence[str], max_tokens: int, count: Callable[[str], int]) -> tuple[list[str], int]:
+    """Drop the oldest items until the joined text has at most `max_tokens` tokens: what is kept, how many went."""
+    dropped = 0
+    # The joined text is counted, not the sum over items: line breaks cost tokens and may merge with what they touch.
+    while dropped < len(items) and count(join(items[dropped:])) > max_tokens:
+        dropped += 1
+    return list(items[dropped:]), dropped

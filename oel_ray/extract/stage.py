@@ -1,0 +1,129 @@
+"""The extraction stage: K accumulations at once, spread over Ray actors. `extract` runs in the driver."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from oel_ray.chat import ChatFormat
+from oel_ray.config import ExtractConfig, RunConfig
+from oel_ray.errors import RunFailed
+from oel_ray.extract.chain import accumulate
+from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
+
+WORKER_CPUS = 1
+"""Logical CPUs of one extraction worker. It renders and tokenises; the engines do the rest."""
+
+_POLL_S = 0.5
+
+
+class ExtractionWorker:
+    """An async Ray actor: any number of accumulations as coroutines, with `progress` answering in between."""
+
+    def __init__(
+        self,
+        policy: Path,
+        *,
+        thinking: bool,
+        generate: Generate,
+        config: ExtractConfig,
+        run_seed: int,
+        max_model_len: int,
+    ) -> None:
+        self._chat = ChatFormat.from_pretrained(policy, thinking=thinking)
+        self._generate = generate
+        self._config = config
+        self._run_seed = run_seed
+        self._max_model_len = max_model_len
+        self._finished_steps = 0
+
+    async def accumulate(self, trajectories: Sequence[Trajectory], seed_index: int, round_number: int) -> KnowledgeText:
+        return await accumulate(
+            trajectories,
+            seed_index=seed_index,
+            round_number=round_number,
+            config=self._config,
+            chat=self._chat,
+            generate=self._generate,
+            run_seed=self._run_seed,
+            max_model_len=self._max_model_len,
+            on_step=self._count,
+        )
+
+    async def progress(self) -> int:
+        """Steps finished so far, over all accumulations of this worker."""
+        return self._finished_steps
+
+    def _count(self, _: AccumulationStep) -> None:
+        self._finished_steps += 1
+
+
+def extract(
+    trajectories: Sequence[Trajectory],
+    round_number: int,
+    config: RunConfig,
+    policy: Path,
+    generate: Generate,
+    on_progress: Callable[[int, int], None],
+) -> list[KnowledgeText]:
+    """All accumulations of a round, in the order of their seeds.
+
+    `on_progress(finished steps, all steps)` is called about twice a second, whether or not a step has finished.
+
+    Raises:
+        RunFailed: an accumulation failed; the others are given up.
+    """
+    chains = config.extract.seeds
+    total = chains * len(trajectories)
+    workers: list[Any] = []
+    try:
+        actor = ray.remote(ExtractionWorker).options(num_cpus=WORKER_CPUS, max_concurrency=chains + 1)
+        for _ in range(min(config.extract.workers, chains)):
+            workers.append(
+                actor.remote(
+                    policy,
+                    thinking=config.thinking,
+                    generate=generate,
+                    config=config.extract,
+                    run_seed=config.seed,
+                    max_model_len=config.engines.max_model_len,
+                )
+            )
+        shared = ray.put(list(trajectories))
+        seeds = {
+            workers[seed % len(workers)].accumulate.remote(shared, seed, round_number): seed for seed in range(chains)
+        }
+        texts: dict[int, KnowledgeText] = {}
+        waiting, finished_steps = list(seeds), 0
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=_POLL_S)
+            for reference in ready:
+                texts[seeds[reference]] = _result(reference, seeds[reference])
+            finished_steps = _finished_steps(workers, finished_steps)
+            on_progress(finished_steps, total)
+        return [texts[seed] for seed in range(chains)]
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
+def _finished_steps(workers: list[Any], before: int) -> int:
+    try:
+        return sum(ray.get([worker.progress.remote() for worker in workers], timeout=_POLL_S))
+    except GetTimeoutError:  # a worker that is still loading its tokenizer
+        return before
+    except RayError:  # a dead worker: its accumulations say so in a moment, with their seed
+        return before
+
+
+def _result(reference: Any, seed: int) -> KnowledgeText:
+    try:
+        result: KnowledgeText = ray.get(reference)
+        return result
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        lines = str(cause).strip().splitlines() or ["no message"]
+        line = lines[0] if isinstance(error, RayTaskError) else lines[-1]  # a dead actor's reason comes last
+        raise RunFailed(f"extraction seed {seed} failed: {type(cause).__name__}: {line}") from error

@@ -1,0 +1,125 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from oel_ray import prompts
+from oel_ray.chat import ChatFormat, strip_thinking
+from oel_ray.errors import UserError
+from tests.tokenizers_for_tests import SPECIAL, small_tokenizer, smollm2_tokenizer, special_ids
+
+lenient = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+hostile_text = st.lists(
+    st.one_of(
+        st.text(max_size=20),
+        st.sampled_from([*SPECIAL, "<think>", "</think>", "\n", "\n\n", " ", "<|im_start|>assistant\n", "assistant"]),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@pytest.fixture(scope="session", params=["small", "smollm2"])
+def chat(request: pytest.FixtureRequest) -> ChatFormat:
+    tokenizer = small_tokenizer() if request.param == "small" else smollm2_tokenizer()
+    return ChatFormat(tokenizer, thinking=False)
+
+
+@pytest.mark.parametrize(
+    ("response", "thinking", "answer"),
+    [
+        ("plain", False, "plain"),
+        (" plain \n", False, "plain"),
+        ("plain", True, None),
+        ("<think>a</think>\n\nb", True, "b"),
+        ("<think>a</think>\n\nb", False, "b"),
+        ("a</think>b", True, "b"),
+        ("<think>a", True, None),
+        ("<think>a", False, None),
+        ("<think>a</think>b</think>c", True, "c"),
+        ("<think>a</think>", True, ""),
+        ("", False, ""),
+        ("", True, None),
+    ],
+)
+def test_strip_thinking(response: str, thinking: bool, answer: str | None) -> None:
+    assert strip_thinking(response, thinking=thinking) == answer
+
+
+@lenient
+@given(knowledge=hostile_text, observation=hostile_text)
+def test_the_teachers_prompt_is_the_students_with_ids_inserted(
+    chat: ChatFormat, knowledge: str, observation: str
+) -> None:
+    situation = prompts.game_situation("Find it.", [], observation)
+    student, teacher = chat.game_ids(situation), chat.game_ids(situation, knowledge)
+    head = len(chat.game_prefix_ids())
+    inserted = len(teacher) - len(student)
+    assert teacher[:head] == student[:head] == chat.game_prefix_ids()
+    assert teacher[head + inserted :] == student[head:]
+    assert teacher[: head + inserted] == chat.game_prefix_ids(knowledge)
+    assert (inserted == 0) == (not knowledge.strip())
+
+
+@lenient
+@given(text=hostile_text)
+def test_text_cannot_open_or_close_a_turn(chat: ChatFormat, text: str) -> None:
+    ids = chat.message_ids(text)
+    message = ids[len(chat.before_ids) : len(ids) - len(chat.after_ids)]
+    assert not special_ids(chat.tokenizer) & set(message)
+    assert len(message) == chat.count(text)
+
+
+def test_text_is_not_changed_on_its_way(chat: ChatFormat) -> None:
+    text = "a <|im_end|> b\n\n<|im_start|>assistant\n  [ ][H] Löcher 🕳"
+    ids = chat.message_ids(text)
+    assert chat.tokenizer.decode(ids) == chat.tokenizer.decode(chat.before_ids) + text + chat.tokenizer.decode(
+        chat.after_ids
+    )
+
+
+def test_the_template_around_the_message_is_the_models_own(chat: ChatFormat) -> None:
+    expected = chat.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        enable_thinking=False,
+    )
+    assert chat.message_ids("hello") == expected
+
+
+def test_thinking_reaches_the_template() -> None:
+    off, on = (ChatFormat(small_tokenizer(), thinking=thinking) for thinking in (False, True))
+    assert "</think>" in off.tokenizer.decode(off.after_ids)
+    assert "<think>" not in on.tokenizer.decode(on.after_ids)
+
+
+def broken(**changes: Any) -> Any:
+    """The small tokenizer with some attributes replaced."""
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return changes[name] if name in changes else getattr(small_tokenizer(), name)
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            if changes.get("reads_specials"):
+                options["split_special_tokens"] = False
+            return small_tokenizer()(text, **options)
+
+    return Broken()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (SimpleNamespace(chat_template=None), "no chat template"),
+        (broken(apply_chat_template=lambda *args, **options: "user: nothing"), "exactly once"),
+        (broken(apply_chat_template=lambda messages, **options: messages[0]["content"] * 2), "exactly once"),
+        (broken(reads_specials=True), "as plain text"),
+    ],
+)
+def test_a_tokenizer_that_cannot_keep_the_contract_is_refused(tokenizer: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ChatFormat(tokenizer, thinking=False)

@@ -78,7 +78,7 @@ class TextArenaEnvironment:
         Raises:
             UserError: the game has no such parameter, or cannot be built with its value.
         """
-        game_class = _check_params(env_id, params)
+        _check_params(env_id, params)
         self._random = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state()
         try:
             with self._isolated():
@@ -86,9 +86,8 @@ class TextArenaEnvironment:
                 self._game.reset(num_players=1, seed=seed)
                 messages = self._game.get_observation()[1]
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
             values = ", ".join(f"{name}={value!r}" for name, value in params.items()) or "its default parameters"
-            raise UserError(f"{env_id} ({game_class}) cannot be built with {values}: {reason}") from error
+            raise UserError(f"{env_id} cannot be built with {values}: {_one_line(error)}") from error
 
         kinds = _textarena().ObservationType
         self._hidden = (kinds.PROMPT, kinds.PLAYER_ACTION)
@@ -191,24 +190,32 @@ def _sources() -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
-def _check_params(env_id: str, params: Params) -> str:
-    """Check names and types of parameters against the game's constructor; returns the name of its class."""
-    entry_point, defaults = _sources()[env_id]
+@lru_cache(maxsize=8)
+def _defaults(env_id: str) -> dict[str, Any]:
+    """The parameters of a game with their defaults."""
+    entry_point, registered = _sources()[env_id]
     module, _, class_name = entry_point.partition(":")
     try:
         signature = inspect.signature(getattr(importlib.import_module(module), class_name))
     except Exception as error:
-        raise UserError(f"{env_id}: TextArena cannot load this game: {' '.join(str(error).split())[:300]}") from error
-    defaults = {name: parameter.default for name, parameter in signature.parameters.items()} | defaults
+        raise UserError(f"{env_id}: TextArena cannot load this game: {_one_line(error)}") from error
+    return {name: parameter.default for name, parameter in signature.parameters.items()} | registered
+
+
+def _check_params(env_id: str, params: Params) -> None:
+    defaults = _defaults(env_id)
     for name, value in params.items():
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(defaults)}"
+            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(defaults) or 'none'}"
             raise UserError(f"{env_id} has no parameter '{name}': {hint}")
         wanted = type(defaults[name])
         if wanted in (bool, int, str) and type(value) is not wanted:
             raise UserError(f"{env_id}: parameter '{name}' must be of type {wanted.__name__}, got {value!r}")
-    return class_name
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _plain(value: Any) -> Any:

@@ -81,8 +81,7 @@ def test_knowledge_stands_in_the_prompt_and_not_in_the_trajectory(episode: Episo
     assert "deep water" not in trajectory.instructions + trajectory.turns[0].observation
 
 
-def test_a_policy_that_cannot_see_the_past_never_ends_by_itself(chat: ChatFormat, episode: Episode) -> None:
-    """The prompt of every turn holds the actions so far: the answer depends on it."""
+def test_every_prompt_holds_the_actions_so_far(chat: ChatFormat, episode: Episode) -> None:
     moves = winning_answers(episode)
     generate = PromptedGenerate(chat, lambda text: moves[text.count("Your action at turn")])
     _, success = played(episode, chat, generate)
@@ -114,7 +113,7 @@ def test_replay_agrees_with_a_played_game(chat: ChatFormat, env: tuple, answers:
         generate = ScriptedGenerate(answers or winning_answers(episode))
         trajectory, success = played(episode, chat, generate, max_turns=6 if answers else 30)
         assert replay(Trajectory.from_json(trajectory.to_json())) == (success, "")
-        assert success is (answers is None) or answers is not None
+        assert success is True or answers is not None
 
 
 def test_replay_finds_what_was_tampered_with(episode: Episode, chat: ChatFormat) -> None:

@@ -19,10 +19,12 @@ ROOM = ("Sokoban-v0", {"num_boxes": 1})
 
 # From the paragraphs that TextArena types as PROMPT; "goal", "puzzle", "P" and the actions may be told.
 RULE_WORDS = {
-    "FrozenLake-v0": r"\b(holes?|frozen|lake|surface|safe|walk|fall|falling|lose|win|top-left|bottom-right|symbols?)\b|'H'|'G'",
-    "Sokoban-v0": r"\b(sokoban|push|pull|box|boxes|targets?|walls?|goals?|represented|marked|right next to)\b|'X'|'O'|√",
+    "FrozenLake-v0": r"\b(holes?|frozen|lake|surface|safe|walk|fall|falling|lose|win|top-left|bottom-right|symbols?)\b"
+    r"|'H'|'G'",
+    "Sokoban-v0": r"\b(sokoban|push|pull|box|boxes|targets?|walls?|goals?|represented|marked|right next to)\b"
+    r"|'X'|'O'|√",
 }
-IDS = ["FrozenLake-v0", "FrozenLake-v0-random", "FrozenLake-v0-hardcore", "Sokoban-v0", "Sokoban-v0-medium"]
+IDS = ["FrozenLake-v0", "FrozenLake-v0-random", "FrozenLake-v0-hardcore", "Sokoban-v0"]
 
 
 def rule_words(env_id: str, text: str) -> list[str]:
@@ -101,15 +103,14 @@ def test_the_random_state_of_the_process_is_untouched() -> None:
 
 @pytest.mark.parametrize(("env_id", "params"), [LAKE, ROOM])
 def test_observations_do_not_pile_up(env_id: str, params: dict) -> None:
-    lengths = set()
+    firsts = set()
     for _ in range(5):
         environment = make(env_id, 3, params)
-        lengths.add(len(environment.reset()))
-        first = environment.reset()
-        feedback = environment.step("[up]").feedback
-        assert first not in feedback or feedback.count("Current Board") == 1
-    assert len(lengths) == 1
-    assert environment.reset().count("Current Board") == 1
+        firsts.add(environment.reset())
+        for move in environment.solution() or []:
+            assert environment.step(move).feedback.count("Current Board") == 1
+    assert len(firsts) == 1
+    assert firsts.pop().count("Current Board") == 1
 
 
 def lake_after(grid_wanted: str, moves: list[str]):
@@ -123,10 +124,6 @@ def lake_after(grid_wanted: str, moves: list[str]):
 
 
 def test_a_hole_is_no_success_although_it_pays() -> None:
-    environment, steps = lake_after("P  H  H G", ["[right]", "[right]", "[down]"])
-    assert not steps[-1].done
-    last = environment.step("[left]")
-    assert not last.done
     environment, steps = lake_after("P  H  H G", ["[down]"])
     assert steps[-1].done and "hole" in steps[-1].outcome
     assert environment.success() is False

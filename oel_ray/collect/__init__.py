@@ -1,0 +1,1 @@
+"""Collecting trajectories: players, on the user's side. Runs in player actors."""

@@ -1,0 +1,130 @@
+"""Plays games with a policy. `play` is a plain coroutine; `Player` wraps it into a Ray actor with many seats.
+
+All seats of an actor share one event loop and no threads: environments are not safe in threads, and a step takes
+microseconds while a response takes seconds.
+"""
+
+from typing import Any
+
+from oel_ray import prompts
+from oel_ray.chat import ChatFormat
+from oel_ray.envs import Environment, make
+from oel_ray.errors import RunFailed
+from oel_ray.records import EndedBy, Episode, Generate, Sampling, Trajectory, Turn
+from oel_ray.seeds import derive_seed
+
+
+async def play(
+    episode: Episode,
+    environment: Environment,
+    chat: ChatFormat,
+    generate: Generate,
+    sampling: Sampling,
+    *,
+    max_turns: int,
+    max_prompt_tokens: int,
+    run_seed: int,
+    knowledge: str = "",
+    key: str | None = None,
+    sampling_seed: int | None = None,
+) -> tuple[Trajectory, bool]:
+    """Play one fresh environment to its end; returns the trajectory, and whether the game was won.
+
+    `key` is the routing key (the episode's id by default). `sampling_seed` tells repeated games of one episode apart.
+    """
+    turns: list[Turn] = []
+    observation = environment.reset()
+    ended_by: EndedBy = "turn_limit"
+    outcome = f"The game was stopped after {max_turns} turns."
+    for number in range(max_turns):
+        situation = prompts.game_situation(environment.instructions, turns, observation)
+        prompt_ids = chat.game_ids(situation, knowledge)
+        if len(prompt_ids) > max_prompt_tokens:
+            ended_by = "context_limit"
+            outcome = f"The game was stopped after {number} turns because its text had become too long."
+            break
+        seed = derive_seed(run_seed, "play", episode.id, sampling_seed or 0, number)
+        generation = await generate(prompt_ids, sampling, seed=seed, key=key or episode.id)
+        step = environment.step(generation.text)
+        turns.append(
+            Turn(
+                observation=observation,
+                response=generation.text,
+                prompt_ids=prompt_ids,
+                response_ids=generation.token_ids,
+                action=step.action,
+                feedback=step.feedback,
+                weight_version=generation.weight_version,
+                finish_reason=generation.finish_reason,
+            )
+        )
+        observation = step.feedback
+        if step.done:
+            ended_by, outcome = "environment", step.outcome
+            break
+    trajectory = Trajectory(
+        **episode.model_dump(),
+        instructions=environment.instructions,
+        template=prompts.GAME_TEMPLATE,
+        turns=turns,
+        outcome=outcome,
+        ended_by=ended_by,
+    )
+    return trajectory, environment.success()
+
+
+class Player:
+    """The user's side of a run: builds games from episodes and plays them. Made into a Ray actor by `player_actor`."""
+
+    def __init__(
+        self,
+        policy: str,
+        thinking: bool,
+        generate: Generate,
+        sampling: Sampling,
+        max_turns: int,
+        max_prompt_tokens: int,
+        run_seed: int,
+    ) -> None:
+        """`policy`: the folder that holds the tokenizer."""
+        self._chat = ChatFormat.from_pretrained(policy, thinking=thinking)
+        self._generate = generate
+        self._sampling = sampling
+        self._max_turns = max_turns
+        self._max_prompt_tokens = max_prompt_tokens
+        self._run_seed = run_seed
+
+    async def play(
+        self, episode: Episode, knowledge: str = "", key: str | None = None, sampling_seed: int | None = None
+    ) -> tuple[Trajectory, bool]:
+        """Play one episode; see `play`.
+
+        Raises:
+            RunFailed: the seed draws another map here than where the episode was planned.
+        """
+        environment = make(episode.env, episode.seed, episode.params)
+        if environment.map_hash != episode.map_hash:
+            raise RunFailed(
+                f"{episode.env} drew another map for episode {episode.id} (seed {episode.seed}) than was planned: "
+                "the nodes have different versions of the environment, or it does not keep to its seed"
+            )
+        return await play(
+            episode,
+            environment,
+            self._chat,
+            self._generate,
+            self._sampling,
+            max_turns=self._max_turns,
+            max_prompt_tokens=self._max_prompt_tokens,
+            run_seed=self._run_seed,
+            knowledge=knowledge,
+            key=key,
+            sampling_seed=sampling_seed,
+        )
+
+
+def player_actor(seats: int, **options: Any) -> Any:
+    """`Player` as a Ray actor class that plays up to `seats` games at a time; `options` are Ray's actor options."""
+    import ray
+
+    return ray.remote(Player).options(max_concurrency=seats, **options)

@@ -1,0 +1,42 @@
+"""What a random and a perfect player reach on given maps: the lines beside every pass rate. Runs in the driver."""
+
+import random
+from collections.abc import Sequence
+
+from oel_ray.envs.registry import make
+from oel_ray.records import Episode
+from oel_ray.seeds import derive_seed
+
+
+def random_rate(episodes: Sequence[Episode], max_turns: int, games: int, run_seed: int) -> float | None:
+    """Pass rate of uniformly random actions over `games` games per episode; None where no list of actions exists."""
+    wins = [
+        _random_game(episode, max_turns, derive_seed(run_seed, "random_player", episode.id, game))
+        for episode in episodes
+        for game in range(games)
+    ]
+    known = [win for win in wins if win is not None]
+    return sum(known) / len(known) if known and len(known) == len(wins) else None
+
+
+def oracle_rate(episodes: Sequence[Episode], max_turns: int) -> float | None:
+    """Share of episodes that can be won within `max_turns` moves; None where nobody can tell."""
+    solved = []
+    for episode in episodes:
+        solution = make(episode.env, episode.seed, episode.params).solution()
+        if solution is None:
+            return None
+        solved.append(0 < len(solution) <= max_turns)
+    return sum(solved) / len(solved) if solved else None
+
+
+def _random_game(episode: Episode, max_turns: int, seed: int) -> bool | None:
+    environment = make(episode.env, episode.seed, episode.params)
+    if not environment.actions:
+        return None
+    choices = random.Random(seed)
+    environment.reset()
+    for _ in range(max_turns):
+        if environment.step(choices.choice(environment.actions)).done:
+            break
+    return environment.success()

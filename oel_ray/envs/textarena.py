@@ -1,0 +1,231 @@
+"""Any single-player TextArena game as an environment. Runs wherever environments run, never in threads.
+
+TextArena seeds the process-wide `random` and keeps state in modules, so every call into it runs under the game's own
+random state and puts the caller's back afterwards. The raw variant of a game is played, without TextArena's wrappers:
+they pile up text over resets and glue the rules to the board. What TextArena sends is filtered by message type.
+"""
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from oel_ray.chat import THINK_CLOSE
+from oel_ray.envs.base import Step
+from oel_ray.envs.solvers import MOVES, solve_frozen_lake, solve_sokoban
+from oel_ray.errors import UserError
+from oel_ray.records import Params, content_hash
+
+# No game reads a move in this text.
+_UNREADABLE = "no valid action"
+
+# ASCII: without it, ignoring case lets U+017F, a long s, pass for "s".
+_MOVE = re.compile(r"\[\s*(up|down|left|right|w|a|s|d)\s*\]", re.IGNORECASE | re.ASCII)
+_BRACKETED = re.compile(r"\[[^\[\]]*\]")
+_ALIASES = {"w": "up", "a": "left", "s": "down", "d": "right"}
+
+_ACTIONS_TEXT = (
+    "You make one move per turn. The actions are [up], [down], [left] and [right], or for the same four, in the same "
+    "order, [w], [s], [a] and [d]. Write your action with its square brackets."
+)
+
+
+class _GridGame(NamedTuple):
+    """What this project knows about a game whose rules it hides."""
+
+    instructions: str
+    content: Callable[[Any], tuple[Any, ...]]
+    solve: Callable[..., list[str] | None]
+
+
+def _lake_content(game: Any) -> tuple[Any, ...]:
+    return [list(row) for row in game.state.game_state["grid"]], tuple(game.state.game_state["player_pos"])
+
+
+def _room_content(game: Any) -> tuple[Any, ...]:
+    return game.room_fixed.tolist(), game.room_state.tolist()
+
+
+_GRID_GAMES = {
+    "FrozenLake-v0": _GridGame(
+        f"You are P on the board. Get to the goal in as few moves as you can. {_ACTIONS_TEXT}",
+        _lake_content,
+        solve_frozen_lake,
+    ),
+    "Sokoban-v0": _GridGame(
+        f"You are P on the board. Finish the puzzle in as few moves as you can. {_ACTIONS_TEXT}",
+        _room_content,
+        solve_sokoban,
+    ),
+}
+
+
+class TextArenaEnvironment:
+    """One game of a single-player TextArena id. See `oel_ray.envs.base.Environment`."""
+
+    def __init__(self, env_id: str, seed: int, params: Params) -> None:
+        """Build the game and draw its content.
+
+        Raises:
+            UserError: the game has no such parameter, or cannot be built with its value.
+        """
+        _check_params(env_id, params)
+        self._random = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state()
+        try:
+            with self._isolated():
+                self._game = _textarena().make(f"{env_id}-raw", **params)
+                self._game.reset(num_players=1, seed=seed)
+                messages = self._game.get_observation()[1]
+        except Exception as error:
+            values = ", ".join(f"{name}={value!r}" for name, value in params.items()) or "its default parameters"
+            raise UserError(f"{env_id} cannot be built with {values}: {_one_line(error)}") from error
+
+        kinds = _textarena().ObservationType
+        self._hidden = (kinds.PROMPT, kinds.PLAYER_ACTION)
+        self._first = self._shown(messages)
+        grid_game = next((known for prefix, known in _GRID_GAMES.items() if env_id.startswith(prefix)), None)
+        self.actions: Sequence[str] = tuple(MOVES) if grid_game else ()
+        self._solve: Callable[[], list[str] | None]
+        if grid_game:
+            content = grid_game.content(self._game)
+            self._solve = lambda: grid_game.solve(*content)
+            self.instructions = grid_game.instructions
+        else:
+            self._solve = lambda: None
+            self.instructions = "\n\n".join(text.strip() for _, text, kind in messages if kind == kinds.PROMPT)
+            # A hidden number or deck is part of what the seed drew although no text shows it.
+            content = (self.instructions, self._first, _plain(self._game.state.game_state))
+        self.map_hash = content_hash(env_id, *content)
+
+    def reset(self) -> str:
+        return self._first
+
+    def step(self, response: str) -> Step:
+        action = read_action(response, moves_only=bool(self.actions))
+        with self._isolated():
+            done, _ = self._game.step(action=action or _UNREADABLE)
+            feedback = self._shown(self._game.get_observation()[1])
+        return Step(action, feedback, bool(done), self._reason() if done else "")
+
+    def success(self) -> bool:
+        # Partial progress is paid too, e.g. two thirds for a fall close to the goal.
+        rewards = self._game.close()[0]
+        return bool(rewards) and rewards[0] >= 1.0
+
+    def solution(self) -> list[str] | None:
+        return self._solve()
+
+    def _shown(self, messages: Sequence[tuple[int, str, Any]]) -> str:
+        texts = (text.strip("\n") for _, text, kind in messages if kind not in self._hidden)
+        return "\n\n".join(text for text in texts if text.strip())
+
+    def _reason(self) -> str:
+        return str(self._game.close()[1][0].get("reason") or "The game ended.")
+
+    @contextlib.contextmanager
+    def _isolated(self) -> Iterator[None]:
+        """The game's own random state inside, the caller's afterwards; what a game prints goes to stderr."""
+        outer = random.getstate(), np.random.get_state()
+        random.setstate(self._random[0])
+        np.random.set_state(self._random[1])
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        finally:
+            self._random = random.getstate(), np.random.get_state()
+            random.setstate(outer[0])
+            np.random.set_state(outer[1])
+
+
+def read_action(response: str, *, moves_only: bool) -> str:
+    """The last bracketed token behind a closed thinking block, or of the whole response if none was closed.
+
+    With `moves_only` the token must be a move and comes back as "[up]", "[down]", "[left]" or "[right]", or "" if there
+    is none. Otherwise it comes back as it stands, and an answer without brackets as a whole.
+    """
+    answer = response.rpartition(THINK_CLOSE)[2]
+    if not moves_only:
+        return _last(_BRACKETED, answer) or answer.strip()
+    move = _last(_MOVE, answer).strip("[] \t\n\r\f\v").lower()
+    return f"[{_ALIASES.get(move, move)}]" if move else ""
+
+
+def single_player_ids() -> list[str]:
+    """The TextArena ids that one player can play."""
+    return sorted(_sources())
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str:
+    token = ""
+    for match in pattern.finditer(text):
+        token = match.group()
+    return token
+
+
+def _textarena() -> Any:
+    return importlib.import_module("textarena")
+
+
+@lru_cache(maxsize=1)
+def _sources() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Entry point and default parameters of every single-player id.
+
+    The source text tells them apart: importing the games would fetch word lists and fail on the broken ones.
+    """
+    packages = Path(_textarena().__file__).parent.parent
+    found = {}
+    for name, spec in importlib.import_module("textarena.envs.registration").ENV_REGISTRY.items():
+        file = packages / (str(spec.entry_point).partition(":")[0].replace(".", "/") + ".py")
+        if name.endswith("-raw") and file.is_file() and "SinglePlayerState(" in file.read_text(encoding="utf-8"):
+            found[name.removesuffix("-raw")] = (spec.entry_point, spec.kwargs)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _defaults(env_id: str) -> dict[str, Any]:
+    """The parameters of a game with their defaults."""
+    entry_point, registered = _sources()[env_id]
+    module, _, class_name = entry_point.partition(":")
+    try:
+        signature = inspect.signature(getattr(importlib.import_module(module), class_name))
+    except Exception as error:
+        raise UserError(f"{env_id}: TextArena cannot load this game: {_one_line(error)}") from error
+    return {name: parameter.default for name, parameter in signature.parameters.items()} | registered
+
+
+def _check_params(env_id: str, params: Params) -> None:
+    defaults = _defaults(env_id)
+    for name, value in params.items():
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(defaults) or 'none'}"
+            raise UserError(f"{env_id} has no parameter '{name}': {hint}")
+        wanted = type(defaults[name])
+        if wanted in (bool, int, str) and type(value) is not wanted:
+            raise UserError(f"{env_id}: parameter '{name}' must be of type {wanted.__name__}, got {value!r}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _plain(value: Any) -> Any:
+    """The part of a game's state that is plain data, in a form that is the same in every process."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(_plain(item)) for item in value)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value if isinstance(value, (str, int, float, bool)) else None

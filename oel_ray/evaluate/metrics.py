@@ -1,0 +1,83 @@
+"""From evaluation games to the numbers of `evaluation.json`. Any process; pure functions."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from oel_ray.records import EvaluationGame, Record
+
+
+class Score(Record):
+    """How one condition did. `seeds` counts the sampling seeds; the standard error is clustered by map."""
+
+    pass_rate: float
+    pass_rate_se: float
+    games: int
+    seeds: int
+    response_tokens_per_turn: float
+
+
+class Evaluation(Score):
+    """`evaluation.json`: the bare policy's score, and what to read it against.
+
+    `random` and `oracle` are those players' pass rates on the same maps; `in_context` is the policy with knowledge in
+    its prompt. Each is null where it does not exist.
+    """
+
+    random: float | None
+    oracle: float | None
+    in_context: Score | None
+
+
+def score(games: Sequence[EvaluationGame]) -> Score:
+    """The score of the games of one condition; there must be at least one."""
+    return Score(
+        pass_rate=pass_rate(games),
+        pass_rate_se=pass_rate_se(games),
+        games=len(games),
+        seeds=len({game.sampling_seed for game in games}),
+        response_tokens_per_turn=response_tokens_per_turn(games),
+    )
+
+
+def evaluation(
+    policy: Sequence[EvaluationGame],
+    in_context: Sequence[EvaluationGame],
+    *,
+    random: float | None,
+    oracle: float | None,
+) -> Evaluation:
+    """What `evaluation.json` holds; no `in_context` games give null there."""
+    return Evaluation(
+        **score(policy).model_dump(),
+        random=random,
+        oracle=oracle,
+        in_context=score(in_context) if in_context else None,
+    )
+
+
+def pass_rate(games: Sequence[EvaluationGame]) -> float:
+    """Share of games won."""
+    return sum(game.success for game in games) / len(games)
+
+
+def pass_rate_se(games: Sequence[EvaluationGame]) -> float:
+    """Standard error of the pass rate with maps as clusters: games on one map are no independent draws.
+
+    The sample deviation of the maps' own pass rates over the root of their number; 0 for a single map.
+    """
+    by_map: dict[str, list[bool]] = defaultdict(list)
+    for game in games:
+        by_map[game.map_hash].append(game.success)
+    means = [sum(wins) / len(wins) for wins in by_map.values()]
+    if len(means) < 2:
+        return 0.0
+    center = sum(means) / len(means)
+    variance = sum((mean - center) ** 2 for mean in means) / (len(means) - 1)
+    return math.sqrt(variance / len(means))
+
+
+def response_tokens_per_turn(games: Sequence[EvaluationGame]) -> float:
+    """Mean length of a response in tokens, its end token included; 0 if no turn was played."""
+    lengths = [len(turn.response_ids) for game in games for turn in game.turns]
+    return sum(lengths) / len(lengths) if lengths else 0.0

@@ -1,0 +1,174 @@
+"""Playing with a scripted policy on the real games, and replaying what was recorded."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from oel_ray import prompts
+from oel_ray.chat import ChatFormat
+from oel_ray.collect.player import Player, play, player_actor
+from oel_ray.envs import make
+from oel_ray.envs.replay import replay
+from oel_ray.envs.splits import held_out_episodes
+from oel_ray.errors import RunFailed
+from oel_ray.records import Episode, Trajectory
+from oel_ray.seeds import derive_seed
+from tests.scripted import SAMPLING, PromptedGenerate, ScriptedGenerate, save_byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_byte_tokenizer(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def chat(policy: Path) -> ChatFormat:
+    return ChatFormat.from_pretrained(policy, thinking=False)
+
+
+@pytest.fixture(scope="module")
+def episode() -> Episode:
+    return held_out_episodes("FrozenLake-v0", {"size": 3, "num_holes": 2}, 4, 1)[0]
+
+
+def played(episode: Episode, chat: ChatFormat, generate, **changes) -> tuple[Trajectory, bool]:
+    settings = {"max_turns": 10, "max_prompt_tokens": 100_000, "run_seed": 4} | changes
+    environment = make(episode.env, episode.seed, episode.params)
+    return asyncio.run(play(episode, environment, chat, generate, SAMPLING, **settings))
+
+
+def winning_answers(episode: Episode) -> list[str]:
+    solution = make(episode.env, episode.seed, episode.params).solution()
+    return [f"I go {move}" for move in solution or []]
+
+
+def test_a_won_game_is_recorded_as_it_was_played(episode: Episode, chat: ChatFormat) -> None:
+    answers = winning_answers(episode)
+    generate = ScriptedGenerate(answers)
+    trajectory, success = played(episode, chat, generate)
+    assert success is True
+    assert trajectory.ended_by == "environment" and "goal" in trajectory.outcome
+    assert "success" not in trajectory.model_dump() and "reward" not in trajectory.model_dump()
+    assert [turn.response for turn in trajectory.turns] == answers
+    assert [turn.response_ids for turn in trajectory.turns] == [[*answer.encode(), 0] for answer in answers]
+    assert [turn.prompt_ids for turn in trajectory.turns] == [call["prompt_ids"] for call in generate.calls]
+    for before, after in zip(trajectory.turns, trajectory.turns[1:], strict=False):
+        assert after.observation == before.feedback
+    assert trajectory.template == prompts.GAME_TEMPLATE
+    assert {name: getattr(trajectory, name) for name in Episode.model_fields} == episode.model_dump()
+    last = trajectory.turns[-1]
+    situation = prompts.game_situation(trajectory.instructions, trajectory.turns[:-1], last.observation)
+    assert last.prompt_ids == chat.game_ids(situation)
+
+
+def test_seeds_and_keys(episode: Episode, chat: ChatFormat) -> None:
+    generate = ScriptedGenerate(["no move", "[left]", "no move", "[left]"])
+    trajectory, _ = played(episode, chat, generate, max_turns=2, sampling_seed=2)
+    assert [call["seed"] for call in generate.calls] == [derive_seed(4, "play", episode.id, 2, n) for n in range(2)]
+    assert {call["key"] for call in generate.calls} == {episode.id}
+    other = ScriptedGenerate(["no move"])
+    played(episode, chat, other, max_turns=2, key="k-03")
+    assert other.calls[0]["key"] == "k-03"
+    assert other.calls[0]["seed"] == derive_seed(4, "play", episode.id, 0, 0) != generate.calls[0]["seed"]
+    assert len(trajectory.turns) == 2
+
+
+def test_knowledge_stands_in_the_prompt_and_not_in_the_trajectory(episode: Episode, chat: ChatFormat) -> None:
+    generate = ScriptedGenerate(["[left]"])
+    trajectory, _ = played(episode, chat, generate, max_turns=1, knowledge="H is deep water")
+    assert "H is deep water" in chat.tokenizer.decode(trajectory.turns[0].prompt_ids)
+    assert "deep water" not in trajectory.instructions + trajectory.turns[0].observation
+
+
+def test_every_prompt_holds_the_actions_so_far(chat: ChatFormat, episode: Episode) -> None:
+    moves = winning_answers(episode)
+    generate = PromptedGenerate(chat, lambda text: moves[text.count("Your action at turn")])
+    _, success = played(episode, chat, generate)
+    assert success is True
+
+
+def test_the_turn_limit(episode: Episode, chat: ChatFormat) -> None:
+    trajectory, success = played(episode, chat, ScriptedGenerate(winning_answers(episode)), max_turns=3)
+    assert (trajectory.ended_by, success, len(trajectory.turns)) == ("turn_limit", False, 3)
+    assert "3 turns" in trajectory.outcome
+
+
+def test_the_context_limit_keeps_the_turns_so_far(episode: Episode, chat: ChatFormat) -> None:
+    answers = winning_answers(episode)
+    full, _ = played(episode, chat, ScriptedGenerate(answers))
+    limit = len(full.turns[1].prompt_ids)
+    trajectory, success = played(episode, chat, ScriptedGenerate(answers), max_prompt_tokens=limit)
+    assert (trajectory.ended_by, success) == ("context_limit", False)
+    assert trajectory.turns == full.turns[:2]
+    assert "2 turns" in trajectory.outcome
+    none, _ = played(episode, chat, ScriptedGenerate(answers), max_prompt_tokens=5)
+    assert none.turns == [] and none.ended_by == "context_limit"
+
+
+@pytest.mark.parametrize("answers", [None, ["nothing"], ["nothing", "[up]", "[left]", "nothing", "[right]"]])
+@pytest.mark.parametrize("env", [("FrozenLake-v0", {"size": 3, "num_holes": 2}), ("Sokoban-v0", {"num_boxes": 1})])
+def test_replay_agrees_with_a_played_game(chat: ChatFormat, env: tuple, answers: list[str] | None) -> None:
+    for episode in held_out_episodes(*env, 4, 3):
+        generate = ScriptedGenerate(answers or winning_answers(episode))
+        trajectory, success = played(episode, chat, generate, max_turns=6 if answers else 30)
+        assert replay(Trajectory.from_json(trajectory.to_json())) == (success, "")
+        assert success is True or answers is not None
+
+
+def test_replay_finds_what_was_tampered_with(episode: Episode, chat: ChatFormat) -> None:
+    trajectory, _ = played(episode, chat, ScriptedGenerate(winning_answers(episode)))
+    turns = trajectory.turns
+
+    def with_turn(index: int, **changes: str) -> Trajectory:
+        changed = [*turns[:index], turns[index].model_copy(update=changes), *turns[index + 1 :]]
+        return trajectory.model_copy(update={"turns": changed})
+
+    tampered = {
+        "turn 2, feedback": with_turn(1, feedback="You moved into the sea."),
+        "turn 3, observation": with_turn(2, observation="?"),
+        "turn 1, action": with_turn(0, action="[up]"),
+        "turn 4": with_turn(3, response="[banana]"),
+        "map_hash": trajectory.model_copy(update={"map_hash": "0" * 16}),
+        "instructions": trajectory.model_copy(update={"instructions": "Holes kill."}),
+        "outcome": trajectory.model_copy(update={"outcome": "You lost."}),
+        "ended_by": trajectory.model_copy(update={"ended_by": "turn_limit"}),
+        "turn 5": trajectory.model_copy(update={"turns": [*turns, turns[0]]}),
+    }
+    for where, changed in tampered.items():
+        assert where in replay(changed)[1]
+    cut = trajectory.model_copy(update={"turns": turns[:-1]})
+    assert replay(cut)[0] is False and "ended_by" in replay(cut)[1]
+
+
+def a_player(policy: Path, answers: list[str]) -> Player:
+    return Player(str(policy), False, ScriptedGenerate(answers), SAMPLING, 10, 100_000, 4)
+
+
+def test_a_player_builds_its_games(policy: Path, chat: ChatFormat, episode: Episode) -> None:
+    answers = winning_answers(episode)
+    trajectory, success = asyncio.run(a_player(policy, answers).play(episode))
+    assert success is True
+    assert trajectory == played(episode, chat, ScriptedGenerate(answers))[0]
+
+
+def test_a_player_refuses_another_map(policy: Path, episode: Episode) -> None:
+    other = episode.model_copy(update={"map_hash": "0" * 16})
+    with pytest.raises(RunFailed, match=episode.id):
+        asyncio.run(a_player(policy, ["[up]"]).play(other))
+
+
+def test_a_player_in_ray_plays_many_games_at_once(policy: Path) -> None:
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, configure_logging=False)
+    try:
+        episodes = held_out_episodes("FrozenLake-v0", {"size": 3, "num_holes": 2}, 4, 4)
+        actor = player_actor(4, num_cpus=1).remote(
+            str(policy), False, ScriptedGenerate(["[left]"]), SAMPLING, 10, 100_000, 4
+        )
+        results = ray.get([actor.play.remote(episode) for episode in episodes], timeout=120)
+    finally:
+        ray.shutdown()
+    assert [trajectory.id for trajectory, _ in results] == [episode.id for episode in episodes]
+    assert all(trajectory.ended_by == "environment" and not success for trajectory, success in results)

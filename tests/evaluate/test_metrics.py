@@ -1,0 +1,76 @@
+"""Pass rates and clustered standard errors against a float64 oracle."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oel_ray.evaluate.metrics import evaluation, pass_rate, pass_rate_se, response_tokens_per_turn, score
+from oel_ray.records import EvaluationGame, Turn
+
+
+def turn(tokens: int) -> Turn:
+    return Turn(
+        observation="o",
+        response="r",
+        prompt_ids=[1],
+        response_ids=[1] * tokens,
+        action="[up]",
+        feedback="f",
+        weight_version="0",
+        finish_reason="stop",
+    )
+
+
+def game(map_hash: str, seed: int, success: bool, lengths: tuple[int, ...] = (3,)) -> EvaluationGame:
+    return EvaluationGame(
+        id=f"h-{map_hash}",
+        round=0,
+        split="held_out",
+        env="FrozenLake-v0",
+        params={},
+        seed=1,
+        map_hash=map_hash,
+        instructions="i",
+        template="t",
+        turns=[turn(length) for length in lengths],
+        outcome="end",
+        ended_by="environment",
+        condition="policy",
+        sampling_seed=seed,
+        knowledge_seed=None,
+        success=success,
+    )
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=12), st.randoms())
+def test_the_standard_error_is_clustered_by_map(results: list[list[bool]], shuffler) -> None:
+    games = [game(str(m), seed, won) for m, wins in enumerate(results) for seed, won in enumerate(wins)]
+    shuffler.shuffle(games)
+    means = np.array([np.mean(wins, dtype=np.float64) for wins in results])
+    expected = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else 0.0
+    assert pass_rate_se(games) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert pass_rate(games) == pytest.approx(np.mean([won for wins in results for won in wins]))
+
+
+def test_repeating_a_map_does_not_shrink_its_error() -> None:
+    once = [game("a", 0, True), game("b", 0, False)]
+    often = [game(name, seed, name == "a") for name in "ab" for seed in range(50)]
+    assert pass_rate_se(once) == pass_rate_se(often) == 0.5
+
+
+def test_score_and_evaluation() -> None:
+    games = [game("a", 0, True, (2, 4)), game("a", 1, False, (9,)), game("b", 0, False, ()), game("b", 1, False, (1,))]
+    numbers = score(games)
+    assert (numbers.pass_rate, numbers.games, numbers.seeds) == (0.25, 4, 2)
+    assert numbers.response_tokens_per_turn == 4.0
+    whole = evaluation(games, games[:1], random=0.1, oracle=None)
+    assert whole.in_context == score(games[:1])
+    assert list(whole.model_dump()) == [
+        "pass_rate", "pass_rate_se", "games", "seeds", "response_tokens_per_turn", "random", "oracle", "in_context",
+    ]  # fmt: skip
+    assert evaluation(games, [], random=None, oracle=None).in_context is None
+
+
+def test_games_without_turns_have_no_length() -> None:
+    assert response_tokens_per_turn([game("a", 0, False, ())]) == 0.0

@@ -81,7 +81,6 @@ class Player:
         policy: str,
         thinking: bool,
         generate: Generate,
-        sampling: Sampling,
         max_turns: int,
         max_prompt_tokens: int,
         run_seed: int,
@@ -89,13 +88,17 @@ class Player:
         """`policy`: the folder that holds the tokenizer."""
         self._chat = ChatFormat.from_pretrained(policy, thinking=thinking)
         self._generate = generate
-        self._sampling = sampling
         self._max_turns = max_turns
         self._max_prompt_tokens = max_prompt_tokens
         self._run_seed = run_seed
 
     async def play(
-        self, episode: Episode, knowledge: str = "", key: str | None = None, sampling_seed: int | None = None
+        self,
+        episode: Episode,
+        sampling: Sampling,
+        knowledge: str = "",
+        key: str | None = None,
+        sampling_seed: int | None = None,
     ) -> tuple[Trajectory, bool]:
         """Play one episode; see `play`.
 
@@ -113,7 +116,7 @@ class Player:
             environment,
             self._chat,
             self._generate,
-            self._sampling,
+            sampling,
             max_turns=self._max_turns,
             max_prompt_tokens=self._max_prompt_tokens,
             run_seed=self._run_seed,

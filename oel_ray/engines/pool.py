@@ -177,6 +177,11 @@ class Pool:
         """
         _wait(self.actor.deploy.remote(str(policy), version), self.config.sync_deadline_s + _CONTROL_DEADLINE_S)
 
+    def engines(self) -> list[Any]:
+        """Handles of all replicas: the receivers of weight syncs."""
+        handles: list[Any] = _wait(self.actor.engines.remote(), _CONTROL_DEADLINE_S)
+        return handles
+
 
 @contextmanager
 def engine_pool(config: EnginesConfig, policy: Path, *, on_gpu: bool) -> Iterator[Pool]:

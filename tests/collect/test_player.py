@@ -142,12 +142,12 @@ def test_replay_finds_what_was_tampered_with(episode: Episode, chat: ChatFormat)
 
 
 def a_player(policy: Path, answers: list[str]) -> Player:
-    return Player(str(policy), False, ScriptedGenerate(answers), SAMPLING, 10, 100_000, 4)
+    return Player(str(policy), False, ScriptedGenerate(answers), 10, 100_000, 4)
 
 
 def test_a_player_builds_its_games(policy: Path, chat: ChatFormat, episode: Episode) -> None:
     answers = winning_answers(episode)
-    trajectory, success = asyncio.run(a_player(policy, answers).play(episode))
+    trajectory, success = asyncio.run(a_player(policy, answers).play(episode, SAMPLING))
     assert success is True
     assert trajectory == played(episode, chat, ScriptedGenerate(answers))[0]
 
@@ -155,7 +155,7 @@ def test_a_player_builds_its_games(policy: Path, chat: ChatFormat, episode: Epis
 def test_a_player_refuses_another_map(policy: Path, episode: Episode) -> None:
     other = episode.model_copy(update={"map_hash": "0" * 16})
     with pytest.raises(RunFailed, match=episode.id):
-        asyncio.run(a_player(policy, ["[up]"]).play(other))
+        asyncio.run(a_player(policy, ["[up]"]).play(other, SAMPLING))
 
 
 def test_a_player_in_ray_plays_many_games_at_once(policy: Path) -> None:
@@ -165,9 +165,9 @@ def test_a_player_in_ray_plays_many_games_at_once(policy: Path) -> None:
     try:
         episodes = held_out_episodes("FrozenLake-v0", {"size": 3, "num_holes": 2}, 4, 4)
         actor = player_actor(4, num_cpus=1).remote(
-            str(policy), False, ScriptedGenerate(["[left]"]), SAMPLING, 10, 100_000, 4
+            str(policy), False, ScriptedGenerate(["[left]"]), 10, 100_000, 4
         )
-        results = ray.get([actor.play.remote(episode) for episode in episodes], timeout=120)
+        results = ray.get([actor.play.remote(episode, SAMPLING) for episode in episodes], timeout=120)
     finally:
         ray.shutdown()
     assert [trajectory.id for trajectory, _ in results] == [episode.id for episode in episodes]

@@ -1,0 +1,120 @@
+"""Playing many games: player actors with many seats each. Runs in the driver.
+
+Nothing waits for the slowest of a batch: whenever a game ends its seat takes the next one.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from oel_ray.collect.player import player_actor
+from oel_ray.config import RunConfig
+from oel_ray.errors import EngineUnavailable, RunFailed
+from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
+
+PLAYER_CPUS = 1
+_POLL_S = 0.5
+_ATTEMPTS = 3
+
+
+class Game(NamedTuple):
+    """An episode as it is to be played: with a knowledge text in the prompt or without."""
+
+    episode: Episode
+    knowledge: KnowledgeText | None = None
+    sampling_seed: int = 0
+
+
+class Players:
+    """The player actors of a run. State: which seat plays what; a lost player's games are played again elsewhere."""
+
+    def __init__(self, actors: Sequence[Any], seats: int) -> None:
+        self._actors = actors
+        self._seats = seats
+
+    def play(
+        self, games: Sequence[Game], sampling: Sampling, on_progress: Callable[[int], None]
+    ) -> list[tuple[Trajectory, bool]]:
+        """Play all games; returns trajectory and success of each, in the order of `games`.
+
+        Raises:
+            RunFailed: a game failed three times; names the game and the error.
+        """
+        results: list[tuple[Trajectory, bool] | None] = [None] * len(games)
+        waiting = deque((index, 1) for index in range(len(games)))
+        # Seats in turn over the actors, so that few games spread over all of them.
+        free = deque(actor for _ in range(self._seats) for actor in self._actors)
+        running: dict[Any, tuple[int, int, Any]] = {}
+        done = 0
+        while waiting or running:
+            while waiting and free:
+                index, attempt = waiting.popleft()
+                actor = free.popleft()
+                running[_start(actor, games[index], sampling)] = (index, attempt, actor)
+            ready, _ = ray.wait(list(running), timeout=_POLL_S)
+            for reference in ready:
+                index, attempt, actor = running.pop(reference)
+                free.append(actor)
+                result = _result(reference, games[index], attempt)
+                if result is None:
+                    waiting.append((index, attempt + 1))
+                else:
+                    results[index] = result
+                    done += 1
+            on_progress(done)
+        return [result for result in results if result is not None]
+
+
+@contextmanager
+def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Players]:
+    """Start the player actors of a run; `policy` gives the tokenizer, which no round changes."""
+    collect = config.collect
+    longest_response = max(collect.sampling.max_tokens, config.evaluate.sampling.max_tokens)
+    actors: list[Any] = []
+    try:
+        for index in range(collect.players):
+            actor = player_actor(collect.seats, name=f"player-{index}", num_cpus=PLAYER_CPUS, max_restarts=_ATTEMPTS)
+            actors.append(
+                actor.remote(
+                    policy=str(policy),
+                    thinking=config.thinking,
+                    generate=generate,
+                    max_turns=config.env.max_turns,
+                    max_prompt_tokens=config.engines.max_model_len - longest_response,
+                    run_seed=config.seed,
+                )
+            )
+        yield Players(actors, collect.seats)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _start(actor: Any, game: Game, sampling: Sampling) -> Any:
+    knowledge = game.knowledge
+    # Games with the same knowledge share a long prefix; they are routed together.
+    return actor.play.remote(
+        game.episode,
+        sampling,
+        knowledge=knowledge.text if knowledge else "",
+        key=knowledge.id if knowledge else None,
+        sampling_seed=game.sampling_seed,
+    )
+
+
+def _result(reference: Any, game: Game, attempt: int) -> tuple[Trajectory, bool] | None:
+    """The result of a finished call, or None if the game is to be played again."""
+    try:
+        result: tuple[Trajectory, bool] = ray.get(reference)
+        return result
+    except (RayTaskError, RayActorError) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if attempt < _ATTEMPTS and not isinstance(cause, EngineUnavailable):
+            return None
+        line = str(cause).strip().splitlines()[0]
+        raise RunFailed(f"game {game.episode.id} failed {attempt} times: {type(cause).__name__}: {line}") from error

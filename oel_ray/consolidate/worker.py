@@ -1,0 +1,203 @@
+"""The consolidation algorithm as one training rank runs it: generate, compute, step, send weights. Runs in every
+worker of the Ray Train group.
+
+Rank 0 writes the metrics and samples files; they are the group's only output besides the policy folder.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+import torch.distributed as dist
+
+from oel_ray.chat import ChatFormat
+from oel_ray.config import RunConfig
+from oel_ray.consolidate.batches import Sample, micro_batches
+from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
+from oel_ray.consolidate.prefixes import Draw, Plan, teacher_prompt_ids
+from oel_ray.consolidate.weights import FullWeights, export_policy
+from oel_ray.errors import RunFailed
+from oel_ray.records import Generate, Generation, KnowledgeText, Prefix
+from oel_ray.seeds import derive_seed
+
+_SKIPS_ALLOWED = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training group is to do. The same on every rank."""
+
+    config: RunConfig
+    round: int
+    policy: Path
+    """The policy that student and teacher start from."""
+    deployed: str
+    """The weight version that the engines serve at the start."""
+    prefixes: Sequence[Prefix]
+    knowledge: Sequence[KnowledgeText]
+    plan: Plan
+    generate: Generate
+    engines: Sequence[Any]
+    on_gpu: bool
+    metrics: Path
+    samples: Path
+    target: Path
+    """Where the new policy goes."""
+
+
+def train(settings: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker; `settings["job"]` is the `Job`."""
+    import ray.train
+
+    from oel_ray.engines.sync import WeightSync
+
+    job: Job = settings["job"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = _take_device(job, context.get_local_rank())
+    step = _distill_step(job, device)
+    weights = FullWeights(step.student, getattr(torch, job.config.policy_dtype))
+    sync = WeightSync(job.engines, weights, job.config.engines, rank=rank, on_gpu=job.on_gpu)
+    chat = ChatFormat.from_pretrained(job.policy, thinking=job.config.thinking)
+
+    version, skipped = job.deployed, 0
+    for number, draws in enumerate(job.plan):
+        started = time.monotonic()
+        generations = _generate(job, draws, number, version, rank, world_size)
+        generated = time.monotonic()
+        samples = [_sample(job, draw, generation, chat) for draw, generation in zip(draws, generations, strict=True)]
+        share = micro_batches(
+            samples,
+            rank,
+            world_size,
+            job.config.consolidate.micro_batch,
+            loss_mean=job.config.consolidate.loss_mean,
+        )
+        metrics = step.step(share)
+        trained = time.monotonic()
+        skipped = 0 if metrics.applied else skipped + 1
+        if skipped > _SKIPS_ALLOWED:
+            raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
+        made_by, version = version, f"r{job.round:03d}.s{number + 1:04d}.a0"
+        sync.send(version)
+        seconds = {
+            "seconds_generate": generated - started,
+            "seconds_train": trained - generated,
+            "seconds_sync": time.monotonic() - trained,
+        }
+        if rank == 0:
+            _write_samples(job, number, draws, samples, generations, metrics)
+            _append(job.metrics, [_metrics_row(number, metrics, len(draws), made_by, version) | seconds])
+    export_policy(weights, job.policy, job.target)
+
+
+def _take_device(job: Job, local_rank: int) -> torch.device:
+    """The rank's GPU, or a core of its own: two ranks on one core halve each other."""
+    if job.on_gpu:
+        import ray.train.torch
+
+        device: torch.device = ray.train.torch.get_device()
+        return device
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[local_rank % len(cores)]})
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+def _distill_step(job: Job, device: torch.device) -> DistillStep:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    def load(dtype: torch.dtype) -> Any:
+        return AutoModelForCausalLM.from_pretrained(job.policy, dtype=dtype, local_files_only=True)
+
+    consolidate = job.config.consolidate
+    return DistillStep(load(torch.float32), load(getattr(torch, consolidate.precision)), consolidate, device)
+
+
+def _generate(job: Job, draws: Sequence[Draw], step: int, version: str, rank: int, world_size: int) -> list[Generation]:
+    """The current student's responses to all draws of a step; each rank asks for its share.
+
+    Raises:
+        RunFailed: a response was written by other weights than the student's current ones.
+    """
+    sampling = job.config.consolidate.sampling.sampling()
+
+    async def one(draw: Draw) -> Generation:
+        prefix = job.prefixes[draw.prefix]
+        seed = derive_seed(job.config.seed, "consolidate", job.round, step, prefix.id)
+        return await job.generate(prefix.prompt_ids, sampling, seed=seed, key=prefix.trajectory_id)
+
+    async def share() -> list[Generation]:
+        return await asyncio.gather(*(one(draw) for draw in draws[rank::world_size]))
+
+    mine = asyncio.run(share())
+    shares: list[list[Generation]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(shares, mine)
+    generations = [shares[index % world_size][index // world_size] for index in range(len(draws))]
+    for generation in generations:
+        if generation.weight_version != version:
+            raise RunFailed(f"step {step} got a response of weights {generation.weight_version}, expected {version}")
+    return generations
+
+
+def _sample(job: Job, draw: Draw, generation: Generation, chat: ChatFormat) -> Sample:
+    prefix = job.prefixes[draw.prefix]
+    return Sample(
+        id=prefix.id,
+        student_prompt_ids=prefix.prompt_ids,
+        teacher_prompt_ids=teacher_prompt_ids(prefix, job.knowledge[draw.knowledge].text, chat),
+        response_ids=generation.token_ids,
+    )
+
+
+def _metrics_row(step: int, metrics: StepMetrics, samples: int, made_by: str, version: str) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": metrics.loss,
+        "kl_per_token": metrics.kl,
+        "grad_norm": metrics.grad_norm,
+        "learning_rate": metrics.learning_rate,
+        "applied": metrics.applied,
+        "samples": samples,
+        "tokens": metrics.tokens,
+        "generated_by": made_by,
+        "weight_version": version,
+    }
+
+
+def _write_samples(
+    job: Job,
+    step: int,
+    draws: Sequence[Draw],
+    samples: Sequence[Sample],
+    generations: Sequence[Generation],
+    metrics: StepMetrics,
+) -> None:
+    rows = []
+    for draw, sample, generation in zip(draws, samples, generations, strict=True):
+        rows.append(
+            {
+                "step": step,
+                "prefix_id": sample.id,
+                "knowledge_id": job.knowledge[draw.knowledge].id,
+                "response": generation.text,
+                "response_ids": generation.token_ids,
+                "kl": metrics.kl_by_sample[sample.id],
+                "weight_version": generation.weight_version,
+            }
+        )
+    _append(job.samples, rows)
+
+
+def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("ab") as file:
+        file.write(b"".join(orjson.dumps(row) + b"\n" for row in rows))

@@ -1,0 +1,41 @@
+"""Evaluation: held-out maps, several sampling seeds, with knowledge in the prompt or without. Runs in the driver."""
+
+from collections.abc import Callable, Sequence
+
+from oel_ray.collect.stage import Game, Players
+from oel_ray.config import EvaluateConfig
+from oel_ray.records import Episode, EvaluationGame, KnowledgeText
+
+
+def evaluation_games(
+    players: Players,
+    held_out: Sequence[Episode],
+    config: EvaluateConfig,
+    round_number: int,
+    on_progress: Callable[[int], None],
+    knowledge: Sequence[KnowledgeText] = (),
+) -> list[EvaluationGame]:
+    """Play every held-out map with every sampling seed.
+
+    With `knowledge` this is the teacher's view: the texts take turns over maps and seeds, so that each is read on about
+    as many games as any other.
+    """
+    condition = "in_context" if knowledge else "policy"
+    games = []
+    for number, episode in enumerate(held_out):
+        for seed in range(config.seeds):
+            name = f"r{round_number:03d}-{'k' if knowledge else 'p'}-{episode.id}-s{seed}"
+            this = episode.model_copy(update={"id": name, "round": round_number})
+            text = knowledge[(number + seed) % len(knowledge)] if knowledge else None
+            games.append(Game(this, text, seed))
+    played = players.play(games, config.sampling.sampling(), on_progress)
+    return [
+        EvaluationGame(
+            **trajectory.model_dump(),
+            condition=condition,
+            sampling_seed=game.sampling_seed,
+            knowledge_seed=game.knowledge.seed if game.knowledge else None,
+            success=success,
+        )
+        for game, (trajectory, success) in zip(games, played, strict=True)
+    ]

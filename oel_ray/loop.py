@@ -1,0 +1,245 @@
+"""Online Experiential Learning (arXiv 2603.16856, algorithm 1) as the driver runs it.
+
+    for every round:
+        collect      the policy plays: T for extraction, T' for prefixes
+        extract      K accumulations turn T into K knowledge texts
+        consolidate  the knowledge is distilled into the weights, on-policy
+        evaluate     held-out maps; feeds nothing
+        deploy       the new policy plays the next round
+
+A stage writes into a folder of its own and is committed whole; a committed stage is never done again.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import orjson
+
+from oel_ray import layout
+from oel_ray.chat import ChatFormat
+from oel_ray.collect.stage import Game, Players, players
+from oel_ray.config import RunConfig
+from oel_ray.consolidate.prefixes import prefixes, step_batches
+from oel_ray.engines.pool import Pool, engine_pool
+from oel_ray.envs.baselines import oracle_rate, random_rate
+from oel_ray.envs.splits import held_out_episodes, training_episodes
+from oel_ray.evaluate.metrics import evaluation
+from oel_ray.evaluate.stage import evaluation_games
+from oel_ray.models import resolve_model
+from oel_ray.progress import Progress, StageProgress
+from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory, read_jsonl, write_jsonl
+from oel_ray.resources import ray_cluster
+from oel_ray.runs import RunFolder, Stage
+
+TRAINING_SPLITS = ("extraction", "consolidation")
+
+
+def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
+    """Do all stages of all rounds that are not done yet.
+
+    Raises:
+        UserError: something in the configuration cannot work here.
+        RunFailed: a stage failed; what was committed before stays.
+    """
+    prepare(config, folder, progress)
+    todo = [
+        (number, name)
+        for number in range(config.rounds + 1)
+        for name in layout.planned_stages(config, number)
+        if not folder.stage(number, name).is_done
+    ]
+    if not todo:
+        return
+    first = todo[0][0]
+    policy = folder.policy(max(first - 1, 0))
+    with ray_cluster(config, folder.run_id, progress.note) as on_gpu:
+        progress.note(f"starting {config.engines.count} engines on {policy}")
+        with engine_pool(config.engines, policy, on_gpu=on_gpu) as pool:
+            with players(config, policy, pool.client) as gamers:
+                rounds = Rounds(config, folder, progress, pool, gamers, on_gpu=on_gpu)
+                for number, name in todo:
+                    getattr(rounds, name)(number)
+
+
+def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
+    """Settle what round 0's policy is: the untouched model."""
+    stage = folder.stage(0, layout.PREPARE)
+    if stage.is_done:
+        return
+    model = resolve_model(config.model, progress.note)
+    ChatFormat.from_pretrained(model, thinking=config.thinking)
+    out = stage.begin()
+    reference = out.policy / layout.POLICY_REFERENCE
+    reference.write_bytes(orjson.dumps({"model": str(model)}))
+    stage.commit([reference], {})
+
+
+class Rounds:
+    """The stages of a round, one method each. State: which policy the engines serve; everything else is on disk."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, progress: Progress, pool: Pool, gamers: Players, *, on_gpu: bool
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.progress = progress
+        self.pool = pool
+        self.players = gamers
+        self.on_gpu = on_gpu
+        self._deployed: int | None = None
+
+    def collect(self, number: int) -> None:
+        """The policy of the round before plays T and T'."""
+        wanted = {"extraction": self.config.collect.extraction_games, "consolidation": self.config.consolidate.games}
+        with self._stage(number, layout.COLLECT, sum(wanted.values()), "games") as (stage, progress):
+            self._deploy(number - 1)
+            env = self.config.env
+            excluded = {episode.map_hash for episode in self.held_out}
+            games = [
+                Game(episode)
+                for split in TRAINING_SPLITS
+                for episode in training_episodes(
+                    env.id, env.params, self.config.seed, number, split, wanted[split], excluded
+                )
+            ]
+            played = self.players.play(games, self.config.collect.sampling.sampling(), progress.update)
+            files = {split: stage.out.trajectories(split) for split in TRAINING_SPLITS}
+            counts = {
+                split: write_jsonl(files[split], [game for game, _ in played if game.split == split])
+                for split in TRAINING_SPLITS
+            }
+            stage.commit(files.values(), counts)
+
+    def extract(self, number: int) -> None:
+        """K accumulations read T."""
+        from oel_ray.extract.stage import extract
+
+        trajectories = self._trajectories(number, "extraction")
+        with self._stage(number, layout.EXTRACT, self.config.extract.seeds * len(trajectories), "steps") as (
+            stage,
+            progress,
+        ):
+            self._deploy(number - 1)
+            texts = extract(
+                trajectories,
+                number,
+                self.config,
+                self.folder.policy(number - 1),
+                self.pool.client,
+                lambda done, _: progress.update(done),
+            )
+            for text in texts:
+                stage.out.knowledge(text.seed).write_bytes(text.to_json() + b"\n")
+            stage.commit([stage.out.knowledge(text.seed) for text in texts], {"knowledge": len(texts)})
+
+    def evaluate_in_context(self, number: int) -> None:
+        """The teacher's view: the policy that played, with the knowledge in its prompt."""
+        self._evaluate(number, layout.EVALUATE_IN_CONTEXT, number - 1, self._knowledge(number))
+
+    def consolidate(self, number: int) -> None:
+        """Distil the knowledge into the weights; writes the new policy."""
+        from oel_ray.consolidate.stage import consolidate
+        from oel_ray.consolidate.worker import Job
+
+        config = self.config.consolidate
+        with self._stage(number, layout.CONSOLIDATE, config.steps, "steps") as (stage, progress):
+            version = self._deploy(number - 1)
+            policy = self.folder.policy(number - 1)
+            chat = ChatFormat.from_pretrained(policy, thinking=self.config.thinking)
+            starts = prefixes(self._trajectories(number, "consolidation"), chat)
+            knowledge = self._knowledge(number)
+            plan = step_batches(
+                starts,
+                len(knowledge),
+                steps=config.steps,
+                batching=config.batching,
+                games_per_step=config.games_per_step,
+                run_seed=self.config.seed,
+                round_number=number,
+            )
+            out = stage.out
+            job = Job(
+                config=self.config,
+                round=number,
+                policy=policy,
+                deployed=version,
+                prefixes=starts,
+                knowledge=knowledge,
+                plan=plan,
+                generate=self.pool.client,
+                engines=self.pool.engines(),
+                on_gpu=self.on_gpu,
+                metrics=out.consolidation_metrics.resolve(),
+                samples=out.samples.resolve(),
+                target=out.policy.resolve(),
+            )
+            self._deployed = None  # from the first step on the engines serve what the trainer sends
+            name = f"{self.folder.run_id}-round-{number:03d}"
+            samples = consolidate(job, name, out.root / "ray_train", progress.update)
+            stage.commit(
+                [out.consolidation_metrics, out.samples, out.policy], {"metrics": config.steps, "samples": samples}
+            )
+
+    def evaluate(self, number: int) -> None:
+        """The policy that the round ended with, on the held-out maps."""
+        self._evaluate(number, layout.EVALUATE, number, [])
+
+    @cached_property
+    def held_out(self) -> list[Episode]:
+        """The maps of every evaluation of this run; none are set aside if there is none."""
+        config = self.config
+        if not config.evaluate.enabled:
+            return []
+        return held_out_episodes(config.env.id, config.env.params, config.seed, config.evaluate.maps)
+
+    @cached_property
+    def baselines(self) -> dict[str, float | None]:
+        """Pass rates of the random and the oracle player on the held-out maps."""
+        turns = self.config.env.max_turns
+        return {
+            "random": random_rate(self.held_out, turns, self.config.evaluate.random_games, self.config.seed),
+            "oracle": oracle_rate(self.held_out, turns),
+        }
+
+    def _evaluate(self, number: int, name: str, policy_of: int, knowledge: list[KnowledgeText]) -> None:
+        config = self.config.evaluate
+        with self._stage(number, name, config.maps * config.seeds, "games") as (stage, progress):
+            self._deploy(policy_of)
+            games = evaluation_games(self.players, self.held_out, config, number, progress.update, knowledge)
+            if name == layout.EVALUATE_IN_CONTEXT:
+                stage.commit([stage.out.in_context], {"in_context": write_jsonl(stage.out.in_context, games)})
+                return
+            seen = self.folder.files(number).in_context
+            in_context = read_jsonl(seen, EvaluationGame) if seen.exists() else []
+            result = evaluation(games, in_context, **self.baselines)
+            stage.out.evaluation.write_bytes(result.to_json() + b"\n")
+            stage.commit(
+                [stage.out.evaluation, stage.out.evaluation_games],
+                {"evaluation": write_jsonl(stage.out.evaluation_games, games)},
+            )
+
+    @contextmanager
+    def _stage(self, number: int, name: str, total: int, unit: str) -> Iterator[tuple[Stage, StageProgress]]:
+        stage = self.folder.stage(number, name)
+        stage.begin()
+        with self.progress.stage(number, self.config.rounds, name, total, unit) as progress:
+            yield stage, progress
+        entry = stage.entry
+        if entry:
+            self.folder.log_metrics({"round": number, "stage": name, "wall_s": entry.wall_s, **entry.counts})
+
+    def _deploy(self, policy_of: int) -> str:
+        """Have the engines serve the policy that a round ended with; returns its weight version."""
+        version = f"r{policy_of:03d}"
+        if self._deployed != policy_of:
+            self.pool.deploy(self.folder.policy(policy_of), version)
+            self._deployed = policy_of
+        return version
+
+    def _trajectories(self, number: int, split: str) -> list[Trajectory]:
+        return read_jsonl(self.folder.files(number).trajectories(split), Trajectory)  # type: ignore[arg-type]
+
+    def _knowledge(self, number: int) -> list[KnowledgeText]:
+        return [KnowledgeText.from_json(path.read_bytes()) for path in self.folder.files(number).knowledge_files()]

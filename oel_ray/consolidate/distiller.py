@@ -56,7 +56,8 @@ def pad_tokens(
 
 def response_hidden(model: Any, tokens_BS: Tensor, mask_BS: Tensor, rows_T: Tensor) -> Tensor:
     """The final hidden states (hidden_TD) that the model's head would read at the response positions."""
-    hidden_BSD = model.base_model(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False).last_hidden_state
+    output = model.base_model(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False)
+    hidden_BSD: Tensor = output.last_hidden_state
     return hidden_BSD.flatten(0, 1).index_select(0, rows_T)
 
 
@@ -103,7 +104,7 @@ class Distiller(nn.Module):
 class _DistillLoss(nn.Module):
     """The loss as a module, so that ZeRO-3 gathers the head around it, forward and backward, and not for longer."""
 
-    def __init__(self, head: nn.Module, temperature: float, chunk_tokens: int) -> None:
+    def __init__(self, head: nn.Linear, temperature: float, chunk_tokens: int) -> None:
         super().__init__()
         self._head = [head]  # in a list, or the head would get a second name in this module tree
         self.temperature = temperature

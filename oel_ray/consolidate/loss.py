@@ -45,7 +45,7 @@ def reverse_kl(
     if not torch.is_grad_enabled():  # a Function sees requires_grad even here, and would compute gradients in vain
         student_hidden_TD, student_head_VD = student_hidden_TD.detach(), student_head_VD.detach()
         student_bias_V = None if student_bias_V is None else student_bias_V.detach()
-    loss, kl_T = _ReverseKL.apply(
+    loss, kl_T = _ReverseKL.apply(  # type: ignore[no-untyped-call]
         student_hidden_TD,
         student_head_VD,
         student_bias_V,
@@ -93,9 +93,7 @@ class _ReverseKL(torch.autograd.Function):
         for start in range(0, tokens, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, tokens))
             student_CV, teacher_CV, gap_CV = buffers_3CV[:, : chunk.stop - start]
-            top_C1 = _shifted_logits(
-                student_hidden_TD[chunk], student_head_VD, student_bias_V, temperature, student_CV
-            )
+            top_C1 = _shifted_logits(student_hidden_TD[chunk], student_head_VD, student_bias_V, temperature, student_CV)
             _shifted_logits(teacher_hidden_TE[chunk], teacher_head_VE, teacher_bias_V, temperature, teacher_CV)
             torch.sub(student_CV, teacher_CV, out=gap_CV)
             # Measured from the student's likeliest token: where nearly all probability lies there, the gradient is a

@@ -76,20 +76,24 @@ class DistillStep:
     """Student, teacher and optimizer of one training rank."""
 
     def __init__(self, student: Any, teacher: Any, config: ConsolidateConfig, device: torch.device | str) -> None:
-        """Every rank passes the same whole models, loaded from the same folder.
+        """Every rank passes the same whole models, loaded from the same folder in any dtype.
+
+        Both compute in `config.precision`. A float32 student gives its full precision to the masters.
 
         Raises:
             UserError: the logits of the model are not a linear function of its last hidden state.
         """
         self.device = torch.device(device)
         self.world_size = dist.get_world_size()
-        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
+        compute_dtype: torch.dtype = getattr(torch, config.precision)
+        self.teacher = _cast_parameters(teacher.to(self.device).eval().requires_grad_(False), compute_dtype)
+        if compute_dtype == torch.float32:
+            student = _cast_parameters(student, torch.float32)
         check_linear_head(self.teacher)
         distiller = Distiller(student, temperature=config.temperature, chunk_tokens=config.chunk_tokens)
         trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
         # DeepSpeed takes the masters from weights that it has rounded to bfloat16 already.
-        rounded = config.precision == "bfloat16"
-        masters = {p: p.detach().clone() for p in trained if rounded and p.dtype == torch.float32}
+        masters = {p: p.detach().clone() for p in trained if p.dtype == torch.float32 != compute_dtype}
         warmup = max(config.warmup_steps, 1)
         # DeepSpeed would compile its shared-memory collectives on the spot: gloo needs no compiler and is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -164,3 +168,10 @@ class DistillStep:
             return False, grad_norm
         self.engine.step()
         return True, grad_norm
+
+
+def _cast_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """Parameters only, as DeepSpeed does it: rounded rotary frequencies would set teacher and student apart."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

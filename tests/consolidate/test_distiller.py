@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from oel_ray.consolidate.batches import MicroBatch, Sample, micro_batches, token_weights
 from oel_ray.consolidate.distiller import Distiller, check_linear_head, pad_tokens, teacher_hidden
 from oel_ray.errors import UserError
-from tests.consolidate.tiny import Kind, tiny_model, tiny_samples
+from tests.consolidate.tiny import tiny_model, tiny_samples
 
 
 def run(distiller: Distiller, teacher: Any, batches: list[MicroBatch]) -> tuple[float, dict[str, list[float]]]:
@@ -36,7 +36,7 @@ def run(distiller: Distiller, teacher: Any, batches: list[MicroBatch]) -> tuple[
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_padding_order_and_micro_batch_size_change_nothing(kind: Kind) -> None:
+def test_padding_order_and_micro_batch_size_change_nothing(kind: str) -> None:
     samples = tiny_samples(6, seed=0)
     teacher = tiny_model(kind, seed=2)
     distiller = Distiller(tiny_model(kind, seed=1), temperature=0.7, chunk_tokens=4)
@@ -54,7 +54,7 @@ def test_padding_order_and_micro_batch_size_change_nothing(kind: Kind) -> None:
         assert all(other_kl[name] == pytest.approx(kl[name], rel=1e-4, abs=1e-5) for name in kl)
         for name, parameter in distiller.named_parameters():
             assert parameter.grad is not None
-            assert torch.allclose(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+            assert torch.allclose(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_without_a_response_token_has_loss_zero_and_gradients() -> None:

@@ -96,7 +96,7 @@ def test_a_real_vocabulary(dtype: torch.dtype) -> None:
 
 
 def test_the_same_tensor_as_embedding_and_head_collects_both_gradients() -> None:
-    hidden, head, bias, teacher_hidden, teacher_head, _ = random_inputs(6, 30, 8, 5.0, seed=3)
+    hidden, head, _, teacher_hidden, teacher_head, _ = random_inputs(6, 30, 8, 5.0, seed=3)
     tokens_T = torch.tensor([1, 2, 3, 4, 5, 6])
     gradients = []
     for dtype in (torch.float32, torch.float64):
@@ -104,9 +104,7 @@ def test_the_same_tensor_as_embedding_and_head_collects_both_gradients() -> None
         embedded = torch.tanh(weight[tokens_T]) + hidden.to(dtype)
         if dtype == torch.float32:
             ones = torch.ones(6)
-            loss, _ = reverse_kl(
-                embedded, weight, teacher_hidden, teacher_head, ones, temperature=1.0, chunk_tokens=4
-            )
+            loss, _ = reverse_kl(embedded, weight, teacher_hidden, teacher_head, ones, temperature=1.0, chunk_tokens=4)
         else:
             log_student = (embedded @ weight.T).log_softmax(-1)
             log_teacher = (teacher_hidden.double() @ teacher_head.double().T).log_softmax(-1)

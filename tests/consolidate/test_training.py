@@ -74,12 +74,14 @@ def plain_training(kind: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
 def sum_of_kl(student: Any, teacher: Any, sample: Any, temperature: float) -> torch.Tensor:
     def log_probs(model: Any, prompt: list[int]) -> torch.Tensor:
         logits = model(torch.tensor([prompt + sample.response_ids])).logits[0, len(prompt) - 1 : -1]
-        return (logits / temperature).log_softmax(-1)
+        log_probs_TV: torch.Tensor = (logits / temperature).log_softmax(-1)
+        return log_probs_TV
 
     log_student = log_probs(student, sample.student_prompt_ids)
     with torch.no_grad():
         log_teacher = log_probs(teacher, sample.teacher_prompt_ids)
-    return (log_student.exp() * (log_student - log_teacher)).sum()
+    kl: torch.Tensor = (log_student.exp() * (log_student - log_teacher)).sum()
+    return kl
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])

@@ -1,7 +1,7 @@
 """Tiny random models and samples, built from configurations: nothing is downloaded."""
 
 import random
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -9,11 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from oel_ray.consolidate.batches import Sample
 
 VOCABULARY = 128
-Kind = Literal["tied", "untied"]
 
 
-def tiny_model(kind: Kind, seed: int) -> Any:
-    """A float32 Qwen3 with a tied head or a Llama with a head of its own, in eval mode."""
+def tiny_model(kind: str, seed: int) -> Any:
+    """`kind` is "tied" or "untied": a float32 Qwen3 with a tied head or a Llama with a head of its own, in eval mode."""
     size: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -26,8 +25,10 @@ def tiny_model(kind: Kind, seed: int) -> Any:
     }
     torch.manual_seed(seed)
     if kind == "tied":
-        return Qwen3ForCausalLM(Qwen3Config(**size, head_dim=16, tie_word_embeddings=True)).eval()
-    return LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=False)).eval()
+        model: Any = Qwen3ForCausalLM(Qwen3Config(**size, head_dim=16, tie_word_embeddings=True))  # type: ignore[no-untyped-call]
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=False))  # type: ignore[no-untyped-call]
+    return model.eval()
 
 
 def tiny_samples(count: int, seed: int, *, knowledge: bool = True) -> list[Sample]:

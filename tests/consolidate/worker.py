@@ -48,14 +48,14 @@ def main(store: str, rank: int, world_size: int, output: Path) -> None:
     # ZeRO-3 leaves parameters as small as a tiny model's on every rank, unless told to partition them all.
     real = optimizer.deepspeed_config
 
-    def partition_everything(*args: Any) -> dict[str, Any]:
-        config = real(*args)
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return config
+    def partition_everything(config: Any, world_size: int, device: str) -> dict[str, Any]:
+        settings = real(config, world_size, device)
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return settings
 
     optimizer.deepspeed_config = partition_everything
 
-    results = {}
+    results: dict[Any, Any] = {}
     for case in FLOAT32 + (BFLOAT16 if world_size > 1 else []):
         results[case] = run_case(*case, rank, world_size, output)
     for case in WITHOUT_KNOWLEDGE:
@@ -72,13 +72,12 @@ def prepare(kind: Any, stage: int, precision: str, rank: int, world_size: int, *
     from tests.consolidate.tiny import tiny_model, tiny_samples
 
     config = settings(stage, precision, world_size)
-    teacher = tiny_model(kind, seed=1).to(getattr(torch, precision))
-    step = DistillStep(tiny_model(kind, seed=1), teacher, config, "cpu")
+    step = DistillStep(tiny_model(kind, seed=1), tiny_model(kind, seed=1), config, "cpu")
     samples = [tiny_samples(SAMPLES, seed=index, knowledge=knowledge) for index in range(STEPS)]
     return step, [micro_batches(batch, rank, world_size, config.micro_batch) for batch in samples]
 
 
-def run_case(kind: Any, stage: int, precision: str, rank: int, world_size: int, output: Path) -> dict[str, Any]:
+def run_case(kind: Any, stage: int, precision: str, rank: int, world_size: int, output: Path) -> dict[Any, Any]:
     from oel_ray.consolidate.batches import MicroBatch
     from oel_ray.consolidate.weights import FullWeights, export_policy
     from tests.consolidate.tiny import tiny_model
@@ -91,7 +90,7 @@ def run_case(kind: Any, stage: int, precision: str, rank: int, world_size: int, 
         first = spoilt[0]
         spoilt = [MicroBatch(first.samples, tuple(float("nan") for _ in first.weights)), *spoilt[1:]]
     skipped = step.step(spoilt)
-    result: dict[str, Any] = {"skipped": asdict(skipped), "start": copied(FullWeights(step.student, torch.float32))}
+    result: dict[Any, Any] = {"skipped": asdict(skipped), "start": copied(FullWeights(step.student, torch.float32))}
 
     result["metrics"] = []
     for index, batch in enumerate(batches):

@@ -1,0 +1,172 @@
+"""Student and teacher passes of consolidation. Training workers (Ray Train group); needs no Ray itself.
+
+Shape suffixes: B sequences, S positions, T response tokens of a micro-batch, V vocabulary, D/E widths.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from oel_ray.consolidate.loss import reverse_kl
+from oel_ray.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedTokens:
+    """Prompts with their responses, padded on the right.
+
+    `rows_T` are the rows of the flattened [B * S] positions that predict the response tokens, sample by sample:
+    positions prompt_length - 1 up to prompt_length + response_length - 2.
+    """
+
+    tokens_BS: Tensor
+    mask_BS: Tensor
+    rows_T: Tensor
+
+
+def pad_tokens(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | str
+) -> PaddedTokens:
+    """The padding token is 0; it is masked, and behind everything that is read.
+
+    Raises:
+        ValueError: a prompt is empty, so that nothing predicts the first response token.
+    """
+    if not all(prompts):
+        raise ValueError("a prompt has no tokens")
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    width = max(lengths)
+    tokens = [[*p, *r, *[0] * (width - n)] for p, r, n in zip(prompts, responses, lengths, strict=True)]
+    rows = [
+        index * width + len(prompt) - 1 + offset
+        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        for offset in range(len(response))
+    ]
+    mask_BS = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    return PaddedTokens(
+        torch.tensor(tokens, dtype=torch.long).to(device),
+        mask_BS.long().to(device),
+        torch.tensor(rows, dtype=torch.long).to(device),
+    )
+
+
+def response_hidden(model: Any, tokens_BS: Tensor, mask_BS: Tensor, rows_T: Tensor) -> Tensor:
+    """The final hidden states (hidden_TD) that the model's head would read at the response positions."""
+    output = model.base_model(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False)
+    hidden_BSD: Tensor = output.last_hidden_state
+    return hidden_BSD.flatten(0, 1).index_select(0, rows_T)
+
+
+@torch.no_grad()
+def teacher_hidden(model: Any, batch: PaddedTokens) -> Tensor:
+    """hidden_TE of the frozen teacher on its own prompts, knowledge and all read anew."""
+    return response_hidden(model, batch.tokens_BS, batch.mask_BS, batch.rows_T)
+
+
+class Distiller(nn.Module):
+    """The module that DeepSpeed wraps: student body, head and loss in one forward pass.
+
+    Under ZeRO-3 a parameter exists only while a module that is known to use it runs. The head's weight is used by
+    the loss and not by the head's own forward, so `_DistillLoss` declares it.
+    """
+
+    def __init__(self, student: Any, *, temperature: float, chunk_tokens: int) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = _DistillLoss(student.get_output_embeddings(), temperature, chunk_tokens)
+
+    def train(self, mode: bool = True) -> Self:
+        """Dropout stays off: the student must be the policy that wrote the responses."""
+        super().train(mode)
+        self.student.eval()
+        return self
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        mask_BS: Tensor,
+        rows_T: Tensor,
+        teacher_hidden_TE: Tensor,
+        teacher_head_VE: Tensor,
+        weights_T: Tensor,
+        teacher_bias_V: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`reverse_kl` of the response tokens: the weighted sum, and the KL of each token."""
+        hidden_TD = response_hidden(self.student, tokens_BS, mask_BS, rows_T)
+        loss, kl_T = self.loss(hidden_TD, teacher_hidden_TE, teacher_head_VE, weights_T, teacher_bias_V)
+        return loss, kl_T
+
+
+class _DistillLoss(nn.Module):
+    """The loss as a module, so that ZeRO-3 gathers the head around it, forward and backward, and not for longer."""
+
+    def __init__(self, head: nn.Linear, temperature: float, chunk_tokens: int) -> None:
+        super().__init__()
+        self._head = [head]  # in a list, or the head would get a second name in this module tree
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens
+        for parameter in head.parameters():
+            deepspeed.zero.register_external_parameter(self, parameter)
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        teacher_hidden_TE: Tensor,
+        teacher_head_VE: Tensor,
+        weights_T: Tensor,
+        teacher_bias_V: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        head = self._head[0]
+        return reverse_kl(
+            hidden_TD,
+            head.weight,
+            teacher_hidden_TE,
+            teacher_head_VE,
+            weights_T,
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+            student_bias_V=head.bias,
+            teacher_bias_V=teacher_bias_V,
+        )
+
+
+@torch.no_grad()
+def check_linear_head(model: Any) -> None:
+    """Make sure that the model's logits are head(last hidden state), as the loss computes them itself.
+
+    The head's output is blown up on its way, so that a soft cap or a scale behind it shows in a small model too.
+
+    Raises:
+        UserError: the model does something else to get its logits.
+    """
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{name} has no linear output head: consolidation needs a decoder-only language model")
+    seen: dict[str, Tensor] = {}
+
+    def amplify(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen["hidden"] = args[0]
+        seen["logits"] = output * (100.0 / output.abs().amax().clamp_min(1e-6))
+        return seen["logits"]
+
+    tokens_BS = torch.arange(1, 5, device=head.weight.device).unsqueeze(0)
+    hook = head.register_forward_hook(amplify)
+    try:
+        logits_BSV = model(input_ids=tokens_BS, use_cache=False).logits
+    finally:
+        hook.remove()
+    hidden_BSD = model.base_model(input_ids=tokens_BS, use_cache=False).last_hidden_state
+    for ours, theirs in ((hidden_BSD, seen.get("hidden")), (seen.get("logits"), logits_BSV)):
+        if ours is None or theirs is None or ours.shape != theirs.shape or not _close(ours, theirs):
+            raise UserError(f"{name} changes its logits behind the output head (soft cap or scale): not supported")
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    """Equal up to the rounding of the coarser dtype."""
+    tolerance = 4 * max(torch.finfo(left.dtype).eps, torch.finfo(right.dtype).eps)
+    return torch.allclose(left.float(), right.float(), rtol=tolerance, atol=tolerance)

@@ -1,0 +1,177 @@
+"""One optimisation step of consolidation under DeepSpeed. Training workers (Ray Train group); needs no Ray itself.
+
+Needs an initialised torch.distributed process group, also with one rank.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_set_full_fp32_param
+from torch.optim.lr_scheduler import LambdaLR
+
+from oel_ray.config import ConsolidateConfig
+from oel_ray.consolidate.batches import MicroBatch
+from oel_ray.consolidate.distiller import Distiller, check_linear_head, pad_tokens, teacher_hidden
+
+
+def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) -> dict[str, Any]:
+    """DeepSpeed's configuration. `device` is "cpu" or "cuda".
+
+    The caller decides how many micro-batches make a step, so DeepSpeed's own batch arithmetic is a formality.
+    """
+    stage = config.zero_stage
+    if config.precision == "bfloat16":
+        # Stage 0 would add up bfloat16 gradients in bfloat16; stage 1 is the first that does it in float32.
+        stage = max(stage, 1)
+    settings: dict[str, Any] = {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.grad_clip,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": config.learning_rate,
+                "betas": [0.9, 0.999],
+                "eps": 1e-8,
+                "weight_decay": config.weight_decay,
+                # torch's own kernels: DeepSpeed's would be compiled on the spot, on every machine.
+                "torch_adam": True,
+                "fused": device == "cuda",
+            },
+        },
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "steps_per_print": 2**31,
+    }
+    if config.precision == "bfloat16":
+        # Immediately: otherwise stage 1 adds a micro-batch's gradient again with every later one of the step.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
+    return settings
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One step, the same on every rank. `applied` is False when it was skipped, and then `grad_norm` may be inf or nan.
+
+    `kl` is the mean over all response tokens in nats per token, whatever the weights in `loss`.
+    """
+
+    loss: float
+    kl: float
+    tokens: int
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+
+
+class DistillStep:
+    """Student, teacher and optimizer of one training rank."""
+
+    def __init__(self, student: Any, teacher: Any, config: ConsolidateConfig, device: torch.device | str) -> None:
+        """Every rank passes the same whole models, loaded from the same folder in any dtype.
+
+        Both compute in `config.precision`. A float32 student gives its full precision to the masters.
+
+        Raises:
+            UserError: the logits of the model are not a linear function of its last hidden state.
+        """
+        self.device = torch.device(device)
+        self.world_size = dist.get_world_size()
+        compute_dtype: torch.dtype = getattr(torch, config.precision)
+        self.teacher = _cast_parameters(teacher.to(self.device).eval().requires_grad_(False), compute_dtype)
+        if compute_dtype == torch.float32:
+            student = _cast_parameters(student, torch.float32)
+        check_linear_head(self.teacher)
+        distiller = Distiller(student, temperature=config.temperature, chunk_tokens=config.chunk_tokens)
+        trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+        # DeepSpeed takes the masters from weights that it has rounded to bfloat16 already.
+        masters = {p: p.detach().clone() for p in trained if p.dtype == torch.float32 != compute_dtype}
+        warmup = max(config.warmup_steps, 1)
+        # DeepSpeed would compile its shared-memory collectives on the spot: gloo needs no compiler and is enough.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.engine, *_ = deepspeed.initialize(
+            model=distiller,
+            model_parameters=trained,
+            config=deepspeed_config(config, self.world_size, self.device.type),
+            lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup)),
+        )
+        self.engine.train()
+        for parameter, value in masters.items():
+            safe_set_full_fp32_param(parameter, value)
+        # Stage 0 is a bare torch optimizer: DeepSpeed neither checks its gradients nor keeps their norm, so the
+        # step reduces them itself and looks at them before DeepSpeed takes over.
+        self._bare_optimizer = self.engine.zero_optimization_stage() == 0
+        if self._bare_optimizer:
+            self.engine.enable_backward_allreduce = False
+
+    @property
+    def student(self) -> Any:
+        """The model that is trained (under ZeRO-3 its parameters are partitioned: see `weights`)."""
+        return self.engine.module.student
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
+        """One optimizer step. Collective: every rank calls it with its own share of the same global batch.
+
+        A loss or gradient that is not finite on any rank leaves the weights of all ranks as they are.
+        """
+        sums_3 = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            loss, kl_sum, tokens = self._forward(batch)
+            sums_3 += torch.stack([loss.detach().double(), kl_sum, tokens])
+            # DeepSpeed averages gradients over ranks, and the loss is a sum over all of them. A loss that is not
+            # finite is made to spoil the gradient for certain: gradients are what every rank gets to see.
+            scale = self.world_size if math.isfinite(loss.item()) else math.nan
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+        dist.all_reduce(sums_3)
+        learning_rate = self.engine.get_lr()[0]
+        applied, grad_norm = self._apply()
+        loss_sum, kl_sum, tokens = sums_3.tolist()
+        return StepMetrics(loss_sum, kl_sum / max(tokens, 1), int(tokens), grad_norm, learning_rate, applied)
+
+    def _forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss of one micro-batch, and the KL and the number of its tokens, without the fillers."""
+        responses = [sample.response_ids for sample in batch.samples]
+        student = pad_tokens([sample.student_prompt_ids for sample in batch.samples], responses, self.device)
+        teacher = pad_tokens([sample.teacher_prompt_ids for sample in batch.samples], responses, self.device)
+        weights = [w for response, w in zip(responses, batch.weights, strict=True) for _ in response]
+        weights_T = torch.tensor(weights, dtype=torch.float32, device=self.device)
+        head = self.teacher.get_output_embeddings()
+        loss, kl_T = self.engine(
+            student.tokens_BS,
+            student.mask_BS,
+            student.rows_T,
+            teacher_hidden(self.teacher, teacher),
+            head.weight,
+            weights_T,
+            head.bias,
+        )
+        counts_T = weights_T > 0
+        return loss, kl_T[counts_T].double().sum(), counts_T.double().sum()
+
+    def _apply(self) -> tuple[bool, float]:
+        """Step the optimizer unless a gradient is not finite; whether it did, and the gradient norm before clipping."""
+        if not self._bare_optimizer:
+            self.engine.step()
+            return self.engine.was_step_applied(), float(self.engine.get_global_grad_norm())
+        self.engine.buffered_allreduce_fallback()
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters()]).item()
+        if not math.isfinite(grad_norm):
+            self.engine.zero_grad()
+            return False, grad_norm
+        self.engine.step()
+        return True, grad_norm
+
+
+def _cast_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """Parameters only, as DeepSpeed does it: rounded rotary frequencies would set teacher and student apart."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

@@ -1,0 +1,155 @@
+"""The student's weights on their way out of DeepSpeed: to the engines, and to an ordinary Hugging Face folder.
+
+Training workers (Ray Train group); needs no Ray itself. Both ways read the float32 masters where there are any and
+round them once, with the same conversion, so that an engine that got the weights and one that loads the folder agree.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
+from torch import Tensor
+
+WeightMeta = tuple[str, torch.dtype, torch.Size]
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+
+
+class FullWeights:
+    """The whole weights under their checkpoint names. Shaped like vLLM's `WeightSource`, without importing it.
+
+    `metadata()` and iteration agree in names, order, dtypes and shapes. A tied head occurs once, under the name that
+    `save_pretrained` would write.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, *, bucket_numel: int = 50_000_000) -> None:
+        """`model`: the transformers model inside the `Distiller`, before or after DeepSpeed got hold of it.
+
+        Under ZeRO-3 parameters are gathered together up to `bucket_numel` elements, or one by one if larger.
+        """
+        self.model = model
+        self.dtype = dtype
+        self.bucket_numel = bucket_numel
+
+    def metadata(self) -> list[WeightMeta]:
+        """(name, dtype, full shape) of every tensor. Gathers nothing; any rank may ask alone."""
+        return [(name, self._dtype_of(tensor), _shape(tensor)) for name, tensor in self._tensors().items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """A fresh pass over (name, tensor), on every rank.
+
+        Under ZeRO-3, and wherever masters are partitioned, every rank has to iterate to the end, in step with the
+        others. A tensor may share memory with the model: use it before the next optimizer step.
+        """
+        bucket: dict[str, Tensor] = {}
+        numel = 0
+        for name, tensor in self._tensors().items():
+            size = _shape(tensor).numel()  # a partitioned parameter itself has no elements
+            if bucket and numel + size > self.bucket_numel:
+                yield from self._whole(bucket)
+                bucket, numel = {}, 0
+            bucket[name] = tensor
+            numel += size
+        yield from self._whole(bucket)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tied_away = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        unsaved = set(self.model._keys_to_ignore_on_save or ())
+        first_names: dict[int, str] = {}
+        state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
+        for name in sorted(state, key=lambda name: name in tied_away):  # stable: canonical names come first
+            first_names.setdefault(id(state[name]), name)
+        names = set(first_names.values()) - unsaved
+        return {name: tensor for name, tensor in state.items() if name in names}
+
+    def _dtype_of(self, tensor: Tensor) -> torch.dtype:
+        return self.dtype if tensor.is_floating_point() else tensor.dtype
+
+    @torch.no_grad()
+    def _whole(self, bucket: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """The bucket's tensors, whole and in their wire dtype."""
+        whole: dict[str, Tensor] = {}
+        for name, tensor in bucket.items():
+            # Where the wire dtype is the parameter's own, the parameter is its master already rounded.
+            if tensor.requires_grad and tensor.dtype != self.dtype:
+                master = safe_get_full_fp32_param(tensor)
+                if master is not None:
+                    whole[name] = master.detach().to(self.dtype).view(_shape(tensor))
+        rest = {name: tensor for name, tensor in bucket.items() if name not in whole}
+        partitioned = [tensor for tensor in rest.values() if hasattr(tensor, "ds_id")]
+        with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+            for name, tensor in rest.items():
+                # A gathered parameter loses its memory when the context closes: leave with a copy.
+                whole[name] = tensor.detach().to(self._dtype_of(tensor), copy=hasattr(tensor, "ds_id"))
+        return [(name, whole[name]) for name in bucket]
+
+
+def _shape(tensor: Tensor) -> torch.Size:
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def export_policy(
+    weights: FullWeights, source_folder: Path, target_folder: Path, *, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write an ordinary Hugging Face folder: these weights, and everything else as it is in `source_folder`.
+
+    Collective: all ranks take part, rank 0 writes, and none returns before the folder is complete.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    metadata = weights.metadata()
+    shards = _plan_shards(metadata, max_shard_bytes)
+    if rank == 0:
+        _copy_companions(source_folder, target_folder, weights.dtype)
+        if len(shards) > 1:
+            _write_index(shards, metadata, target_folder)
+    content: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        if rank != 0:
+            continue
+        content[name] = tensor.detach().to("cpu").contiguous()
+        if len(content) == len(shards[0][1]):
+            filename, _ = shards.pop(0)
+            save_file(content, target_folder / filename, metadata={"format": "pt"})
+            content = {}
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _plan_shards(metadata: list[WeightMeta], max_bytes: int) -> list[tuple[str, list[str]]]:
+    """(file name, tensor names) in the order of the stream."""
+    groups: list[list[str]] = []
+    filled = 0
+    for name, dtype, shape in metadata:
+        size = shape.numel() * dtype.itemsize
+        if not groups or filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return [("model.safetensors", groups[0])]
+    return [(f"model-{i:05d}-of-{len(groups):05d}.safetensors", names) for i, names in enumerate(groups, start=1)]
+
+
+def _write_index(shards: list[tuple[str, list[str]]], metadata: list[WeightMeta], target: Path) -> None:
+    total = sum(shape.numel() * dtype.itemsize for _, dtype, shape in metadata)
+    weight_map = {name: filename for filename, names in shards for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Tokenizer, chat template, generation config, configuration: all but the weights. The dtype is set to ours."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, ".*"), dirs_exist_ok=True)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)  # the older name of the same field
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,178 @@
+"""Real DeepSpeed and gloo in processes of their own, against a plain PyTorch loop. See `worker.py`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from oel_ray.consolidate.batches import token_weights
+from tests.consolidate.tiny import tiny_model, tiny_samples
+from tests.consolidate.worker import BFLOAT16, FLOAT32, SAMPLES, STEPS, WITHOUT_KNOWLEDGE, settings
+
+ROOT = Path(__file__).parents[2]
+Runs = dict[int, tuple[Path, list[dict[Any, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The folder and the results of every rank, for one rank and for two."""
+    return {world_size: launch(world_size, tmp_path_factory.mktemp(f"ranks-{world_size}")) for world_size in (1, 2)}
+
+
+def launch(world_size: int, output: Path) -> tuple[Path, list[dict[Any, Any]]]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tests.consolidate.worker", str(output / "store")]
+    logs = [output / f"rank-{rank}.log" for rank in range(world_size)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(world_size), str(output)],
+            env=environment,
+            cwd=ROOT,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * world_size, "\n".join(log.read_text()[-3000:] for log in logs)
+    return output, [torch.load(output / f"rank-{r}.pt", weights_only=False) for r in range(world_size)]
+
+
+def plain_training(kind: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of all steps and clipped gradients of the first one: no DeepSpeed, no batches, autograd throughout."""
+    config = settings(0, "float32", 1)
+    student, teacher = tiny_model(kind, seed=1), tiny_model(kind, seed=1)
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.999), weight_decay=config.weight_decay)
+    losses, gradients = [], {}
+    for index in range(STEPS):
+        samples = tiny_samples(SAMPLES, seed=index)
+        loss = torch.zeros(())
+        for sample, weight in zip(samples, token_weights(samples, "response"), strict=True):
+            loss = loss + weight * sum_of_kl(student, teacher, sample, config.temperature)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
+        if index == 0:
+            gradients = {name: p.grad.clone() for name, p in student.named_parameters()}
+        optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (index + 1) / config.warmup_steps)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, gradients
+
+
+def sum_of_kl(student: Any, teacher: Any, sample: Any, temperature: float) -> torch.Tensor:
+    def log_probs(model: Any, prompt: list[int]) -> torch.Tensor:
+        logits = model(torch.tensor([prompt + sample.response_ids])).logits[0, len(prompt) - 1 : -1]
+        log_probs_TV: torch.Tensor = (logits / temperature).log_softmax(-1)
+        return log_probs_TV
+
+    log_student = log_probs(student, sample.student_prompt_ids)
+    with torch.no_grad():
+        log_teacher = log_probs(teacher, sample.teacher_prompt_ids)
+    kl: torch.Tensor = (log_student.exp() * (log_student - log_teacher)).sum()
+    return kl
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_one_rank_two_ranks_and_all_stages_train_like_plain_pytorch(runs: Runs, kind: str) -> None:
+    losses, gradients = plain_training(kind)
+    for _, ranks in runs.values():
+        for case in (case for case in FLOAT32 if case[0] == kind):
+            for result in (rank[case] for rank in ranks):
+                assert [m["loss"] for m in result["metrics"]] == pytest.approx(losses, rel=1e-4), case
+                assert result["gradients"].keys() == gradients.keys()
+                for name, gradient in result["gradients"].items():
+                    assert torch.allclose(gradient, gradients[name], rtol=1e-4, atol=1e-6), (case, name)
+
+
+def test_bfloat16_follows_float32_and_is_the_same_at_every_stage(runs: Runs) -> None:
+    _, ranks = runs[2]
+    for kind, stage, precision in BFLOAT16:
+        losses = [m["loss"] for m in ranks[0][kind, stage, precision]["metrics"]]
+        assert losses == pytest.approx([m["loss"] for m in ranks[0][kind, 2, "float32"]["metrics"]], rel=0.05)
+        assert losses == pytest.approx([m["loss"] for m in ranks[0][kind, 3, precision]["metrics"]], rel=1e-3)
+
+
+def test_metrics_agree_on_all_ranks(runs: Runs) -> None:
+    _, ranks = runs[2]
+    for case in FLOAT32 + BFLOAT16:
+        metrics = ranks[0][case]["metrics"]
+        assert metrics == ranks[1][case]["metrics"]
+        assert all(m["applied"] and m["grad_norm"] > 0 and m["kl"] > 0 for m in metrics)
+        assert [m["learning_rate"] for m in metrics] == pytest.approx([0.005, 0.01, 0.01, 0.01])
+        sizes = [sum(len(s.response_ids) for s in tiny_samples(SAMPLES, seed=i)) for i in range(STEPS)]
+        assert [m["tokens"] for m in metrics] == sizes
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(runs: Runs) -> None:
+    for _, ranks in runs.values():
+        for case in FLOAT32 + (BFLOAT16 if len(ranks) > 1 else []):
+            untouched = tiny_model(case[0], seed=1).state_dict()
+            for rank in ranks:
+                assert not rank[case]["skipped"]["applied"]
+                assert rank[case]["skipped"]["loss"] != rank[case]["skipped"]["loss"]
+                # also under bfloat16 the masters begin as the float32 weights that were loaded
+                assert all(torch.equal(tensor, untouched[name]) for name, tensor in rank[case]["start"].items())
+
+
+def test_without_knowledge_the_loss_is_zero(runs: Runs) -> None:
+    for _, ranks in runs.values():
+        for case in WITHOUT_KNOWLEDGE:
+            assert abs(ranks[0]["without knowledge", *case]) < 1e-6
+
+
+def test_streamed_weights_have_checkpoint_names_and_are_masters_rounded_once(runs: Runs) -> None:
+    folder, ranks = runs[2]
+    for case in FLOAT32 + BFLOAT16:
+        checkpoint = load_file(folder / f"source-{case[0]}" / "model.safetensors")
+        for dtype in (torch.float32, torch.bfloat16):
+            ours = ranks[0][case][dtype]
+            assert [name for name, *_ in ours["metadata"]] == list(ours["weights"])
+            assert {n: s for n, _, s in ours["metadata"]} == {n: t.shape for n, t in checkpoint.items()}
+            masters = ranks[0][case][torch.float32]["weights"]
+            for name, declared, shape in ours["metadata"]:
+                tensor = ours["weights"][name]
+                assert (tensor.dtype, tensor.shape) == (declared, shape) == (dtype, checkpoint[name].shape)
+                assert torch.equal(tensor, masters[name].to(dtype)), (case, name)
+                assert torch.equal(tensor, ranks[1][case][dtype]["weights"][name])
+
+
+def test_partitioned_weights_equal_whole_ones(runs: Runs) -> None:
+    _, ranks = runs[2]
+    for kind in ("tied", "untied"):
+        partitioned, whole = (ranks[0][kind, stage, "float32"][torch.float32]["weights"] for stage in (3, 0))
+        assert partitioned.keys() == whole.keys()
+        # AdamW turns the rounding of a gradient near zero into a step of the learning rate's size
+        off = [(partitioned[name] - whole[name]).abs().max().item() for name in whole]
+        assert max(off) < 1e-3
+
+
+@pytest.mark.parametrize("case", FLOAT32 + BFLOAT16, ids=str)
+def test_the_exported_folder_loads_and_holds_the_rounded_masters(runs: Runs, case: Any) -> None:
+    folder, ranks = runs[2]
+    target = folder / "-".join(map(str, case))
+    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (case[0] == "tied")
+    masters = ranks[0][case][torch.float32]["weights"]
+    state = model.state_dict()
+    assert all(torch.equal(state[name], master.bfloat16()) for name, master in masters.items())
+    config = json.loads((target / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "torch_dtype" not in config
+    assert (target / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (target / "generation_config.json").exists()
+    shards = sorted(path.name for path in target.glob("*.safetensors"))
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert len(shards) > 1 and shards == sorted(set(index["weight_map"].values()))
+    assert index["weight_map"].keys() == masters.keys()

@@ -56,27 +56,27 @@ def run(
     if config is None and not resume:
         raise UserError(f"give a CONFIG, a YAML file or a preset: {', '.join(preset_names())}")
     settings = _load(config, overrides) if config else None
-    if resume and run_dir:
-        folder = RunFolder.resume(run_dir, settings)
+    path = run_dir or _default_run_dir(str(config))
+    if resume:
+        folder = RunFolder.resume(path, settings)
     else:
-        assert config is not None
         assert settings is not None
-        folder = RunFolder.create(run_dir or _default_run_dir(config), settings)
+        folder = RunFolder.create(path, settings)
 
     signal.signal(signal.SIGTERM, _interrupt)
-    again = f"oel run --resume --run-dir {shlex.quote(str(folder.path))}"
+    again = f"oel run --resume --run-dir {shlex.quote(str(path))}"
     try:
         with folder:
             from oel_ray import loop
 
             loop.run(folder.config, folder, Progress(folder))
     except (KeyboardInterrupt, SystemExit):  # Ray puts a SIGTERM handler of its own in place, which exits
-        _end(130, f"oel: interrupted: the run is in {folder.path}; go on with: {again}")
+        _end(130, f"oel: interrupted: the run is in {path}; go on with: {again}")
     except RunFailed as failure:
-        _end(1, f"oel: run failed: {failure}; the run is in {folder.path}; go on with: {again}")
+        _end(1, f"oel: run failed: {failure}; the run is in {path}; go on with: {again}")
     console = Console()
-    console.print(summary_table(folder.path))
-    print(next_steps(folder.path))
+    console.print(summary_table(path))
+    print(next_steps(path))
 
 
 @app.command()

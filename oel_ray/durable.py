@@ -49,9 +49,14 @@ def files_below(path: Path) -> list[Path]:
     return [path]
 
 
-def seal(path: Path) -> FileEntry:
-    """Force a file to disk and take its fingerprint."""
+def fingerprint(path: Path) -> FileEntry:
     with path.open("rb") as file:
-        os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileEntry(bytes=file.tell(), sha256=digest)
+
+
+def seal(path: Path) -> FileEntry:
+    """Force a file to disk; returns its fingerprint."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return fingerprint(path)

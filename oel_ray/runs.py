@@ -45,7 +45,7 @@ class RunFolder:
     """One run. `RunFolder(path)` reads; `create` and `resume` take the lock, and the `with` block gives it back."""
 
     def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
-        self.path = path
+        self.path = path.absolute()  # actors and workers have other working directories
         self.lock = lock
         self._status: dict[str, Any] = {}
 

@@ -101,7 +101,8 @@ def _row(folder: RunFolder, number: int) -> list[str]:
         _number(evaluation.get("response_tokens_per_turn")),
         f"{sum(len(text.items) for text in texts) / len(texts):.1f}" if texts else ABSENT,
         "→".join(f"{value:.2g}" for value in kl) or ABSENT,
-        "\n".join(f"{_SHORT.get(name, name):<11} {_clock(entry.wall_s):>5}" for name, entry in stages.items()) or ABSENT,
+        "\n".join(f"{_SHORT.get(name, name):<11} {_clock(entry.wall_s):>5}" for name, entry in stages.items())
+        or ABSENT,
     ]
 
 
@@ -141,7 +142,9 @@ def _show_run(folder: RunFolder, console: Console) -> None:
 
 
 def _stopped_at(status: dict[str, Any]) -> str:
-    where = f" in round {status['round']}, {status['stage']} {status['done']}/{status['total']}" * ("stage" in status)
+    where = ""
+    if "stage" in status:
+        where = f" in round {status['round']}, {status['stage']} {status['done']}/{status['total']}"
     return f"{status['state']}{where}, last heard of at {status['updated']}"
 
 

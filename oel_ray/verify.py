@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from oel_ray.durable import seal
+from oel_ray.durable import fingerprint
 from oel_ray.errors import UserError
 from oel_ray.layout import (
     COLLECT,
@@ -169,7 +169,7 @@ class _Check:
                 self.found(path, 0, "is missing")
             elif path.stat().st_size != recorded.bytes:
                 self.found(path, 0, f"has {path.stat().st_size} bytes, the manifest says {recorded.bytes}")
-            elif seal(path).sha256 != recorded.sha256:
+            elif fingerprint(path).sha256 != recorded.sha256:
                 self.found(path, 0, "was changed: its sha256 is not the one in the manifest")
 
     def _records(self, path: Path, kind: type[Row]) -> list[tuple[int, Row]]:

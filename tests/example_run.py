@@ -103,11 +103,12 @@ def prepare(stage: Stage, model: Path) -> None:
 
 def collect(stage: Stage) -> None:
     out = stage.begin()
-    counts: dict[Split, int] = {"extraction": 2, "consolidation": 3}
-    for split, count in counts.items():
+    splits: list[tuple[Split, int]] = [("extraction", 2), ("consolidation", 3)]
+    for split, count in splits:
         records = [trajectory(number, stage.round, split, f"{split} {number}") for number in range(count)]
         write_jsonl(out.trajectories(split), records)
-    stage.commit(["trajectories/extraction.jsonl", "trajectories/consolidation.jsonl"], dict(counts))
+    outputs = ["trajectories/extraction.jsonl", "trajectories/consolidation.jsonl"]
+    stage.commit(outputs, {"extraction": 2, "consolidation": 3})
 
 
 def knowledge_text(round_number: int, seed: int) -> KnowledgeText:

@@ -1,0 +1,62 @@
+"""Files that survive a crash: written aside, forced to disk, then renamed. The driver process."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from oel_ray.records import Record
+
+
+class FileEntry(Record):
+    bytes: int
+    sha256: str
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, so that a reader sees the old file or the new one."""
+    write_atomically(path, orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = orjson.loads(path.read_bytes())
+    return value
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def files_below(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [path]
+
+
+def fingerprint(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(bytes=file.tell(), sha256=digest)
+
+
+def seal(path: Path) -> FileEntry:
+    """Force a file to disk; returns its fingerprint."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return fingerprint(path)

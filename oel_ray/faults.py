@@ -1,0 +1,12 @@
+"""Fault points for tests: places where a process kills itself, active only while an environment variable names one."""
+
+import os
+import signal
+
+KILL_AFTER = "OEL_RAY_KILL_AFTER"
+
+
+def fault_point(name: str) -> None:
+    """Die here by SIGKILL (exit code -9) if `OEL_RAY_KILL_AFTER` equals `name`."""
+    if os.environ.get(KILL_AFTER) == name:
+        os.kill(os.getpid(), signal.SIGKILL)

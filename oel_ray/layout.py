@@ -1,0 +1,87 @@
+"""What lies where in a run folder: file names, stages, the manifest of a round. Any process; no Ray, torch or vLLM."""
+
+from pathlib import Path
+
+from oel_ray.config import RunConfig
+from oel_ray.durable import FileEntry
+from oel_ray.records import Record, Split
+
+SCHEMA_VERSION = 1
+CONFIG_FILE, RUN_FILE, STATUS_FILE, METRICS_FILE = "config.yaml", "run.json", "status.json", "metrics.jsonl"
+MANIFEST_FILE = "MANIFEST.json"
+POLICY_REFERENCE = "policy.json"
+
+PREPARE = "prepare"
+COLLECT = "collect"
+EXTRACT = "extract"
+EVALUATE_IN_CONTEXT = "evaluate_in_context"
+CONSOLIDATE = "consolidate"
+EVALUATE = "evaluate"
+
+
+def planned_stages(config: RunConfig, round_number: int) -> list[str]:
+    """The stages of a round, in order. Round 0 is the untouched model."""
+    evaluate = [EVALUATE] * config.evaluate.enabled
+    if round_number == 0:
+        return [PREPARE, *evaluate]
+    in_context = [EVALUATE_IN_CONTEXT] * (config.evaluate.enabled and config.evaluate.in_context)
+    return [COLLECT, EXTRACT, *in_context, CONSOLIDATE, *evaluate]
+
+
+class StageEntry(Record):
+    """What a committed stage left behind. `files` has paths relative to the round folder."""
+
+    completed: str
+    wall_s: float
+    counts: dict[str, int]
+    files: dict[str, FileEntry]
+
+
+class Manifest(Record):
+    version: int = SCHEMA_VERSION
+    round: int
+    stages: dict[str, StageEntry]
+
+
+class RoundFiles:
+    """Where the files of a round lie, below its folder or below the work folder of a stage."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def trajectories(self, split: Split) -> Path:
+        return self.root / "trajectories" / f"{split}.jsonl"
+
+    def knowledge(self, seed: int) -> Path:
+        return self.root / "knowledge" / f"seed-{seed:02d}.json"
+
+    def knowledge_files(self) -> list[Path]:
+        return sorted((self.root / "knowledge").glob("seed-*.json"))
+
+    @property
+    def in_context(self) -> Path:
+        return self.root / "in_context.jsonl"
+
+    @property
+    def consolidation_metrics(self) -> Path:
+        return self.root / "consolidation" / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "consolidation" / "samples.jsonl"
+
+    @property
+    def policy(self) -> Path:
+        return self.root / "policy"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
+    def evaluation_games(self) -> Path:
+        return self.root / "evaluation.jsonl"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / MANIFEST_FILE

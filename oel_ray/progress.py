@@ -1,0 +1,131 @@
+"""What a run says while it works: bars in a terminal, status lines elsewhere. Runs in the driver."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from oel_ray.runs import RunFolder
+
+STATUS_INTERVAL_S = 1.0
+
+
+class StageProgress:
+    """How far one stage is. `update` may be called from any thread."""
+
+    def __init__(self, owner: "Progress", round_number: int, rounds: int, name: str, total: int, unit: str) -> None:
+        self.done = 0
+        self._owner = owner
+        self._where = (round_number, name)
+        self._label = f"[round {round_number}/{rounds}] {name}"
+        self._total = total
+        self._unit = unit
+        self._note = ""
+        self._started = time.monotonic()
+        self._said = self._written = -float("inf")
+        self._guard = threading.Lock()
+        self._closed = threading.Event()
+        self._bars: Bars | None = None
+        if owner.console.is_terminal:
+            columns = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
+            self._bars = Bars(
+                TextColumn("{task.description}", markup=False), BarColumn(20), *columns, console=owner.console
+            )
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` of the stage's total are done; `note` adds a few words, e.g. the current loss."""
+        with self._guard:
+            self.done, self._note = done, note
+            if self._bars:
+                self._bars.update(self._bars.task_ids[0], completed=done, description=self._head(), note=note)
+            if time.monotonic() - self._written >= STATUS_INTERVAL_S:
+                self._write_status()
+
+    def open(self) -> None:
+        if self._bars:
+            self._bars.add_task(self._head(), total=self._total, note="")
+            self._bars.start()
+        else:
+            self._say("")
+            threading.Thread(target=self._tick, name="progress", daemon=True).start()
+        self._write_status()
+
+    def close(self, end: str) -> None:
+        self._closed.set()
+        with self._guard:
+            if self._bars:
+                self._bars.stop()
+            else:
+                self._say(end)
+            self._write_status()
+
+    def _head(self) -> str:
+        return f"{self._label} {self.done}/{self._total} {self._unit}"
+
+    def _tick(self) -> None:
+        while not self._closed.wait(self._owner.interval_s / 4):
+            with self._guard:
+                quiet = time.monotonic() - self._said
+                if not self._closed.is_set() and quiet >= self._owner.interval_s * 3 / 4:
+                    self._say("")
+
+    def _say(self, end: str) -> None:
+        self._said = time.monotonic()
+        elapsed = self._said - self._started
+        parts = [self._head()]
+        if elapsed >= 1 or end:
+            parts.append(duration(elapsed))
+        if end:
+            parts.append(end)
+        elif 0 < self.done < self._total:
+            parts.append(f"ETA {duration(elapsed / self.done * (self._total - self.done))}")
+        if self._note:
+            parts.append(self._note)
+        self._owner.note(", ".join(parts))
+
+    def _write_status(self) -> None:
+        self._written = time.monotonic()
+        if self._owner.folder:
+            round_number, name = self._where
+            fields = {"round": round_number, "stage": name, "done": self.done, "total": self._total}
+            self._owner.folder.set_status("running", **fields)
+
+
+class Progress:
+    """Where a run reports to. Without a terminal no stage is silent for longer than `interval_s`."""
+
+    def __init__(
+        self, folder: RunFolder | None = None, console: Console | None = None, interval_s: float = 30.0
+    ) -> None:
+        self.folder = folder
+        self.console = console or Console(stderr=True)
+        self.interval_s = interval_s
+
+    @contextlib.contextmanager
+    def stage(self, round_number: int, rounds: int, name: str, total: int, unit: str) -> Iterator[StageProgress]:
+        stage = StageProgress(self, round_number, rounds, name, total, unit)
+        stage.open()
+        try:
+            yield stage
+        except BaseException:
+            stage.close("stopped")
+            raise
+        stage.close("done")
+
+    def note(self, text: str) -> None:
+        """Print one line, above the bars where there are any."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """`41 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

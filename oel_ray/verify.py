@@ -1,0 +1,368 @@
+"""`oel verify`: checks every promise that a run folder makes. Any process; imports no Ray, torch or vLLM.
+
+Only committed stages are looked at: what an interrupted stage left behind promises nothing.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from oel_ray.durable import fingerprint
+from oel_ray.errors import UserError
+from oel_ray.layout import (
+    COLLECT,
+    CONFIG_FILE,
+    CONSOLIDATE,
+    EVALUATE,
+    EVALUATE_IN_CONTEXT,
+    EXTRACT,
+    METRICS_FILE,
+    STATUS_FILE,
+    RoundFiles,
+    StageEntry,
+    planned_stages,
+)
+from oel_ray.records import EvaluationGame, KnowledgeText, Split, Trajectory
+from oel_ray.runs import RunFolder
+
+Replay = Callable[[Trajectory], tuple[bool, str]]
+"""Plays a game's actions again: whether it was won, and what differs from the recorded texts ("" for nothing).
+
+It raises nothing on a recorded game: one that cannot be played again is lost, and the text says why.
+"""
+
+WEIGHT_VERSION = re.compile(r"r(\d+)\.s(\d+)\.a(\d+)")
+TOLERANCE = 1e-6
+
+
+class Finding(NamedTuple):
+    """A broken promise. `line` counts from 1; 0 means the file as a whole."""
+
+    file: str
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.message}" if self.line else f"{self.file}: {self.message}"
+
+
+class StepRow(BaseModel):
+    """A line of `consolidation/metrics.jsonl`, as far as it is checked."""
+
+    model_config = ConfigDict(extra="allow")
+    step: int
+    loss: float
+    kl_per_token: float
+    weight_version: str
+
+
+class SampleRow(BaseModel):
+    """A line of `consolidation/samples.jsonl`."""
+
+    model_config = ConfigDict(extra="allow")
+    step: int
+    prefix_id: str
+    knowledge_id: str | None
+    response: str
+    response_ids: list[int]
+    kl: float
+    weight_version: str
+
+
+Row = TypeVar("Row", bound=BaseModel)
+_Games = list[tuple[EvaluationGame, bool]]
+
+
+def verify(path: Path, replay: Replay | None = None) -> list[Finding]:
+    """Everything that is wrong with a run folder; [] for a clean one.
+
+    Raises:
+        UserError: no run lies at `path`.
+    """
+    return _Check(RunFolder.open(path), replay).run()
+
+
+class _Check:
+    def __init__(self, folder: RunFolder, replay: Replay | None) -> None:
+        self.folder = folder
+        self.replay = replay
+        self.findings: list[Finding] = []
+        self.seen: dict[str, str] = {}
+        """Where each id was met first."""
+        self.collected: dict[str, str] = {}
+        """The first collected trajectory of each map."""
+        self.held_out: list[tuple[Path, int, EvaluationGame]] = []
+
+    def found(self, path: Path, line: int, message: str) -> None:
+        self.findings.append(Finding(path.relative_to(self.folder.path).as_posix(), line, " ".join(message.split())))
+
+    def run(self) -> list[Finding]:
+        try:
+            self.config = self.folder.config
+        except (OSError, UserError, yaml.YAMLError) as error:
+            self.found(self.folder.path / CONFIG_FILE, 0, f"cannot be read: {error}")
+            return self.findings
+        finished = self._says_finished()
+        for number in sorted({*self.folder.rounds(), *(range(self.config.rounds + 1) if finished else ())}):
+            self._round(number, finished)
+        for path, line, game in self.held_out:
+            if where := self.collected.get(game.map_hash):
+                self.found(path, line, f"held-out map {game.map_hash} was also collected: {where}")
+        metrics = self.folder.path / METRICS_FILE
+        for line, text in _lines(metrics):
+            try:
+                json.loads(text)
+            except ValueError:
+                self.found(metrics, line, "is not JSON")
+        return self.findings
+
+    def _says_finished(self) -> bool:
+        path = self.folder.path / STATUS_FILE
+        try:
+            return bool(json.loads(path.read_bytes())["state"] == "finished")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.found(path, 0, f"cannot be read: {error!r}")
+            return False
+
+    def _round(self, number: int, finished: bool) -> None:
+        files = self.folder.files(number)
+        try:
+            stages = self.folder.manifest(number).stages
+        except ValidationError as error:
+            self.found(files.manifest, 0, f"is not a manifest: {_first(error)}")
+            return
+        planned = planned_stages(self.config, number) if number <= self.config.rounds else []
+        for name in planned:
+            if finished and name not in stages:
+                self.found(files.manifest, 0, f"lacks stage {name}, although the run says finished")
+        for name, entry in stages.items():
+            if name not in planned:
+                self.found(files.manifest, 0, f"stage {name} was never planned")
+            self._fingerprints(files, entry)
+        if COLLECT in stages:
+            self._collect(number, files, stages[COLLECT])
+        if EXTRACT in stages:
+            self._extract(number, files, stages[EXTRACT])
+        if CONSOLIDATE in stages:
+            self._consolidate(number, files, stages[CONSOLIDATE])
+        in_context = None
+        if EVALUATE_IN_CONTEXT in stages:
+            in_context = self._games(number, files.in_context, "in_context", stages[EVALUATE_IN_CONTEXT])
+        if EVALUATE in stages:
+            games = self._games(number, files.evaluation_games, "policy", stages[EVALUATE])
+            self._evaluation(files.evaluation, games, in_context)
+
+    def _fingerprints(self, files: RoundFiles, entry: StageEntry) -> None:
+        for name, recorded in entry.files.items():
+            path = files.root / name
+            if not path.is_file():
+                self.found(path, 0, "is missing")
+            elif path.stat().st_size != recorded.bytes:
+                self.found(path, 0, f"has {path.stat().st_size} bytes, the manifest says {recorded.bytes}")
+            elif fingerprint(path).sha256 != recorded.sha256:
+                self.found(path, 0, "was changed: its sha256 is not the one in the manifest")
+
+    def _records(self, path: Path, kind: type[Row]) -> list[tuple[int, Row]]:
+        records = []
+        for line, text in _lines(path):
+            try:
+                records.append((line, kind.model_validate_json(text)))
+            except ValidationError as error:
+                self.found(path, line, f"is not a {kind.__name__}: {_first(error)}")
+        return records
+
+    def _count(self, path: Path, entry: StageEntry, name: str, there: int) -> None:
+        if entry.counts.get(name) != there:
+            self.found(path, 0, f"holds {there} {name} records, the manifest says {entry.counts.get(name)}")
+
+    def _planned(self, path: Path, there: int, planned: int, what: str) -> None:
+        if there != planned:
+            self.found(path, 0, f"holds {there} {what}, planned were {planned}")
+
+    def _unique(self, path: Path, line: int, identity: str) -> None:
+        where = f"{path.relative_to(self.folder.path).as_posix()}:{line}"
+        if (first := self.seen.setdefault(identity, where)) != where:
+            self.found(path, line, f"id {identity} was used before, at {first}")
+
+    def _trajectory(self, number: int, path: Path, line: int, trajectory: Trajectory) -> None:
+        self._unique(path, line, trajectory.id)
+        if trajectory.round != number:
+            self.found(path, line, f"{trajectory.id} says round {trajectory.round}")
+        if not 1 <= len(trajectory.turns) <= self.config.env.max_turns:
+            self.found(path, line, f"{trajectory.id} has {len(trajectory.turns)} turns")
+        for turn, (now, then) in enumerate(itertools.pairwise(trajectory.turns)):
+            if now.feedback != then.observation:
+                self.found(
+                    path, line, f"{trajectory.id}: the feedback of turn {turn} is not what turn {turn + 1} shows"
+                )
+
+    def _collect(self, number: int, files: RoundFiles, entry: StageEntry) -> None:
+        plan: dict[Split, int] = {
+            "extraction": self.config.collect.extraction_games,
+            "consolidation": self.config.consolidate.games,
+        }
+        for split, planned in plan.items():
+            path = files.trajectories(split)
+            self._count(path, entry, split, len(_lines(path)))
+            self._planned(path, len(_lines(path)), planned, "episodes")
+            for line, trajectory in self._records(path, Trajectory):
+                self._trajectory(number, path, line, trajectory)
+                if trajectory.split != split:
+                    self.found(path, line, f"{trajectory.id} says split {trajectory.split}")
+                self.collected.setdefault(trajectory.map_hash, trajectory.id)
+
+    def _extract(self, number: int, files: RoundFiles, entry: StageEntry) -> None:
+        paths = files.knowledge_files()
+        folder = files.knowledge(0).parent
+        self._count(folder, entry, "knowledge", len(paths))
+        self._planned(folder, len(paths), self.config.extract.seeds, "knowledge texts")
+        extraction = _ids(files.trajectories("extraction"))
+        for path in paths:
+            try:
+                text = KnowledgeText.from_json(path.read_bytes())
+            except ValidationError as error:
+                self.found(path, 0, f"is not a KnowledgeText: {_first(error)}")
+                continue
+            self._unique(path, 1, text.id)
+            if text.round != number:
+                self.found(path, 0, f"{text.id} says round {text.round}")
+            if [step.index for step in text.steps] != list(range(len(text.steps))):
+                self.found(path, 0, f"the steps of {text.id} are not numbered 0 to {len(text.steps) - 1}")
+            read = [step.trajectory_id for step in text.steps]
+            for identity in sorted({*read, *(item.trajectory_id for item in text.items)} - extraction):
+                self.found(path, 0, f"{text.id} refers to {identity}, which is no extraction trajectory of this round")
+            if missing := extraction - set(read):
+                self.found(path, 0, f"{text.id} read {len(set(read))} trajectories and left {len(missing)} out")
+            if len(set(read)) < len(read):
+                self.found(path, 0, f"{text.id} read a trajectory twice")
+            added = [(item, step.trajectory_id) for step in text.steps for item in step.added]
+            items = [(item.text, item.trajectory_id) for item in text.items]
+            if items != added[len(added) - len(items) :]:
+                self.found(path, 0, f"the items of {text.id} are not the last ones that its steps added")
+            if "\n".join(item.text for item in text.items) != text.text:
+                self.found(path, 0, f"the text of {text.id} is not its items joined")
+
+    def _consolidate(self, number: int, files: RoundFiles, entry: StageEntry) -> None:
+        path = files.consolidation_metrics
+        steps = self._records(path, StepRow)
+        self._count(path, entry, "metrics", len(_lines(path)))
+        self._planned(path, len(steps), self.config.consolidate.steps, "steps")
+        last = (0, 0)
+        for (_, before), (line, row) in itertools.pairwise(steps):
+            if row.step != before.step + 1:
+                self.found(path, line, f"step {row.step} follows step {before.step}")
+        for line, row in steps:
+            version = self._version(path, line, row.weight_version)
+            if version and version < last:
+                self.found(path, line, f"weight version {row.weight_version} is older than the one before it")
+            last = version or last
+
+        path = files.samples
+        prefixes = {
+            f"{trajectory.id}/{turn}"
+            for trajectory in _parsed(files.trajectories("consolidation"), Trajectory)
+            for turn in range(len(trajectory.turns))
+        }
+        knowledge = {text.id for file in files.knowledge_files() for text in _parsed(file, KnowledgeText)}
+        known_steps = {row.step for _, row in steps}
+        self._count(path, entry, "samples", len(_lines(path)))
+        for line, sample in self._records(path, SampleRow):
+            self._version(path, line, sample.weight_version)
+            if sample.prefix_id not in prefixes:
+                self.found(path, line, f"prefix {sample.prefix_id} is no turn of a consolidation trajectory")
+            if sample.knowledge_id and sample.knowledge_id not in knowledge:
+                self.found(path, line, f"knowledge text {sample.knowledge_id} does not exist")
+            if sample.step not in known_steps:
+                self.found(path, line, f"step {sample.step} is not in {files.consolidation_metrics.name}")
+
+    def _version(self, path: Path, line: int, label: str) -> tuple[int, int] | None:
+        """Round and step of a weight version; the attempt only tells repetitions of a step apart."""
+        if match := WEIGHT_VERSION.fullmatch(label):
+            return int(match[1]), int(match[2])
+        self.found(path, line, f"'{label}' is not a weight version")
+        return None
+
+    def _games(self, number: int, path: Path, condition: str, entry: StageEntry) -> _Games:
+        """The games of a file, each with its success: the replayed one, where there is a replay."""
+        lines, settings = _lines(path), self.config.evaluate
+        self._count(path, entry, path.stem, len(lines))
+        planned = settings.maps * settings.seeds
+        if condition == "policy" or not lines or len(lines) % planned:
+            self._planned(path, len(lines), planned, "games")
+        games = []
+        for line, game in self._records(path, EvaluationGame):
+            self._trajectory(number, path, line, game)
+            if game.condition != condition or game.split != "held_out":
+                self.found(path, line, f"{game.id} says condition {game.condition}, split {game.split}")
+            self.held_out.append((path, line, game))
+            games.append((game, self._replayed(path, line, game)))
+        maps = len({game.map_hash for game, _ in games})
+        if games and maps != settings.maps:
+            self.found(path, 0, f"holds {maps} distinct maps, planned were {settings.maps}")
+        return games
+
+    def _replayed(self, path: Path, line: int, game: EvaluationGame) -> bool:
+        if self.replay is None:
+            return game.success
+        success, difference = self.replay(game)
+        if success != game.success:
+            self.found(path, line, f"{game.id} says success={game.success}, its replay gives {success}")
+        if difference:
+            self.found(path, line, f"the replay of {game.id} differs: {difference}")
+        return success
+
+    def _evaluation(self, path: Path, games: _Games, in_context: _Games | None) -> None:
+        try:
+            recorded = json.loads(path.read_bytes())
+            for name, part, played in (("", recorded, games), ("in_context.", recorded["in_context"], in_context)):
+                if (part is None) != (played is None):
+                    self.found(path, 0, f"{name.rstrip('.')} and the games that were kept do not go together")
+                elif part is not None and played is not None:
+                    self._rates(path, name, part, played)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.found(path, 0, f"cannot be read: {error!r}")
+
+    def _rates(self, path: Path, name: str, recorded: dict[str, Any], games: _Games) -> None:
+        by_map: dict[str, list[bool]] = defaultdict(list)
+        for game, success in games:
+            by_map[game.map_hash].append(success)
+        means = [statistics.fmean(results) for results in by_map.values()]
+        expected = {"games": float(len(games))}
+        if games:
+            expected["pass_rate"] = statistics.fmean(success for _, success in games)
+        if len(means) > 1:
+            expected["pass_rate_se"] = statistics.stdev(means) / math.sqrt(len(means))
+        for key, value in expected.items():
+            if not math.isclose(recorded[key], value, abs_tol=TOLERANCE):
+                self.found(path, 0, f"{name}{key} is {recorded[key]}, the games give {value:.6g}")
+
+
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """Numbered lines; none for a missing file, which the manifest check reports."""
+    return list(enumerate(path.read_bytes().splitlines(), start=1)) if path.is_file() else []
+
+
+def _parsed(path: Path, kind: type[Row]) -> Iterator[Row]:
+    """The lines that fit; the others are reported where they are checked."""
+    for _, text in _lines(path):
+        with contextlib.suppress(ValidationError):
+            yield kind.model_validate_json(text)
+
+
+def _ids(path: Path) -> set[str]:
+    return {trajectory.id for trajectory in _parsed(path, Trajectory)}
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

@@ -1,0 +1,170 @@
+"""The command line: exit codes, one line per error, nothing heavy for `--help`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import example_run
+import pytest
+
+from oel_ray.runs import RunFolder
+
+HERE = Path(__file__).parent
+FAKE_LOOP = """
+import os, sys, time, types
+from oel_ray.errors import RunFailed
+from example_run import run_stages
+loop = types.ModuleType("oel_ray.loop")
+def run(config, folder, progress):
+    mode = os.environ["LOOP"]
+    progress.note("the loop began")
+    if mode == "fails":
+        raise RunFailed("no engine\\nanswers")
+    if mode == "hangs":
+        time.sleep(60)
+    run_stages(folder)
+loop.run = run
+import oel_ray
+oel_ray.loop = sys.modules["oel_ray.loop"] = loop
+replay = types.ModuleType("oel_ray.evaluate.replay")
+replay.replay = lambda game: (game.success and game.round < 2, "")
+sys.modules["oel_ray.evaluate"] = types.ModuleType("oel_ray.evaluate")
+sys.modules["oel_ray.evaluate.replay"] = replay
+from oel_ray.cli import main
+main()
+"""
+
+
+def start(folder: Path, *arguments: str, loop: str = "works") -> subprocess.Popen[str]:
+    """`oel` with a loop that needs no engine."""
+    return subprocess.Popen(
+        [sys.executable, "-c", FAKE_LOOP, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}", "LOOP": loop, "COLUMNS": "80"},
+    )
+
+
+def oel(folder: Path, *arguments: str, loop: str = "works") -> tuple[int, str, str]:
+    process = start(folder, *arguments, loop=loop)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "game.yaml").write_text(example_run.small_config().to_yaml())
+    return tmp_path
+
+
+def test_a_run_ends_with_its_table(folder: Path) -> None:
+    code, output, errors = oel(folder, "run", "game.yaml", "rounds=1")
+    assert code == 0, errors
+    (run,) = (folder / "runs").iterdir()
+    assert run.name.startswith("game-20")
+    assert "75.0±14.4" in output
+    assert f"oel verify runs/{run.name} --replay" in output
+    assert errors == "the loop began\n"
+    code, output, errors = oel(folder, "run", "--resume", "--run-dir", f"runs/{run.name}")
+    assert (code, errors) == (0, "the loop began\n")
+    assert oel(folder, "verify", str(run))[:2] == (0, f"{run}: every promise holds\n")
+    code, output, _ = oel(folder, "show", str(run), "r001-k00")
+    assert (code, "EXPERIENCE ITEM" in output) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "game.yaml", "colect.players=3"], "unknown configuration key 'colect': did you mean 'collect'?"),
+        (["run", "game.yaml", "rounds=three"], "rounds: Input should be a valid integer"),
+        (["run", "game.yaml", "rounds"], "write key=value"),
+        (["run", "rounds=3"], "CONFIG comes before 'rounds=3'"),
+        (["run", "absent.yaml"], "neither a YAML file nor a preset"),
+        (["run"], "give a CONFIG"),
+        (["run", "game.yaml", "--resume"], "--resume needs the folder of the run: --run-dir"),
+        (["run", "game.yaml", "--run-dir", "game.yaml"], "game.yaml is a file"),
+        (["run", "game.yaml", "--run-dir", "."], "is not empty and holds no run"),
+        (["run", "--resume", "--run-dir", "absent"], "absent does not exist"),
+        (["run", "game.yaml", "--fast"], "No such option: --fast"),
+        (["config"], "Missing argument 'CONFIG'"),
+        (["config", "game.yaml", "rounds=0"], "rounds: Input should be greater than or equal to 1"),
+        (["show", "."], "holds no run"),
+        (["verify", "absent"], "absent does not exist"),
+        (["fly"], "No such command 'fly'"),
+        ([], "Missing command"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(folder: Path, arguments: list[str], message: str) -> None:
+    code, output, errors = oel(folder, *arguments)
+    assert (code, output) == (2, "")
+    assert errors.startswith("oel: error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert [entry.name for entry in folder.iterdir()] == ["game.yaml"]
+
+
+def test_a_failed_run_says_how_to_go_on(folder: Path) -> None:
+    code, output, errors = oel(folder, "run", "game.yaml", "--run-dir", "my run", loop="fails")
+    assert (code, output) == (1, "")
+    assert errors.splitlines()[1:] == [
+        "oel: run failed: no engine answers; the run is in my run; go on with: oel run --resume --run-dir 'my run'"
+    ]
+    assert oel(folder, "run", "--resume", "--run-dir", "my run")[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_can_be_resumed(folder: Path, number: signal.Signals) -> None:
+    process = start(folder, "run", "game.yaml", "--run-dir", "run", loop="hangs")
+    assert process.stderr
+    assert process.stderr.readline() == "the loop began\n"
+    time.sleep(0.2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "oel: interrupted: the run is in run; go on with: oel run --resume --run-dir run\n"
+    assert not (folder / "run" / "lock.json").exists()
+    assert oel(folder, "run", "game.yaml", "--resume", "--run-dir", "run")[0] == 0
+    code, _, errors = oel(folder, "run", "game.yaml", "rounds=3", "--resume", "--run-dir", "run")
+    assert code == 2
+    assert "rounds: 2 -> 3" in errors
+
+
+def test_verify_lists_what_is_broken(folder: Path) -> None:
+    run = example_run.build(folder / "run")
+    code, output, _ = oel(folder, "verify", "run", "--replay")
+    assert code == 1
+    assert "rounds/002/evaluation.jsonl:1: r002-policy-0000 says success=True, its replay gives False" in output
+    RunFolder(run).files(1).in_context.unlink()
+    code, output, errors = oel(folder, "verify", "run")
+    assert code == 1
+    assert "rounds/001/in_context.jsonl: is missing\n" in output
+    assert errors.count("\n") == 1
+
+
+def test_config_prints_what_it_resolves_to(folder: Path) -> None:
+    code, output, _ = oel(folder, "config", "game.yaml", "consolidate.steps=7")
+    assert code == 0
+    (folder / "again.yaml").write_text(output)
+    assert oel(folder, "config", "again.yaml")[1] == output
+    assert "7 games to consolidate on" in output
+
+
+def test_help_is_light_and_quick(folder: Path) -> None:
+    heavy = "{'ray', 'torch', 'vllm', 'transformers', 'deepspeed', 'textarena'}"
+    code = f"import sys, oel_ray.cli, oel_ray.runs, oel_ray.verify, oel_ray.show; print({heavy} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert loaded.stdout == "set()\n"
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        command = [sys.executable, "-m", "oel_ray", "--help"]
+        answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        times.append(time.monotonic() - began)
+        assert "Commands:" in answer.stdout
+    assert min(times) < 1.5, times

@@ -1,0 +1,275 @@
+"""The run folder: who may use it, and what a crash leaves behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import example_run
+import pytest
+from example_run import small_config
+
+from oel_ray import lock
+from oel_ray.durable import read_json
+from oel_ray.errors import RunFailed, UserError
+from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, Holder
+from oel_ray.runs import RunFolder
+from oel_ray.verify import verify
+
+HERE = Path(__file__).parent
+DRIVER = """
+import sys
+from pathlib import Path
+from example_run import run_stages, small_config
+from oel_ray.errors import UserError
+from oel_ray.runs import RunFolder
+path, resume, wait = Path(sys.argv[1]), sys.argv[2] == "resume", sys.argv[3] == "wait"
+try:
+    folder = RunFolder.resume(path, None) if resume else RunFolder.create(path, small_config())
+except UserError as error:
+    print(f"refused: {error}")
+    sys.exit(2)
+with folder:
+    print("holds", flush=True)
+    if wait:
+        sys.stdin.readline()
+    print(*run_stages(folder))
+"""
+
+
+def driver(path: Path, mode: str, wait: str = "", **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(path), mode, wait],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}", **environment},
+    )
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def leave_lock(folder: Path, host: str, pid: int, age_s: float) -> None:
+    path = folder / LOCK_FILE
+    path.write_bytes(Holder(token="other", host=host, pid=pid, command="oel run x", started="yesterday").to_json())
+    os.utime(path, (time.time() - age_s,) * 2)
+
+
+def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "a" / "run", small_config()) as folder:
+        assert folder.config == small_config()
+        assert read_json(folder.path / "status.json")["state"] == "running"
+        assert {"version", "run_id", "created", "config_hash", "packages"} == set(folder.info)
+        assert len(folder.run_id) == 8
+        folder.log_metrics({"kl": 0.5})
+        folder.log_metrics({"kl": 0.25})
+        assert (folder.path / "metrics.jsonl").read_text() == '{"kl":0.5}\n{"kl":0.25}\n'
+    assert read_json(folder.path / "status.json")["state"] == "finished"
+    assert not (folder.path / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(RunFailed("x"), "failed"), (KeyboardInterrupt(), "interrupted"), (ValueError(), "failed")]
+)
+def test_the_status_tells_how_a_run_ended(tmp_path: Path, error: BaseException, state: str) -> None:
+    with pytest.raises(type(error)), RunFolder.create(tmp_path, small_config()) as folder:
+        folder.set_status("running", round=1, stage="collect")
+        raise error
+    status = read_json(folder.path / "status.json")
+    assert (status["state"], status["round"], status["stage"]) == (state, 1, "collect")
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, small_config()):
+        pass
+    with pytest.raises(UserError, match="already holds a run: add --resume"):
+        RunFolder.create(tmp_path, small_config())
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.yaml"])
+def test_a_folder_of_somebody_else_is_refused_untouched(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        RunFolder.create(tmp_path, small_config())
+    with pytest.raises(UserError, match="holds no run"):
+        RunFolder.resume(tmp_path, None)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_or_an_absent_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, message in (("file", "is a file"), ("file/below", "cannot write to|is a file|Not a directory")):
+        with pytest.raises(UserError, match=message):
+            RunFolder.create(tmp_path / path, small_config())
+    for path in ("file", "absent"):
+        with pytest.raises(UserError, match="give the folder of a run"):
+            RunFolder.resume(tmp_path / path, None)
+
+
+def test_resume_wants_the_same_configuration(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, small_config()):
+        pass
+    with pytest.raises(UserError) as error:
+        RunFolder.resume(tmp_path, small_config(rounds=5, env={"id": "FrozenLake-v0", "max_turns": 3}))
+    assert "rounds: 2 -> 5, env.params.size: 3 -> None" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / LOCK_FILE).exists()
+    for config in (small_config(), None):
+        with RunFolder.resume(tmp_path, config) as folder:
+            assert folder.config == small_config()
+
+
+def test_stages_are_done_once(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, small_config()) as folder:
+        done = example_run.run_stages(folder)
+        assert len(done) == 12
+        assert example_run.run_stages(folder) == []
+        entry = folder.stage(1, "consolidate").entry
+        assert entry is not None
+        assert list(entry.files) == [
+            "consolidation/metrics.jsonl",
+            "consolidation/samples.jsonl",
+            "policy/config.json",
+            "policy/model.safetensors",
+        ]
+        assert folder.policy(0) == Path("base-model")
+        assert folder.policy(1) == folder.path / "rounds/001/policy"
+        assert not list(tmp_path.glob("rounds/*/.work-*"))
+        assert folder.rounds() == [0, 1, 2]
+
+
+def test_begin_empties_what_an_earlier_attempt_left(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, small_config()) as folder:
+        stage = folder.stage(1, "collect")
+        stage.begin().trajectories("extraction").write_text("half")
+        assert not stage.begin().trajectories("extraction").exists()
+        with pytest.raises(FileNotFoundError):
+            stage.commit(["trajectories/extraction.jsonl"], {})
+        assert not stage.is_done
+
+
+@pytest.mark.parametrize("place", ["1:collect", "1:consolidate:moved", "2:evaluate:moved"])
+def test_a_killed_run_goes_on_without_doing_a_stage_twice(tmp_path: Path, place: str) -> None:
+    path = tmp_path / "run"
+    killed = driver(path, "create", OEL_RAY_KILL_AFTER=place)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    round_number, name, *moved = place.split(":")
+    assert RunFolder.open(path).stage(int(round_number), name).is_done == (not moved)
+
+    resumed = driver(path, "resume")
+    redone = resumed.communicate(timeout=60)[0].splitlines()[1].split()
+    assert resumed.returncode == 0
+    assert (f"{round_number}:{name}" in redone) == bool(moved)
+    assert verify(path) == []
+    assert {"config.yaml", "run.json", "status.json", "rounds"} == {entry.name for entry in path.iterdir()}
+
+
+@pytest.mark.parametrize("left", ["nothing", "stale lock"])
+def test_of_two_that_start_at_once_one_proceeds(tmp_path: Path, left: str) -> None:
+    mode = "create"
+    if left == "stale lock":
+        with RunFolder.create(tmp_path, small_config()):
+            pass
+        leave_lock(tmp_path, socket.gethostname(), dead_pid(), 0)
+        mode = "resume"
+    drivers = [driver(tmp_path, mode, "wait") for _ in range(2)]
+    assert all(process.stdout for process in drivers)
+    first = [process.stdout.readline() for process in drivers if process.stdout]
+    assert sorted(line.split()[0] for line in first) == ["holds", "refused:"], first
+    refused = next(line for line in first if line.startswith("refused"))
+    holder = drivers[first.index("holds\n")]
+    assert "in use by" in refused
+    assert f"process {holder.pid} on {socket.gethostname()} since" in refused or "just starting" in refused
+    for process in drivers:
+        process.communicate("\n", timeout=60)
+    assert holder.returncode == 0
+    assert verify(tmp_path) == []
+
+
+def test_the_refused_are_told_who_holds_it(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, small_config()):
+        message = f"in use by process {os.getpid()} on {socket.gethostname()} since 2"
+        with pytest.raises(UserError, match=message):
+            RunFolder.create(tmp_path, small_config())
+        with pytest.raises(UserError, match=message):
+            RunFolder.resume(tmp_path, None)
+    assert not (tmp_path / TAKEOVER_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "dead", "age_s", "stale"),
+    [
+        ("here", True, 0, True),
+        ("here", False, 0, False),
+        ("here", False, 61, True),
+        ("elsewhere", True, 30, False),
+        ("elsewhere", True, 61, True),
+    ],
+)
+def test_a_stale_lock_is_taken_over(tmp_path: Path, host: str, dead: bool, age_s: float, stale: bool) -> None:
+    with RunFolder.create(tmp_path, small_config()):
+        pass
+    pid = dead_pid() if dead else os.getppid()
+    leave_lock(tmp_path, socket.gethostname() if host == "here" else host, pid, age_s)
+    if stale:
+        with RunFolder.resume(tmp_path, None):
+            assert Holder.from_json((tmp_path / LOCK_FILE).read_bytes()).pid == os.getpid()
+        assert not (tmp_path / LOCK_FILE).exists()
+    else:
+        with pytest.raises(UserError, match=f"in use by process {pid}"):
+            RunFolder.resume(tmp_path, None)
+        assert Holder.from_json((tmp_path / LOCK_FILE).read_bytes()).token == "other"
+    assert not (tmp_path / TAKEOVER_FILE).exists()
+
+
+def test_a_takeover_that_died_does_not_block_for_good(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, small_config()):
+        pass
+    leave_lock(tmp_path, socket.gethostname(), dead_pid(), 100)
+    (tmp_path / TAKEOVER_FILE).write_text("")
+    os.utime(tmp_path / TAKEOVER_FILE, (time.time() - 100,) * 2)
+    with pytest.raises(UserError, match="try again"):
+        RunFolder.resume(tmp_path, None)
+    with RunFolder.resume(tmp_path, None):
+        pass
+
+
+def test_the_heartbeat_keeps_the_lock_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    with RunFolder.create(tmp_path, small_config()):
+        os.utime(tmp_path / LOCK_FILE, (0, 0))
+        time.sleep(0.5)
+        assert time.time() - (tmp_path / LOCK_FILE).stat().st_mtime < 10
+
+
+def test_who_lost_the_lock_commits_nothing(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, small_config()) as folder:
+        leave_lock(tmp_path, "elsewhere", 7, 0)
+        with pytest.raises(RunFailed, match="the lock of the run folder was lost: .* process 7 on elsewhere"):
+            example_run.collect(folder.stage(1, "collect"))
+        assert not folder.stage(1, "collect").is_done
+    assert (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_run_that_died_while_it_was_made_can_be_made_again(tmp_path: Path) -> None:
+    leave_lock(tmp_path, socket.gethostname(), dead_pid(), 0)
+    (tmp_path / "config.yaml").write_text("rounds:")
+    with RunFolder.create(tmp_path, small_config()) as folder:
+        assert folder.config == small_config()
+
+
+def test_a_folder_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, small_config()):
+        pass
+    example_run.edit_json(tmp_path / "run.json", lambda info: info.update(version=99))
+    with pytest.raises(UserError, match="newer oel-ray"):
+        RunFolder.open(tmp_path)

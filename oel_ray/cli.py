@@ -108,7 +108,7 @@ def verify(
 
     play: Replay | None = None
     if replay:
-        from oel_ray.evaluate.replay import replay as play_again
+        from oel_ray.envs.replay import replay as play_again
 
         play = play_again
     findings = verify_run(run_dir, play)

@@ -61,7 +61,8 @@ def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) ->
 class StepMetrics:
     """One step, the same on every rank. `applied` is False when it was skipped, and then `grad_norm` may be inf or nan.
 
-    `kl` is the mean over all response tokens in nats per token, whatever the weights in `loss`.
+    `kl` is the mean over all response tokens in nats per token, whatever the weights in `loss`; `kl_by_sample` is the
+    mean over each response's own tokens, under the sample's id (0 for a response without a token).
     """
 
     loss: float
@@ -70,6 +71,7 @@ class StepMetrics:
     grad_norm: float
     learning_rate: float
     applied: bool
+    kl_by_sample: dict[str, float]
 
 
 class DistillStep:
@@ -122,22 +124,35 @@ class DistillStep:
 
         A loss or gradient that is not finite on any rank leaves the weights of all ranks as they are.
         """
-        sums_3 = torch.zeros(3, dtype=torch.float64, device=self.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        kl_sums: dict[str, tuple[float, int]] = {}
         for batch in micro_batches:
-            loss, kl_sum, tokens = self._forward(batch)
-            sums_3 += torch.stack([loss.detach().double(), kl_sum, tokens])
+            loss, kl_T = self._forward(batch)
+            loss_sum += loss.detach().double()
+            kl_sums |= _kl_sums(batch, kl_T)
             # DeepSpeed averages gradients over ranks, and the loss is a sum over all of them. A loss that is not
             # finite is made to spoil the gradient for certain: gradients are what every rank gets to see.
             scale = self.world_size if math.isfinite(loss.item()) else math.nan
             self.engine.backward(loss * scale, scale_wrt_gas=False)
-        dist.all_reduce(sums_3)
+        dist.all_reduce(loss_sum)
+        shares: list[dict[str, tuple[float, int]]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(shares, kl_sums)
+        all_sums = {name: value for share in shares for name, value in share.items()}
+        tokens = sum(count for _, count in all_sums.values())
         learning_rate = self.engine.get_lr()[0]
         applied, grad_norm = self._apply()
-        loss_sum, kl_sum, tokens = sums_3.tolist()
-        return StepMetrics(loss_sum, kl_sum / max(tokens, 1), int(tokens), grad_norm, learning_rate, applied)
+        return StepMetrics(
+            loss=loss_sum.item(),
+            kl=sum(total for total, _ in all_sums.values()) / max(tokens, 1),
+            tokens=tokens,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            applied=applied,
+            kl_by_sample={name: total / max(count, 1) for name, (total, count) in all_sums.items()},
+        )
 
-    def _forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss of one micro-batch, and the KL and the number of its tokens, without the fillers."""
+    def _forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of one micro-batch, and the KL of each of its response tokens, sample by sample."""
         responses = [sample.response_ids for sample in batch.samples]
         student = pad_tokens([sample.student_prompt_ids for sample in batch.samples], responses, self.device)
         teacher = pad_tokens([sample.teacher_prompt_ids for sample in batch.samples], responses, self.device)
@@ -153,8 +168,7 @@ class DistillStep:
             weights_T,
             head.bias,
         )
-        counts_T = weights_T > 0
-        return loss, kl_T[counts_T].double().sum(), counts_T.double().sum()
+        return loss, kl_T
 
     def _apply(self) -> tuple[bool, float]:
         """Step the optimizer unless a gradient is not finite; whether it did, and the gradient norm before clipping."""
@@ -175,3 +189,13 @@ def _cast_parameters(model: Any, dtype: torch.dtype) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _kl_sums(batch: MicroBatch, kl_T: torch.Tensor) -> dict[str, tuple[float, int]]:
+    """Sum and number of token KLs of each sample, without the fillers."""
+    pieces = kl_T.double().split([len(sample.response_ids) for sample in batch.samples])
+    return {
+        sample.id: (piece.sum().item(), len(piece))
+        for sample, piece, weight in zip(batch.samples, pieces, batch.weights, strict=True)
+        if weight > 0 or not sample.response_ids
+    }

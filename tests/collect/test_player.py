@@ -164,9 +164,7 @@ def test_a_player_in_ray_plays_many_games_at_once(policy: Path) -> None:
     ray.init(num_cpus=1, include_dashboard=False, configure_logging=False)
     try:
         episodes = held_out_episodes("FrozenLake-v0", {"size": 3, "num_holes": 2}, 4, 4)
-        actor = player_actor(4, num_cpus=1).remote(
-            str(policy), False, ScriptedGenerate(["[left]"]), 10, 100_000, 4
-        )
+        actor = player_actor(4, num_cpus=1).remote(str(policy), False, ScriptedGenerate(["[left]"]), 10, 100_000, 4)
         results = ray.get([actor.play.remote(episode, SAMPLING) for episode in episodes], timeout=120)
     finally:
         ray.shutdown()

@@ -88,6 +88,21 @@ def test_a_game_is_the_same_alone_and_among_others(env_id: str, params: dict) ->
     assert rounds(make(env_id, 11, params), others) == alone
 
 
+def test_chance_runs_on_as_in_a_bare_game() -> None:
+    """2048 draws a tile at every step: the draws continue from step to step although other code draws in between."""
+    environment = make("2048-v0", 6, {})
+    bare = textarena.make("2048-v0-raw")
+    bare.reset(num_players=1, seed=6)
+    state = random.getstate()
+    for move in ["[left]", "[down]", "[right]", "[up]"] * 3:
+        environment.step(move)
+        random.setstate(state)
+        bare.step(action=move)
+        state = random.getstate()
+        random.seed(0)
+        assert environment._game.state.game_state == bare.state.game_state
+
+
 def test_the_random_state_of_the_process_is_untouched() -> None:
     random.seed(3)
     np.random.seed(3)

@@ -71,7 +71,8 @@ class Distiller(nn.Module):
     """The module that DeepSpeed wraps: student body, head and loss in one forward pass.
 
     Under ZeRO-3 a parameter exists only while a module that is known to use it runs. The head's weight is used by
-    the loss and not by the head's own forward, so `_DistillLoss` declares it.
+    the loss and not by the head's own forward, so `_DistillLoss` declares it (DeepSpeed 0.19 would also find out by
+    itself at the first access, but only inside the forward of the module that it wraps).
     """
 
     def __init__(self, student: Any, *, temperature: float, chunk_tokens: int) -> None:

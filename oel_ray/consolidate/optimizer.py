@@ -50,8 +50,7 @@ def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) ->
         "steps_per_print": 2**31,
     }
     if config.precision == "bfloat16":
-        # Immediately: otherwise stage 1 adds a micro-batch's gradient again with every later one of the step.
-        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     return settings

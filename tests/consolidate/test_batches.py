@@ -48,6 +48,6 @@ def test_weights_of_both_means() -> None:
 def test_weights_add_up_to_one(lengths: list[int]) -> None:
     samples = samples_of([n + 1 for n in lengths])
     for loss_mean in ("response", "token"):
-        weights = token_weights(samples, loss_mean)  # type: ignore[arg-type]
+        weights = token_weights(samples, loss_mean)
         total = sum(w * len(s.response_ids) for s, w in zip(samples, weights, strict=True))
         assert total == pytest.approx(1.0)

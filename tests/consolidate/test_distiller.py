@@ -81,12 +81,12 @@ def test_dropout_stays_off_in_training() -> None:
 
 def test_models_with_a_linear_head_pass_and_a_soft_cap_is_named() -> None:
     torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
-    for model in (tiny_model("tied", 0), tiny_model("untied", 0), tiny_model("tied", 0).bfloat16(), gpt2):
+    gpt2_config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    gpt2: Any = GPT2LMHeadModel(gpt2_config)  # type: ignore[no-untyped-call]
+    for model in (tiny_model("tied", 0), tiny_model("untied", 0), tiny_model("tied", 0).bfloat16(), gpt2.eval()):
         check_linear_head(model)
     size: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    gemma = Gemma2ForCausalLM(
-        Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, **size)
-    ).eval()
+    gemma_config = Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, **size)
+    gemma: Any = Gemma2ForCausalLM(gemma_config)  # type: ignore[no-untyped-call]
     with pytest.raises(UserError, match="Gemma2ForCausalLM changes its logits"):
-        check_linear_head(gemma)
+        check_linear_head(gemma.eval())

@@ -152,7 +152,7 @@ def test_no_gradient_for_the_teacher_and_none_at_all_without_grad() -> None:
     assert not silent.requires_grad and torch.equal(silent, loss)
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers the number of elements of the largest tensor that any operation made."""
 
     numel = 0
@@ -169,6 +169,6 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_of_all_tokens_and_the_vocabulary(dtype: torch.dtype) -> None:
     tokens, vocabulary, chunk = 200, 500, 8
     inputs = [x.to(dtype) for x in random_inputs(tokens, vocabulary, 4, 5.0, seed=0)]
-    with LargestTensor() as largest:
+    with LargestTensor() as largest:  # type: ignore[no-untyped-call]
         ours(inputs, torch.ones(tokens), 1.0, chunk)
     assert largest.numel == 3 * chunk * vocabulary < tokens * vocabulary / 8

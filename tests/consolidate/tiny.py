@@ -12,7 +12,7 @@ VOCABULARY = 128
 
 
 def tiny_model(kind: str, seed: int) -> Any:
-    """`kind` is "tied" or "untied": a float32 Qwen3 with a tied head or a Llama with a head of its own, in eval mode."""
+    """`kind` is "tied" or "untied": a float32 Qwen3 with a tied head, a Llama with its own. In eval mode."""
     size: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,

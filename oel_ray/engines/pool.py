@@ -76,7 +76,7 @@ class EnginePool:
         """Start all replicas on a policy folder, side by side."""
         config = self._config
         resources = {"num_gpus": config.tensor_parallel} if self._on_gpu else {"num_cpus": config.cpu_threads}
-        actor = ray.remote(Engine).options(max_concurrency=10_000, **resources)
+        actor = ray.remote(max_concurrency=10_000, **resources)(Engine)
         replicas = [
             Replica(index, actor.options(name=f"engine-{index}").remote(index, config, policy, on_gpu=self._on_gpu))
             for index in range(config.count)

@@ -76,7 +76,7 @@ def run(
         _end(1, f"oel: run failed: {failure}; the run is in {path}; go on with: {again}")
     console = Console()
     console.print(summary_table(path))
-    print(next_steps(path))
+    print(f"\n{next_steps(path)}")
 
 
 @app.command()
@@ -108,7 +108,7 @@ def verify(
 
     play: Replay | None = None
     if replay:
-        from oel_ray.evaluate.replay import replay as play_again
+        from oel_ray.envs.replay import replay as play_again
 
         play = play_again
     findings = verify_run(run_dir, play)

@@ -24,7 +24,7 @@ LOCK_FILE = "lock.json"
 TAKEOVER_FILE = "lock.takeover"
 HEARTBEAT_S = 5.0
 STALE_S = 60.0
-TAKEOVER_WAIT_S = 2.0
+TAKEOVER_WAIT_S = 10.0
 
 
 class Holder(Record):

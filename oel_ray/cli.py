@@ -76,7 +76,7 @@ def run(
         _end(1, f"oel: run failed: {failure}; the run is in {path}; go on with: {again}")
     console = Console()
     console.print(summary_table(path))
-    print(next_steps(path))
+    print(f"\n{next_steps(path)}")
 
 
 @app.command()

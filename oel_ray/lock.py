@@ -4,6 +4,7 @@ A file made with O_EXCL says who holds the folder, and a thread touches it as a 
 on NFS and says nothing about the holder.
 """
 
+import contextlib
 import os
 import shlex
 import socket
@@ -23,6 +24,7 @@ LOCK_FILE = "lock.json"
 TAKEOVER_FILE = "lock.takeover"
 HEARTBEAT_S = 5.0
 STALE_S = 60.0
+TAKEOVER_WAIT_S = 10.0
 
 
 class Holder(Record):
@@ -105,10 +107,14 @@ def _create(path: Path, holder: Holder) -> bool:
 def _take_over(path: Path, me: Holder) -> None:
     """Replace a stale lock. The takeover file admits one process at a time and then becomes the lock itself."""
     takeover = path.with_name(TAKEOVER_FILE)
-    if not _create(takeover, me):
-        if takeover.exists() and time.time() - takeover.stat().st_mtime > STALE_S:
-            takeover.unlink(missing_ok=True)  # left by a process that died in these few lines
-        raise UserError(f"{_describe(path)}; another process is looking at the same lock: try again")
+    deadline = time.monotonic() + TAKEOVER_WAIT_S
+    while not _create(takeover, me):
+        if time.monotonic() > deadline:
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - takeover.stat().st_mtime > STALE_S:
+                    takeover.unlink()  # left by a process that died in these few lines
+            raise UserError(f"{_describe(path)}; another process is looking at its lock: try again")
+        time.sleep(0.05)
     try:
         holder = _read(path)
         try:

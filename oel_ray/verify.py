@@ -38,7 +38,7 @@ from oel_ray.runs import RunFolder
 Replay = Callable[[Trajectory], tuple[bool, str]]
 """Plays a game's actions again: whether it was won, and what differs from the recorded texts ("" for nothing).
 
-It raises nothing on a recorded game: one that cannot be played again is lost, and the text says why.
+A game that cannot be played again counts as lost, and the text says why.
 """
 
 WEIGHT_VERSION = re.compile(r"r(\d+)\.s(\d+)\.a(\d+)")
@@ -318,7 +318,7 @@ class _Check:
         if success != game.success:
             self.found(path, line, f"{game.id} says success={game.success}, its replay gives {success}")
         if difference:
-            self.found(path, line, f"the replay of {game.id} differs: {difference}")
+            self.found(path, line, f"the replay differs: {difference}")
         return success
 
     def _evaluation(self, path: Path, games: _Games, in_context: _Games | None) -> None:

@@ -29,10 +29,10 @@ def run(config, folder, progress):
 loop.run = run
 import oel_ray
 oel_ray.loop = sys.modules["oel_ray.loop"] = loop
-replay = types.ModuleType("oel_ray.evaluate.replay")
+replay = types.ModuleType("oel_ray.envs.replay")
 replay.replay = lambda game: (game.success and game.round < 2, "")
-sys.modules["oel_ray.evaluate"] = types.ModuleType("oel_ray.evaluate")
-sys.modules["oel_ray.evaluate.replay"] = replay
+sys.modules["oel_ray.envs"] = types.ModuleType("oel_ray.envs")
+sys.modules["oel_ray.envs.replay"] = replay
 from oel_ray.cli import main
 main()
 """

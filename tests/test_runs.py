@@ -231,7 +231,8 @@ def test_a_stale_lock_is_taken_over(tmp_path: Path, host: str, dead: bool, age_s
     assert not (tmp_path / TAKEOVER_FILE).exists()
 
 
-def test_a_takeover_that_died_does_not_block_for_good(tmp_path: Path) -> None:
+def test_a_takeover_that_died_does_not_block_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "TAKEOVER_WAIT_S", 0.1)
     with RunFolder.create(tmp_path, small_config()):
         pass
     leave_lock(tmp_path, socket.gethostname(), dead_pid(), 100)

@@ -195,7 +195,7 @@ def test_replay_decides_over_what_was_written(run: Path) -> None:
 
     assert [str(x) for x in verify(run, one_lost)] == [
         "rounds/002/evaluation.jsonl:1: r002-policy-0000 says success=True, its replay gives False",
-        "rounds/002/evaluation.jsonl:1: the replay of r002-policy-0000 differs: turn 1 shows another board",
+        "rounds/002/evaluation.jsonl:1: the replay differs: turn 1 shows another board",
         "rounds/002/evaluation.json: pass_rate is 0.75, the games give 0.625",
         "rounds/002/evaluation.json: pass_rate_se is 0.14433756729740643, the games give 0.239357",
     ]

@@ -90,6 +90,8 @@ class ConsolidateConfig(Section):
     """Compute precision of the trainer; master weights are float32."""
     micro_batch: Positive = 4
     """Responses per forward pass of one rank."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: a third more compute for a fraction of the memory."""
     chunk_tokens: Positive = 512
     """Response tokens whose logits exist at a time."""
     sampling: SamplingConfig = SamplingConfig()

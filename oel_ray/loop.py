@@ -10,10 +10,9 @@
 A stage writes into a folder of its own and is committed whole; a committed stage is never done again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 
 import orjson
 
@@ -140,8 +139,8 @@ class Rounds:
 
     def consolidate(self, number: int) -> None:
         """Distil the knowledge into the weights; writes the new policy."""
+        from oel_ray.consolidate.job import Job
         from oel_ray.consolidate.stage import consolidate
-        from oel_ray.consolidate.worker import Job
 
         config = self.config.consolidate
         with self._stage(number, layout.CONSOLIDATE, config.steps, "steps") as (stage, progress):

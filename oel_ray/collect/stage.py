@@ -59,9 +59,14 @@ class Players:
             ready, _ = ray.wait(list(running), timeout=_POLL_S)
             for reference in ready:
                 index, attempt, actor = running.pop(reference)
-                free.append(actor)
                 result = _result(reference, games[index], attempt)
-                if result is None:
+                if isinstance(result, RayActorError):
+                    free = deque(other for other in free if other != actor)
+                    if not free and not running:
+                        raise RunFailed(f"all players died: {str(result).splitlines()[0]}")
+                else:
+                    free.append(actor)
+                if isinstance(result, Exception):
                     waiting.append((index, attempt + 1))
                 else:
                     results[index] = result
@@ -78,7 +83,7 @@ def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Pla
     actors: list[Any] = []
     try:
         for index in range(collect.players):
-            actor = player_actor(collect.seats, name=f"player-{index}", num_cpus=PLAYER_CPUS, max_restarts=_ATTEMPTS)
+            actor = player_actor(collect.seats, name=f"player-{index}", num_cpus=PLAYER_CPUS)
             actors.append(
                 actor.remote(
                     policy=str(policy),
@@ -107,14 +112,14 @@ def _start(actor: Any, game: Game, sampling: Sampling) -> Any:
     )
 
 
-def _result(reference: Any, game: Game, attempt: int) -> tuple[Trajectory, bool] | None:
-    """The result of a finished call, or None if the game is to be played again."""
+def _result(reference: Any, game: Game, attempt: int) -> tuple[Trajectory, bool] | Exception:
+    """The result of a finished call, or the error for which the game is to be played again."""
     try:
         result: tuple[Trajectory, bool] = ray.get(reference)
         return result
     except (RayTaskError, RayActorError) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if attempt < _ATTEMPTS and not isinstance(cause, EngineUnavailable):
-            return None
+            return error
         line = str(cause).strip().splitlines()[0]
         raise RunFailed(f"game {game.episode.id} failed {attempt} times: {type(cause).__name__}: {line}") from error

@@ -84,6 +84,9 @@ class Distiller(nn.Module):
         """Dropout stays off: the student must be the policy that wrote the responses."""
         super().train(mode)
         self.student.eval()
+        for layer in self.student.modules():
+            if getattr(layer, "gradient_checkpointing", False):
+                layer.training = mode  # this flag of its own, not its children's, makes a layer recompute
         return self
 
     def forward(

@@ -91,6 +91,8 @@ class DistillStep:
         if compute_dtype == torch.float32:
             student = _cast_parameters(student, torch.float32)
         check_linear_head(self.teacher)
+        if config.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
         distiller = Distiller(student, temperature=config.temperature, chunk_tokens=config.chunk_tokens)
         trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
         # DeepSpeed takes the masters from weights that it has rounded to bfloat16 already.

@@ -10,7 +10,7 @@ import orjson
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from oel_ray.consolidate.worker import Job, train
+from oel_ray.consolidate.job import Job
 from oel_ray.errors import RunFailed
 
 TRAINER_CPUS = 1
@@ -28,7 +28,7 @@ def consolidate(job: Job, name: str, scratch: Path, on_progress: Callable[[int, 
     """
     config = job.config.consolidate
     trainer = TorchTrainer(
-        train,
+        _train,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
@@ -59,6 +59,13 @@ def consolidate(job: Job, name: str, scratch: Path, on_progress: Callable[[int, 
     return sum(row["samples"] for row in rows)
 
 
+def _train(settings: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker. Torch and DeepSpeed are imported there, not in the driver."""
+    from oel_ray.consolidate.worker import train
+
+    train(settings["job"])
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a file that is being written."""
     if not path.exists():
@@ -67,8 +74,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _reason(error: Exception) -> str:
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    rank, cause = min(failures.items())
-    cause = getattr(cause, "cause", None) or cause.__cause__ or cause
-    line = (str(cause).strip().splitlines() or [""])[-1]
+    """The first rank's own error; the others mostly say that they lost it."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {0: error}
+    rank, cause = min(failures.items(), key=lambda item: ("HealthCheck" in type(item[1]).__name__, item[0]))
+    line = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
     return f"rank {rank}: {type(cause).__name__}: {line}"

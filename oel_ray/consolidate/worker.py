@@ -8,56 +8,35 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
+import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 
 from oel_ray.chat import ChatFormat
-from oel_ray.config import RunConfig
 from oel_ray.consolidate.batches import Sample, micro_batches
+from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
-from oel_ray.consolidate.prefixes import Draw, Plan, teacher_prompt_ids
+from oel_ray.consolidate.prefixes import Draw, teacher_prompt_ids
 from oel_ray.consolidate.weights import FullWeights, export_policy
+from oel_ray.engines.sync import WeightSync
 from oel_ray.errors import RunFailed
-from oel_ray.records import Generate, Generation, KnowledgeText, Prefix
+from oel_ray.records import Generation
 from oel_ray.seeds import derive_seed
 
 _SKIPS_ALLOWED = 3
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a training group is to do. The same on every rank."""
+def train(job: Job) -> None:
+    """All steps of a round, and the new policy. Collective over the ranks of the Ray Train group.
 
-    config: RunConfig
-    round: int
-    policy: Path
-    """The policy that student and teacher start from."""
-    deployed: str
-    """The weight version that the engines serve at the start."""
-    prefixes: Sequence[Prefix]
-    knowledge: Sequence[KnowledgeText]
-    plan: Plan
-    generate: Generate
-    engines: Sequence[Any]
-    on_gpu: bool
-    metrics: Path
-    samples: Path
-    target: Path
-    """Where the new policy goes."""
-
-
-def train(settings: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker; `settings["job"]` is the `Job`."""
-    import ray.train
-
-    from oel_ray.engines.sync import WeightSync
-
-    job: Job = settings["job"]
+    Raises:
+        RunFailed: a response came from other weights than the student's, or the loss stayed not finite.
+    """
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = _take_device(job, context.get_local_rank())
@@ -100,8 +79,6 @@ def train(settings: dict[str, Any]) -> None:
 def _take_device(job: Job, local_rank: int) -> torch.device:
     """The rank's GPU, or a core of its own: two ranks on one core halve each other."""
     if job.on_gpu:
-        import ray.train.torch
-
         device: torch.device = ray.train.torch.get_device()
         return device
     cores = sorted(os.sched_getaffinity(0))

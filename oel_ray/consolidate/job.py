@@ -1,0 +1,32 @@
+"""What the driver hands to the training ranks. Imports no torch, so that the driver stays light."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oel_ray.config import RunConfig
+from oel_ray.consolidate.prefixes import Plan
+from oel_ray.records import Generate, KnowledgeText, Prefix
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training group is to do. The same on every rank."""
+
+    config: RunConfig
+    round: int
+    policy: Path
+    """The policy that student and teacher start from."""
+    deployed: str
+    """The weight version that the engines serve at the start."""
+    prefixes: Sequence[Prefix]
+    knowledge: Sequence[KnowledgeText]
+    plan: Plan
+    generate: Generate
+    engines: Sequence[Any]
+    on_gpu: bool
+    metrics: Path
+    samples: Path
+    target: Path
+    """Where the new policy goes."""

@@ -49,7 +49,7 @@ def turns() -> list[Turn]:
             response_ids=[4, 5],
             action="[down]",
             feedback=BOARDS[number + 1],
-            weight_version="r000.s0000.a0",
+            weight_version="r000",
             finish_reason="stop",
         )
         for number, board in enumerate(BOARDS[:2])
@@ -131,7 +131,7 @@ def knowledge_text(round_number: int, seed: int) -> KnowledgeText:
                 dropped=number,
                 knowledge_tokens=7,
                 response_tokens=20,
-                weight_version="r000.s0000.a0",
+                weight_version="r000",
             )
             for number in range(2)
         ],
@@ -154,14 +154,15 @@ def evaluate_in_context(stage: Stage) -> None:
 def consolidate(stage: Stage) -> None:
     out = stage.begin()
     steps, samples = [], []
+    version = f"r{stage.round - 1:03d}"
     for step in range(3):
-        version = f"r{stage.round:03d}.s{step:04d}.a0"
+        made_by, version = version, f"r{stage.round:03d}.s{step + 1:04d}.a0"
         kl = 0.4 / (step + 1)
-        row = {"step": step, "loss": kl, "kl_per_token": kl, "grad_norm": 1.0, "tokens": 2, "weight_version": version}
-        steps.append(row | {"seconds_step": 0.1})
+        row = {"step": step, "loss": kl, "kl_per_token": kl, "grad_norm": 1.0, "tokens": 2}
+        steps.append(row | {"generated_by": made_by, "weight_version": version, "seconds_step": 0.1})
         sample = {"step": step, "prefix_id": f"r{stage.round:03d}-consolidation-{step:04d}/1"}
         sample |= {"knowledge_id": f"r{stage.round:03d}-k00", "response": "[up]", "response_ids": [4, 5], "kl": kl}
-        samples.append(sample | {"weight_version": version})
+        samples.append(sample | {"weight_version": made_by})
     out.consolidation_metrics.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in steps))
     out.samples.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in samples))
     (out.policy / "config.json").write_text("{}")

@@ -1,0 +1,132 @@
+"""The whole job as a user starts it: real Ray, real vLLM, real DeepSpeed on two ranks, a model of random weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.tiny_models import save_tiny_model
+
+SMALL = [
+    "rounds=1",
+    "env.max_turns=3",
+    "collect.extraction_games=3",
+    "collect.sampling.max_tokens=8",
+    "extract.seeds=2",
+    "extract.max_tokens=64",
+    "extract.sampling.max_tokens=24",
+    "consolidate.steps=2",
+    "consolidate.games_per_step=2",
+    "consolidate.learning_rate=1e-3",
+    "consolidate.sampling.max_tokens=8",
+    "evaluate.maps=3",
+    "evaluate.sampling.max_tokens=8",
+    "engines.count=1",
+]
+BOUNDARIES = ["0:prepare", "0:evaluate", "1:collect", "1:extract", "1:evaluate_in_context", "1:consolidate:moved"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finished = oel("run", "exact", f"model={model}", *SMALL, "--run-dir", str(folder))
+    assert finished.returncode == 0, finished.stderr
+    assert "reverse KL" in finished.stdout
+    return folder
+
+
+def oel(*arguments: str, kill_after: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ} | ({"OEL_RAY_KILL_AFTER": kill_after} if kill_after else {})
+    command = [sys.executable, "-m", "oel_ray", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+
+def texts(folder: Path) -> dict[str, bytes]:
+    """The artifacts of a run that are text, apart from those that tell the time."""
+    timed = {"MANIFEST.json", "metrics.jsonl", "status.json", "run.json", "config.yaml"}
+    files = [path for path in folder.rglob("*") if path.suffix in {".jsonl", ".json"} and path.name not in timed]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if "policy" not in path.parts}
+
+
+def test_the_run_folder_holds_what_it_promises(undisturbed: Path) -> None:
+    verified = oel("verify", str(undisturbed), "--replay")
+    assert verified.returncode == 0, verified.stdout
+    expected = {
+        "rounds/000/evaluation.json",
+        "rounds/000/evaluation.jsonl",
+        "rounds/001/trajectories/extraction.jsonl",
+        "rounds/001/trajectories/consolidation.jsonl",
+        "rounds/001/knowledge/seed-00.json",
+        "rounds/001/knowledge/seed-01.json",
+        "rounds/001/in_context.jsonl",
+        "rounds/001/consolidation/samples.jsonl",
+        "rounds/001/evaluation.json",
+        "rounds/001/evaluation.jsonl",
+    }
+    assert set(texts(undisturbed)) == expected
+    evaluation = json.loads((undisturbed / "rounds/001/evaluation.json").read_text())
+    assert evaluation["games"] == 6
+    assert evaluation["oracle"] > evaluation["random"]
+
+
+def test_the_policy_changed_and_loads_in_plain_transformers(undisturbed: Path, model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = undisturbed / "rounds/001/policy"
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(policy).state_dict()
+    assert before.keys() == after.keys()
+    assert any((before[name] != after[name]).any() for name in before)
+    assert AutoTokenizer.from_pretrained(policy).chat_template
+
+
+def test_killed_between_any_two_stages_it_goes_on_to_the_same_bytes(
+    undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
+    """Also proves that the same run twice is the same run: this one shares nothing with the first but its settings."""
+    folder = tmp_path / "killed"
+    before = {process.pid for process in psutil.process_iter()}
+    committed: set[str] = set()
+    for number, boundary in enumerate(BOUNDARIES):
+        start = ["--resume"] if number else ["exact", f"model={model}", *SMALL]
+        killed = oel("run", *start, "--run-dir", str(folder), kill_after=boundary)
+        assert killed.returncode == -signal.SIGKILL, (boundary, killed.stderr)
+        done = stages(folder)
+        assert committed <= set(done), "a committed stage was lost"
+        committed = set(done)
+    finished = oel("run", "--resume", "--run-dir", str(folder))
+    assert finished.returncode == 0, finished.stderr
+
+    assert texts(folder) == texts(undisturbed)
+    assert {name: entry["counts"] for name, entry in stages(folder).items()} == {
+        name: entry["counts"] for name, entry in stages(undisturbed).items()
+    }
+    assert oel("verify", str(folder), "--replay").returncode == 0
+    again = oel("run", "--resume", "--run-dir", str(folder))
+    assert again.returncode == 0, again.stderr
+    assert "evaluate" not in again.stderr, "a finished run did something again"
+    left = [p for p in psutil.process_iter() if p.pid not in before and is_ours(p)]
+    assert not left, left
+
+
+def stages(folder: Path) -> dict[str, dict[str, object]]:
+    manifests = [json.loads(path.read_text()) for path in sorted(folder.glob("rounds/*/MANIFEST.json"))]
+    return {f"{m['round']}:{name}": entry for m in manifests for name, entry in m["stages"].items()}
+
+
+def is_ours(process: psutil.Process) -> bool:
+    try:
+        title = " ".join(process.cmdline()) or process.name()
+    except psutil.Error:
+        return False
+    return any(word in title for word in ("ray::", "raylet", "gcs_server", "VLLM::", "oel_ray"))

@@ -3,10 +3,14 @@
 import asyncio
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from oel_ray.config import EnginesConfig
+from oel_ray.engines.startup import StartLog
+from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
 
 
@@ -19,29 +23,40 @@ class Engine:
     def __init__(self, index: int, config: EnginesConfig, policy: str, *, on_gpu: bool, **vllm_args: Any) -> None:
         """`policy`: an HF folder. `vllm_args` go to vLLM as they are, over ours. `start` does the work."""
         self.index = index
-        self._config = config
+        self._llm: Any = None
         self._requests = 0
+        self._sync_failed = False
         self._vllm_args = _engine_args(config, policy, on_gpu=on_gpu) | vllm_args
         if not on_gpu:
             _bind_cpu(index, config.cpu_threads)
 
     async def start(self) -> None:
-        """Load the policy and get ready to serve."""
+        """Load the policy and get ready to serve.
+
+        Raises:
+            RunFailed: vLLM did not start; says why.
+        """
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm: Any = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._vllm_args))
+        log = StartLog()
+        try:
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._vllm_args))
+        except Exception as error:  # noqa: BLE001 - whatever stops vLLM is told, in one line
+            raise RunFailed(f"engine {self.index} did not start: {log.cause(error)}") from None
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling, seed: int, deadline_s: float) -> Generation:
         """One response.
 
         Raises:
             TimeoutError: nothing complete within `deadline_s`; the request is aborted.
+            EngineUnavailable: this engine cannot serve any more.
             RuntimeError: the response mixes weight versions.
         """
         self._requests += 1
-        async with asyncio.timeout(deadline_s):
-            return await self._generate(f"{self.index}-{self._requests}", prompt_ids, sampling, seed)
+        with self._able_to_serve():
+            async with asyncio.timeout(deadline_s):
+                return await self._generate(f"{self.index}-{self._requests}", prompt_ids, sampling, seed)
 
     async def _generate(self, request_id: str, prompt_ids: list[int], sampling: Sampling, seed: int) -> Generation:
         from vllm import SamplingParams
@@ -81,11 +96,39 @@ class Engine:
         return [(token, entry.logprob) for token, entry in ranked[:top]]
 
     async def check_health(self) -> str:
-        """The weight version that is served. Raises vLLM's EngineDeadError if a process below this one is gone."""
-        await self._llm.check_health()
-        return str(await self._llm.get_weight_version())
+        """The weight version that is served.
 
-    # A sync is init (once per group), start, update, finish, each on all engines before the next.
+        Raises:
+            EngineUnavailable: a process below this one is gone, or a weight sync failed.
+        """
+        with self._able_to_serve():
+            await self._llm.check_health()
+            return str(await self._llm.get_weight_version())
+
+    @contextmanager
+    def _able_to_serve(self) -> Iterator[None]:
+        """Answer with an error of ours where vLLM would raise its own, which a client had to import vLLM to read."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._sync_failed:
+            raise EngineUnavailable(f"engine {self.index} failed a weight sync and cannot serve")
+        try:
+            yield
+        except EngineDeadError:
+            raise EngineUnavailable(f"engine {self.index} lost a vLLM process") from None
+
+    # A sync is init (once per group), start, update, finish, each on all engines before the next. Once one of the last
+    # three failed, the weights are neither the old nor the new ones, and vLLM would start another update on top.
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        if self._sync_failed:
+            raise EngineUnavailable(f"engine {self.index} failed a weight sync and must be restarted")
+        try:
+            yield
+        except BaseException:
+            self._sync_failed = True
+            raise
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -94,13 +137,15 @@ class Engine:
 
     async def start_weight_update(self) -> None:
         """Let requests in flight finish, hold back new ones, and open the model for new weights."""
-        await self._llm.pause_generation(mode="wait", clear_cache=False)
-        await self._llm.start_weight_update()
+        with self._all_or_nothing():
+            await self._llm.pause_generation(mode="wait", clear_cache=False)
+            await self._llm.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
+        with self._all_or_nothing():
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
 
     async def finish_weight_update(self, version: str) -> None:
         """Check and close the update, drop the stale prefix cache, take the version, serve again.
@@ -108,10 +153,11 @@ class Engine:
         Raises:
             RuntimeError: the weights were incomplete or the cache could not be dropped. The engine must not serve.
         """
-        await self._llm.finish_weight_update()
-        await self.drop_cache()
-        await self._llm.update_weight_version(version)
-        await self._llm.resume_generation()
+        with self._all_or_nothing():
+            await self._llm.finish_weight_update()
+            await self.drop_cache()
+            await self._llm.update_weight_version(version)
+            await self._llm.resume_generation()
 
     async def drop_cache(self) -> None:
         """Forget all cached prefixes. vLLM's reset does nothing while requests run, and only its result says so."""
@@ -125,7 +171,8 @@ class Engine:
         await self.finish_weight_update(version)
 
     async def shutdown(self) -> None:
-        self._llm.shutdown()
+        if self._llm is not None:
+            self._llm.shutdown()
 
 
 def _engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str, Any]:

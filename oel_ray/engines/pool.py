@@ -6,9 +6,10 @@ after, so it knows the tokens in flight on every engine, and its answers never w
 """
 
 import asyncio
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,24 +66,30 @@ class Router:
 
 
 class EnginePool:
-    """The control actor. State: the replicas, their health and load, which key lives where, the deployed version."""
+    """The control actor. State: the replicas, their health, the leases on them, which key lives where."""
 
-    def __init__(self, config: EnginesConfig, *, on_gpu: bool) -> None:
+    def __init__(self, config: EnginesConfig, *, on_gpu: bool, engine: type = Engine) -> None:
         self._config = config
         self._on_gpu = on_gpu
+        self._engine = engine
         self._router = Router([])
+        self._leases: dict[str, tuple[Replica, int]] = {}
 
     async def start(self, policy: str) -> None:
-        """Start all replicas on a policy folder, side by side."""
+        """Start all replicas on a policy folder, side by side.
+
+        Raises:
+            RunFailed: a replica did not start; says why.
+        """
         config = self._config
         resources = {"num_gpus": config.tensor_parallel} if self._on_gpu else {"num_cpus": config.cpu_threads}
-        actor = ray.remote(max_concurrency=10_000, **resources)(Engine)
+        actor = ray.remote(max_concurrency=10_000, **resources)(self._engine)
         replicas = [
             Replica(index, actor.options(name=f"engine-{index}").remote(index, config, policy, on_gpu=self._on_gpu))
             for index in range(config.count)
         ]
+        self._router = Router(replicas)  # before they run, so that `shutdown` reaches those that do
         await self._on_all(replicas, "start", deadline_s=config.start_deadline_s)
-        self._router = Router(replicas)
 
     async def deploy(self, policy: str, version: str) -> None:
         """Load a policy folder into every replica and label it."""
@@ -90,13 +97,21 @@ class EnginePool:
             self._router.replicas, "load_policy", policy, version, deadline_s=self._config.sync_deadline_s
         )
 
-    def lease(self, key: str, tokens: int) -> tuple[int, Any]:
-        """Index and handle of the replica for a request. Give the lease back with `release`."""
-        replica = self._router.pick(key, tokens)
-        return replica.index, replica.handle
+    def lease(self, lease: str, key: str, tokens: int) -> Any:
+        """Handle of the replica for a request. Give the lease, whose name the client made up, back with `release`.
 
-    def release(self, index: int, tokens: int, *, failed: bool = False) -> None:
-        replica = self._router.replicas[index]
+        Raises:
+            EngineUnavailable: no healthy replica is left.
+        """
+        replica = self._router.pick(key, tokens)
+        self._leases[lease] = (replica, tokens)
+        return replica.handle
+
+    def release(self, lease: str, *, failed: bool = False) -> None:
+        """Take a lease back; with `failed`, its replica gets no more requests. One that was never given is no error."""
+        if lease not in self._leases:
+            return
+        replica, tokens = self._leases.pop(lease)
         replica.load -= tokens
         replica.healthy = replica.healthy and not failed
 
@@ -123,6 +138,8 @@ class EnginePool:
         calls = [getattr(replica.handle, method).remote(*args) for replica in replicas]
         try:
             await asyncio.wait_for(asyncio.gather(*calls), deadline_s)
+        except RayTaskError:  # before TimeoutError: what an engine raises also is of the class of its cause
+            raise
         except TimeoutError:
             raise EngineUnavailable(f"an engine did not finish '{method}' within {deadline_s:.0f} s") from None
 
@@ -135,27 +152,46 @@ class PoolClient:
         self._deadline_s = deadline_s
 
     async def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, key: str) -> Generation:
-        """One response. A dead engine's request goes to another one until none is left."""
+        """One response. The request of an engine that died or missed the deadline goes to another one.
+
+        Raises:
+            EngineUnavailable: none is left that could answer.
+        """
         tokens = len(prompt_ids) + sampling.max_tokens
         while True:
-            index, engine = await asyncio.wait_for(self._pool.lease.remote(key, tokens), _CONTROL_DEADLINE_S)
-            failed = False
+            # The lease has a name before it is given: a client that is cancelled meanwhile can give it back, too.
+            lease, failed = uuid.uuid4().hex, False
             try:
-                call = engine.generate.remote(list(prompt_ids), sampling, seed, self._deadline_s)
-                generation: Generation = await asyncio.wait_for(call, self._deadline_s + _CONTROL_DEADLINE_S)
-            except (RayActorError, TimeoutError, RayTaskError) as error:
-                if isinstance(error, RayTaskError) and not _is_engine_failure(error):
-                    raise
+                engine = await self._lease(lease, key, tokens)
+                return await self._generate(engine, prompt_ids, sampling, seed)
+            except _EngineFailed:
                 failed = True
-            else:
-                return generation
             finally:
-                self._pool.release.remote(index, tokens, failed=failed)
+                self._pool.release.remote(lease, failed=failed)
+
+    async def _lease(self, lease: str, key: str, tokens: int) -> Any:
+        try:
+            return await asyncio.wait_for(self._pool.lease.remote(lease, key, tokens), _CONTROL_DEADLINE_S)
+        except RayTaskError as error:
+            raise _plain(error) from None
+        except (RayActorError, TimeoutError):
+            raise EngineUnavailable("the engine pool does not answer") from None
+
+    async def _generate(self, engine: Any, prompt_ids: Sequence[int], sampling: Sampling, seed: int) -> Generation:
+        call = engine.generate.remote(list(prompt_ids), sampling, seed, self._deadline_s)
+        try:
+            generation: Generation = await asyncio.wait_for(call, self._deadline_s + _CONTROL_DEADLINE_S)
+        except asyncio.CancelledError:
+            ray.cancel(call)
+            raise
+        # What an engine raises reaches us as a RayTaskError that also is of the class of its cause.
+        except (RayActorError, EngineUnavailable, TimeoutError) as error:
+            raise _EngineFailed from error
+        return generation
 
 
-def _is_engine_failure(error: RayTaskError) -> bool:
-    """Whether a request failed because of its engine, so that another engine may answer it."""
-    return type(error.cause).__name__ in {"EngineDeadError", "TimeoutError"}
+class _EngineFailed(Exception):
+    """A request failed because of its engine, so that another engine may answer it."""
 
 
 @dataclass(frozen=True)
@@ -184,22 +220,20 @@ class Pool:
 
 
 @contextmanager
-def engine_pool(config: EnginesConfig, policy: Path, *, on_gpu: bool) -> Iterator[Pool]:
+def engine_pool(config: EnginesConfig, policy: Path, *, on_gpu: bool, engine: type = Engine) -> Iterator[Pool]:
     """Start a pool on a policy folder; at the end no process of it is left.
 
     Raises:
         RunFailed: an engine did not start; the message says why.
     """
     actor = ray.remote(EnginePool).options(name=POOL_NAME, num_cpus=0, max_concurrency=10_000)
-    handle = actor.remote(config, on_gpu=on_gpu)
+    handle = actor.remote(config, on_gpu=on_gpu, engine=engine)
     try:
         _wait(handle.start.remote(str(policy)), config.start_deadline_s + _CONTROL_DEADLINE_S)
         yield Pool(handle, config)
     finally:
-        try:
+        with suppress(RunFailed):  # what does not stop by itself is ended with its actor
             _wait(handle.shutdown.remote(), 2 * _CONTROL_DEADLINE_S)
-        except RunFailed:
-            pass  # what does not stop by itself is ended with its actor
         ray.kill(handle)
 
 
@@ -209,7 +243,22 @@ def _wait(reference: Any, timeout_s: float) -> Any:
     except GetTimeoutError:
         raise EngineUnavailable(f"the engine pool did not answer within {timeout_s:.0f} s") from None
     except RayTaskError as error:
-        cause = error.cause
-        raise RunFailed(f"engines: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}") from error
+        raise _plain(error) from error
     except RayActorError as error:
-        raise EngineUnavailable(f"the engine pool died: {str(error).splitlines()[0]}") from error
+        raise EngineUnavailable(f"the engine pool died: {_first_line(error)}") from error
+
+
+def _plain(error: RayTaskError) -> RunFailed:
+    """What went wrong in an actor, without Ray's account of how it got here."""
+    cause = error.cause
+    if isinstance(cause, RayTaskError):
+        return _plain(cause)
+    if isinstance(cause, RunFailed):
+        return cause
+    if isinstance(cause, RayActorError):
+        return EngineUnavailable(f"an engine died: {_first_line(cause)}")
+    return RunFailed(f"engines: {type(cause).__name__}: {_first_line(cause)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

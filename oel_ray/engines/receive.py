@@ -7,6 +7,7 @@ What vLLM's own engines do not do, and what makes a sync safe to serve after:
 - a tied output head that the CPU backend keeps in a packed form of its own is packed again.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ Shapes = dict[str, tuple[int, ...]]
 def checkpoint_shapes(folder: str | Path) -> Shapes:
     """Names and shapes of all tensors of an HF checkpoint folder, read from the safetensors headers."""
     shapes: Shapes = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in _weight_files(folder):
         with safe_open(path, framework="pt") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return shapes
@@ -39,10 +40,18 @@ def checkpoint_shapes(folder: str | Path) -> Shapes:
 
 def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of an HF checkpoint folder."""
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in _weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 yield name, file.get_tensor(name)
+
+
+def _weight_files(folder: str | Path) -> list[Path]:
+    """The files that the index names, if there is one: some folders hold the same weights again in another form."""
+    index = Path(folder, "model.safetensors.index.json")
+    if index.exists():
+        return [Path(folder, name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(Path(folder).glob("*.safetensors"))
 
 
 @dataclass
@@ -154,7 +163,7 @@ class GlooReceiver(CheckedReceiver):
         self._group = None
 
 
-class NcclReceiver(CheckedReceiver, NCCLWeightTransferEngine):  # type: ignore[misc]
+class NcclReceiver(CheckedReceiver, NCCLWeightTransferEngine):
     """Receives over NCCL: vLLM's own engine with our checks around it."""
 
     init_info_cls = NCCLWeightTransferEngine.init_info_cls

@@ -4,7 +4,9 @@ A source is re-iterable: `metadata()` says what will come, iterating yields (nam
 may be a collective (ZeRO-3 gathers), so every rank iterates and only rank 0 transmits.
 """
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
@@ -47,13 +49,15 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         sender = cls(client=client, source=source, is_sender=init_info.is_sender)
         if not sender.is_sender:
             return sender
-        meeting = {"address": init_info.address, "port": init_info.port, "world_size": init_info.world_size}
+        meeting: dict[str, Any] = {
+            "address": init_info.address,
+            "port": init_info.port,
+            "world_size": init_info.world_size,
+        }
         worker_info = {**meeting, "rank_offset": 1, "timeout_s": init_info.timeout_s}
         # Workers block until the sender joins and the other way round, so the two must overlap.
-        with _side_thread() as side:
-            joined = side.submit(client.init_weight_transfer_engine, worker_info)
+        with _alongside(client.init_weight_transfer_engine, worker_info):
             sender._group = transport.gloo_group(**meeting, rank=0, timeout_s=init_info.timeout_s)
-            joined.result()
         return sender
 
     def send_weights(self) -> None:
@@ -65,16 +69,16 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         """
         if self.source is None:
             raise ValueError("a sender needs a weight source")
-        if not self.is_sender or self._group is None:
+        if not self.is_sender:
             for _ in self.source:
                 pass
             return
+        if self._group is None:
+            raise RuntimeError("no weight-transfer group: the sender was shut down")
         specs = [transport.TensorSpec(meta.name, meta.dtype, tuple(meta.shape)) for meta in self.source.metadata()]
         self.client.start_weight_update()
-        with _side_thread() as side:
-            received = side.submit(self.client.update_weights, _update_info(specs))
+        with _alongside(self.client.update_weights, _update_info(specs)):
             transport.send_stream(self._group, specs, self.source)
-            received.result()
         self.client.finish_weight_update()
 
     def shutdown(self) -> None:
@@ -116,12 +120,22 @@ def _update_info(specs: list[transport.TensorSpec]) -> dict[str, Any]:
     }
 
 
-class _side_thread(ThreadPoolExecutor):  # noqa: N801
-    """One thread that an error does not wait for: its peer may be blocked until a deadline of its own."""
+@contextmanager
+def _alongside(call: Callable[[dict[str, Any]], None], info: dict[str, Any]) -> Iterator[None]:
+    """Run `call(info)`, the engines' side of something collective, beside the body, which is ours.
 
-    def __init__(self) -> None:
-        super().__init__(max_workers=1, thread_name_prefix="weight-sync")
-
-    def __exit__(self, *_: object) -> bool:
-        self.shutdown(wait=False)
-        return False
+    Raises:
+        the engines' error if both sides failed: ours is only what it led to.
+    """
+    side = ThreadPoolExecutor(1, thread_name_prefix="weight-sync")
+    try:
+        theirs = side.submit(call, info)
+        try:
+            yield
+        except RuntimeError:
+            if theirs.done():
+                theirs.result()
+            raise
+        theirs.result()
+    finally:
+        side.shutdown(wait=False)  # the engines may be blocked until a deadline of their own

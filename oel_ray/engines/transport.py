@@ -5,9 +5,11 @@ same list of (name, dtype, shape) with the same bucket size.
 """
 
 import math
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore
@@ -50,7 +52,19 @@ def gloo_group(address: str, port: int, rank: int, world_size: int, timeout_s: f
     """
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
-    return ProcessGroupGloo(PrefixStore("oel_ray_weights", store), rank, world_size, timeout)
+    # A torch "backend", with all methods of a group that we need; torch's stubs know neither that nor its options.
+    gloo: Any = ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timeout
+    options._devices = [gloo.create_device(hostname=_own_address(address))]
+    return cast(ProcessGroup, gloo(PrefixStore("oel_ray_weights", store), rank, world_size, options))
+
+
+def _own_address(peer: str) -> str:
+    """The address of this machine that `peer` can reach. Gloo's own choice, the host name's, often is a loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 1))  # sends nothing
+        return str(probe.getsockname()[0])
 
 
 def broadcast(group: ProcessGroup, flat: torch.Tensor) -> None:
@@ -77,10 +91,10 @@ def send_stream(
         flat = torch.empty(sum(spec.nbytes for spec in run), dtype=torch.uint8)
         at = 0
         for spec in run:
-            name, tensor = next(stream)
+            name, tensor = next(stream, ("nothing", flat[:0]))
             if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
                 raise ValueError(f"weights out of order: announced {spec}, got {name} {tensor.dtype} {tensor.shape}")
-            flat[at : at + spec.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+            flat[at : at + spec.nbytes] = tensor.detach().contiguous().view(-1).view(torch.uint8)
             at += spec.nbytes
         broadcast(group, flat)
     if next(stream, None) is not None:

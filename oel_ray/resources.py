@@ -96,6 +96,7 @@ def _worker_environment(config: RunConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # the driver has fetched what there is to fetch
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a rank imports torch before it is up
     }
     if config.engines.device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"

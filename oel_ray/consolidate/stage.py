@@ -1,8 +1,8 @@
 """The consolidation stage: one Ray Train run per round. `consolidate` runs in the driver."""
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,31 @@ def consolidate(job: Job, name: str, scratch: Path, on_progress: Callable[[int, 
         run_config=ray.train.RunConfig(name=name, storage_path=str(scratch.resolve())),
         torch_config=TorchConfig(backend="nccl" if job.on_gpu else "gloo"),
     )
-    # `fit` blocks; in a thread of its own it leaves the driver free to report and to be interrupted.
-    with ThreadPoolExecutor(1, thread_name_prefix="fit") as side:
-        running = side.submit(trainer.fit)
-        rows: list[dict[str, Any]] = []
-        while True:
-            try:
-                running.result(timeout=_POLL_S)
-            except NotYet:
-                rows = _rows(job.metrics)
-                on_progress(len(rows), f"KL {rows[-1]['kl_per_token']:.4f}" if rows else "")
-                continue
-            except ray.train.v2.api.exceptions.TrainingFailedError as error:
-                raise RunFailed(f"consolidation: {_reason(error)}") from error
-            break
+    running = _in_thread(trainer.fit)
+    while not running.done():
+        wait([running], timeout=_POLL_S)
+        rows = _rows(job.metrics)
+        on_progress(len(rows), f"KL {rows[-1]['kl_per_token']:.4f}" if rows else "")
+    if error := running.exception():
+        raise RunFailed(f"consolidation: {_reason(error)}") from error
     rows = _rows(job.metrics)
     if len(rows) != len(job.plan):
         raise RunFailed(f"consolidation ended after {len(rows)} of {len(job.plan)} steps")
-    on_progress(len(rows), f"KL {rows[-1]['kl_per_token']:.4f}")
     return sum(row["samples"] for row in rows)
+
+
+def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
+    """Start `work` in a daemon thread: an interrupted driver reports and ends without waiting for `fit`."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised again where the future is read
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    return future
 
 
 def _train(settings: dict[str, Any]) -> None:
@@ -73,9 +79,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The first rank's own error; the others mostly say that they lost it."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", None) or {0: error}
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = min(failures.items(), key=lambda item: ("HealthCheck" in type(item[1]).__name__, item[0]))
     line = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
     return f"rank {rank}: {type(cause).__name__}: {line}"

@@ -65,6 +65,7 @@ def train(job: Job) -> None:
             raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
         made_by, version = version, f"r{job.round:03d}.s{number + 1:04d}.a0"
         sync.send(version)
+        dist.barrier()  # no rank asks for the next responses before all engines serve the new weights
         seconds = {
             "seconds_generate": generated - started,
             "seconds_train": trained - generated,

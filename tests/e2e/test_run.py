@@ -14,7 +14,7 @@ from tests.tiny_models import save_tiny_model
 
 SMALL = [
     "rounds=1",
-    "env.max_turns=3",
+    "env.max_turns=4",
     "collect.extraction_games=3",
     "collect.sampling.max_tokens=8",
     "extract.seeds=2",

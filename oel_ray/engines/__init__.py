@@ -1,1 +1,1 @@
-"""The engine pool: vLLM replicas as Ray actors, routing, and the weights that reach them. vLLM is touched here alone."""
+"""The engine pool: vLLM replicas as Ray actors, routing, and the weights they get. vLLM is touched here alone."""

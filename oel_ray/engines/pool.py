@@ -8,7 +8,7 @@ after, so it knows the tokens in flight on every engine, and its answers never w
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,10 +196,8 @@ def engine_pool(config: EnginesConfig, policy: Path, *, on_gpu: bool) -> Iterato
         _wait(handle.start.remote(str(policy)), config.start_deadline_s + _CONTROL_DEADLINE_S)
         yield Pool(handle, config)
     finally:
-        try:
+        with suppress(RunFailed):  # what does not stop by itself is ended with its actor
             _wait(handle.shutdown.remote(), 2 * _CONTROL_DEADLINE_S)
-        except RunFailed:
-            pass  # what does not stop by itself is ended with its actor
         ray.kill(handle)
 
 

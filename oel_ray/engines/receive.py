@@ -154,7 +154,7 @@ class GlooReceiver(CheckedReceiver):
         self._group = None
 
 
-class NcclReceiver(CheckedReceiver, NCCLWeightTransferEngine):  # type: ignore[misc]
+class NcclReceiver(CheckedReceiver, NCCLWeightTransferEngine):
     """Receives over NCCL: vLLM's own engine with our checks around it."""
 
     init_info_cls = NCCLWeightTransferEngine.init_info_cls

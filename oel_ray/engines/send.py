@@ -47,7 +47,11 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         sender = cls(client=client, source=source, is_sender=init_info.is_sender)
         if not sender.is_sender:
             return sender
-        meeting = {"address": init_info.address, "port": init_info.port, "world_size": init_info.world_size}
+        meeting: dict[str, Any] = {
+            "address": init_info.address,
+            "port": init_info.port,
+            "world_size": init_info.world_size,
+        }
         worker_info = {**meeting, "rank_offset": 1, "timeout_s": init_info.timeout_s}
         # Workers block until the sender joins and the other way round, so the two must overlap.
         with _side_thread() as side:
@@ -122,6 +126,5 @@ class _side_thread(ThreadPoolExecutor):  # noqa: N801
     def __init__(self) -> None:
         super().__init__(max_workers=1, thread_name_prefix="weight-sync")
 
-    def __exit__(self, *_: object) -> bool:
+    def __exit__(self, *_: object) -> None:
         self.shutdown(wait=False)
-        return False

@@ -80,17 +80,17 @@ def extract(
     workers: list[Any] = []
     try:
         actor = ray.remote(ExtractionWorker).options(num_cpus=WORKER_CPUS, max_concurrency=chains + 1)
-        for _ in range(min(config.extract.workers, chains)):
-            workers.append(
-                actor.remote(
-                    policy,
-                    thinking=config.thinking,
-                    generate=generate,
-                    config=config.extract,
-                    run_seed=config.seed,
-                    max_model_len=config.engines.max_model_len,
-                )
+        workers.extend(
+            actor.remote(
+                policy,
+                thinking=config.thinking,
+                generate=generate,
+                config=config.extract,
+                run_seed=config.seed,
+                max_model_len=config.engines.max_model_len,
             )
+            for _ in range(min(config.extract.workers, chains))
+        )
         shared = ray.put(list(trajectories))
         seeds = {
             workers[seed % len(workers)].accumulate.remote(shared, seed, round_number): seed for seed in range(chains)

@@ -8,17 +8,16 @@ import itertools
 import json
 import math
 import re
-import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from oel_ray.durable import fingerprint
 from oel_ray.errors import UserError
+from oel_ray.evaluate.metrics import Evaluation, Score, score
 from oel_ray.layout import (
     COLLECT,
     CONFIG_FILE,
@@ -32,7 +31,7 @@ from oel_ray.layout import (
     StageEntry,
     planned_stages,
 )
-from oel_ray.records import EvaluationGame, KnowledgeText, Split, Trajectory
+from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
 from oel_ray.runs import RunFolder
 
 Replay = Callable[[Trajectory], tuple[bool, str]]
@@ -149,12 +148,9 @@ class _Check:
             if name not in planned:
                 self.found(files.manifest, 0, f"stage {name} was never planned")
             self._fingerprints(files, entry)
-        if COLLECT in stages:
-            self._collect(number, files, stages[COLLECT])
-        if EXTRACT in stages:
-            self._extract(number, files, stages[EXTRACT])
-        if CONSOLIDATE in stages:
-            self._consolidate(number, files, stages[CONSOLIDATE])
+        for name, check in ((COLLECT, self._collect), (EXTRACT, self._extract), (CONSOLIDATE, self._consolidate)):
+            if name in stages:
+                check(number, files, stages[name])
         in_context = None
         if EVALUATE_IN_CONTEXT in stages:
             in_context = self._games(number, files.in_context, "in_context", stages[EVALUATE_IN_CONTEXT])
@@ -207,11 +203,7 @@ class _Check:
                 )
 
     def _collect(self, number: int, files: RoundFiles, entry: StageEntry) -> None:
-        plan: dict[Split, int] = {
-            "extraction": self.config.collect.extraction_games,
-            "consolidation": self.config.consolidate.games,
-        }
-        for split, planned in plan.items():
+        for split, planned in self.config.training_games.items():
             path = files.trajectories(split)
             self._count(path, entry, split, len(_lines(path)))
             self._planned(path, len(_lines(path)), planned, "episodes")
@@ -323,28 +315,28 @@ class _Check:
 
     def _evaluation(self, path: Path, games: _Games, in_context: _Games | None) -> None:
         try:
-            recorded = json.loads(path.read_bytes())
-            for name, part, played in (("", recorded, games), ("in_context.", recorded["in_context"], in_context)):
-                if (part is None) != (played is None):
-                    self.found(path, 0, f"{name.rstrip('.')} and the games that were kept do not go together")
-                elif part is not None and played is not None:
-                    self._rates(path, name, part, played)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            recorded = Evaluation.from_json(path.read_bytes())
+        except OSError as error:
             self.found(path, 0, f"cannot be read: {error!r}")
+            return
+        except ValidationError as error:
+            self.found(path, 0, f"is not an Evaluation: {_first(error)}")
+            return
+        self._score(path, "", recorded, games)
+        if (recorded.in_context is None) != (in_context is None):
+            self.found(path, 0, "in_context and the games that were kept do not go together")
+        elif recorded.in_context is not None and in_context is not None:
+            self._score(path, "in_context.", recorded.in_context, in_context)
 
-    def _rates(self, path: Path, name: str, recorded: dict[str, Any], games: _Games) -> None:
-        by_map: dict[str, list[bool]] = defaultdict(list)
-        for game, success in games:
-            by_map[game.map_hash].append(success)
-        means = [statistics.fmean(results) for results in by_map.values()]
-        expected = {"games": float(len(games))}
-        if games:
-            expected["pass_rate"] = statistics.fmean(success for _, success in games)
-        if len(means) > 1:
-            expected["pass_rate_se"] = statistics.stdev(means) / math.sqrt(len(means))
-        for key, value in expected.items():
-            if not math.isclose(recorded[key], value, abs_tol=TOLERANCE):
-                self.found(path, 0, f"{name}{key} is {recorded[key]}, the games give {value:.6g}")
+    def _score(self, path: Path, name: str, recorded: Score, games: _Games) -> None:
+        if not games:
+            self.found(path, 0, f"{name}games is {recorded.games}, the games give 0")
+            return
+        expected = score([game.model_copy(update={"success": success}) for game, success in games])
+        for key, value in expected.model_dump().items():
+            there = getattr(recorded, key)
+            if not math.isclose(there, value, abs_tol=TOLERANCE):
+                self.found(path, 0, f"{name}{key} is {there}, the games give {value:.6g}")
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:

@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
-import orjson
-
 from oel_ray import layout
 from oel_ray.chat import ChatFormat
 from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
+from oel_ray.durable import write_json
 from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
@@ -71,7 +70,7 @@ def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
     ChatFormat.from_pretrained(model, thinking=config.thinking)
     out = stage.begin()
     reference = out.policy / layout.POLICY_REFERENCE
-    reference.write_bytes(orjson.dumps({"model": str(model)}))
+    write_json(reference, {"model": str(model)})
     stage.commit([reference], {})
 
 

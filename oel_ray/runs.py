@@ -239,7 +239,7 @@ class Stage:
         )
         manifest = self._folder.manifest(self.round)
         manifest = manifest.model_copy(update={"stages": {**manifest.stages, self.name: entry}})
-        write_atomically(self._final.manifest, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
+        write_json(self._final.manifest, manifest.model_dump())
         shutil.rmtree(work)
         fault_point(f"{self.round}:{self.name}")
 

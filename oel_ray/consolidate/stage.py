@@ -11,7 +11,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from oel_ray.consolidate.worker import Job, train
-from oel_ray.errors import RunFailed
+from oel_ray.errors import RunFailed, one_line
 
 TRAINER_CPUS = 1
 _POLL_S = 0.5
@@ -70,5 +70,4 @@ def _reason(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = min(failures.items())
     cause = getattr(cause, "cause", None) or cause.__cause__ or cause
-    line = (str(cause).strip().splitlines() or [""])[-1]
-    return f"rank {rank}: {type(cause).__name__}: {line}"
+    return f"rank {rank}: {one_line(cause, -1)}"

@@ -1,4 +1,4 @@
-"""`python -m oel_ray` is `oel`."""
+"""`python -m oel_ray` is `oel`: the driver process."""
 
 from oel_ray.cli import main
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from oel_ray.errors import UserError
-from oel_ray.records import Params, Sampling
+from oel_ray.records import Params, Sampling, TrainingSplit
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -174,6 +174,11 @@ class RunConfig(Section):
                 f"{longest} tokens of knowledge and response: raise it, or lower extract.max_tokens or max_tokens"
             )
         return self
+
+    @property
+    def training_games(self) -> dict[TrainingSplit, int]:
+        """Games that a round collects: T and T'."""
+        return {"extraction": self.collect.extraction_games, "consolidation": self.consolidate.games}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -11,3 +11,10 @@ class RunFailed(Exception):
 
 class EngineUnavailable(RunFailed):
     """No engine is left that could answer, or none answered within its deadline."""
+
+
+def one_line(error: BaseException, line: int | None = None) -> str:
+    """Type and message of an error without line breaks: the whole message, or one of its lines (0 first, -1 last)."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    text = " ".join(" ".join(lines).split())[:300] if line is None else lines[line]
+    return f"{type(error).__name__}: {text}"

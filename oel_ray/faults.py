@@ -1,4 +1,4 @@
-"""Fault points for tests: places where a process kills itself, active only while an environment variable names one."""
+"""Fault points for tests: where a process kills itself if an environment variable says so. Any process."""
 
 import os
 import signal

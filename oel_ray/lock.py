@@ -126,7 +126,7 @@ def _take_over(path: Path, me: Holder) -> None:
             age = 0.0
         if age <= STALE_S and not (holder and _is_dead(holder)):
             raise UserError(f"{_describe(path)}: wait for it to end, or choose another --run-dir")
-        os.replace(takeover, path)
+        takeover.replace(path)
     finally:
         takeover.unlink(missing_ok=True)
 

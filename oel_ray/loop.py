@@ -12,15 +12,15 @@ A stage writes into a folder of its own and is committed whole; a committed stag
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-
-import orjson
 
 from oel_ray import layout
 from oel_ray.chat import ChatFormat
 from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
+from oel_ray.durable import write_json
 from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
@@ -28,11 +28,9 @@ from oel_ray.evaluate.metrics import evaluation
 from oel_ray.evaluate.stage import evaluation_games
 from oel_ray.models import resolve_model
 from oel_ray.progress import Progress, StageProgress
-from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory, read_jsonl, write_jsonl
+from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
 from oel_ray.resources import ray_cluster
 from oel_ray.runs import RunFolder, Stage
-
-TRAINING_SPLITS = ("extraction", "consolidation")
 
 
 def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
@@ -51,15 +49,16 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
     ]
     if not todo:
         return
-    first = todo[0][0]
-    policy = folder.policy(max(first - 1, 0))
+    policy = folder.policy(max(todo[0][0] - 1, 0))
     with ray_cluster(config, folder.run_id, progress.note) as on_gpu:
         progress.note(f"starting {config.engines.count} engines on {policy}")
-        with engine_pool(config.engines, policy, on_gpu=on_gpu) as pool:
-            with players(config, policy, pool.client) as gamers:
-                rounds = Rounds(config, folder, progress, pool, gamers, on_gpu=on_gpu)
-                for number, name in todo:
-                    getattr(rounds, name)(number)
+        with (
+            engine_pool(config.engines, policy, on_gpu=on_gpu) as pool,
+            players(config, policy, pool.client) as gamers,
+        ):
+            rounds = Rounds(config, folder, progress, pool, gamers, on_gpu=on_gpu)
+            for number, name in todo:
+                getattr(rounds, name)(number)
 
 
 def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
@@ -71,55 +70,48 @@ def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
     ChatFormat.from_pretrained(model, thinking=config.thinking)
     out = stage.begin()
     reference = out.policy / layout.POLICY_REFERENCE
-    reference.write_bytes(orjson.dumps({"model": str(model)}))
+    write_json(reference, {"model": str(model)})
     stage.commit([reference], {})
 
 
+@dataclass
 class Rounds:
     """The stages of a round, one method each. State: which policy the engines serve; everything else is on disk."""
 
-    def __init__(
-        self, config: RunConfig, folder: RunFolder, progress: Progress, pool: Pool, gamers: Players, *, on_gpu: bool
-    ) -> None:
-        self.config = config
-        self.folder = folder
-        self.progress = progress
-        self.pool = pool
-        self.players = gamers
-        self.on_gpu = on_gpu
-        self._deployed: int | None = None
+    config: RunConfig
+    folder: RunFolder
+    progress: Progress
+    pool: Pool
+    players: Players
+    on_gpu: bool
+    _deployed: int | None = None
 
     def collect(self, number: int) -> None:
         """The policy of the round before plays T and T'."""
-        wanted = {"extraction": self.config.collect.extraction_games, "consolidation": self.config.consolidate.games}
+        wanted = self.config.training_games
         with self._stage(number, layout.COLLECT, sum(wanted.values()), "games") as (stage, progress):
             self._deploy(number - 1)
             env = self.config.env
             excluded = {episode.map_hash for episode in self.held_out}
             games = [
                 Game(episode)
-                for split in TRAINING_SPLITS
-                for episode in training_episodes(
-                    env.id, env.params, self.config.seed, number, split, wanted[split], excluded
-                )
+                for split, count in wanted.items()
+                for episode in training_episodes(env.id, env.params, self.config.seed, number, split, count, excluded)
             ]
             played = self.players.play(games, self.config.collect.sampling.sampling(), progress.update)
-            files = {split: stage.out.trajectories(split) for split in TRAINING_SPLITS}
-            counts = {
-                split: write_jsonl(files[split], [game for game, _ in played if game.split == split])
-                for split in TRAINING_SPLITS
+            counts: dict[str, int] = {
+                split: write_jsonl(stage.out.trajectories(split), [game for game, _ in played if game.split == split])
+                for split in wanted
             }
-            stage.commit(files.values(), counts)
+            stage.commit(map(stage.out.trajectories, wanted), counts)
 
     def extract(self, number: int) -> None:
         """K accumulations read T."""
         from oel_ray.extract.stage import extract
 
         trajectories = self._trajectories(number, "extraction")
-        with self._stage(number, layout.EXTRACT, self.config.extract.seeds * len(trajectories), "steps") as (
-            stage,
-            progress,
-        ):
+        total = self.config.extract.seeds * len(trajectories)
+        with self._stage(number, layout.EXTRACT, total, "steps") as (stage, progress):
             self._deploy(number - 1)
             texts = extract(
                 trajectories,
@@ -149,15 +141,7 @@ class Rounds:
             chat = ChatFormat.from_pretrained(policy, thinking=self.config.thinking)
             starts = prefixes(self._trajectories(number, "consolidation"), chat)
             knowledge = self._knowledge(number)
-            plan = step_batches(
-                starts,
-                len(knowledge),
-                steps=config.steps,
-                batching=config.batching,
-                games_per_step=config.games_per_step,
-                run_seed=self.config.seed,
-                round_number=number,
-            )
+            plan = step_batches(starts, len(knowledge), config, run_seed=self.config.seed, round_number=number)
             out = stage.out
             job = Job(
                 config=self.config,
@@ -177,9 +161,8 @@ class Rounds:
             self._deployed = None  # from the first step on the engines serve what the trainer sends
             name = f"{self.folder.run_id}-round-{number:03d}"
             samples = consolidate(job, name, out.root / "ray_train", progress.update)
-            stage.commit(
-                [out.consolidation_metrics, out.samples, out.policy], {"metrics": config.steps, "samples": samples}
-            )
+            counts = {"metrics": config.steps, "samples": samples}
+            stage.commit([out.consolidation_metrics, out.samples, out.policy], counts)
 
     def evaluate(self, number: int) -> None:
         """The policy that the round ended with, on the held-out maps."""
@@ -196,11 +179,9 @@ class Rounds:
     @cached_property
     def baselines(self) -> dict[str, float | None]:
         """Pass rates of the random and the oracle player on the held-out maps."""
-        turns = self.config.env.max_turns
-        return {
-            "random": random_rate(self.held_out, turns, self.config.evaluate.random_games, self.config.seed),
-            "oracle": oracle_rate(self.held_out, turns),
-        }
+        turns, games = self.config.env.max_turns, self.config.evaluate.random_games
+        random = random_rate(self.held_out, turns, games, self.config.seed)
+        return {"random": random, "oracle": oracle_rate(self.held_out, turns)}
 
     def _evaluate(self, number: int, name: str, policy_of: int, knowledge: list[KnowledgeText]) -> None:
         config = self.config.evaluate
@@ -214,10 +195,8 @@ class Rounds:
             in_context = read_jsonl(seen, EvaluationGame) if seen.exists() else []
             result = evaluation(games, in_context, **self.baselines)
             stage.out.evaluation.write_bytes(result.to_json() + b"\n")
-            stage.commit(
-                [stage.out.evaluation, stage.out.evaluation_games],
-                {"evaluation": write_jsonl(stage.out.evaluation_games, games)},
-            )
+            count = write_jsonl(stage.out.evaluation_games, games)
+            stage.commit([stage.out.evaluation, stage.out.evaluation_games], {"evaluation": count})
 
     @contextmanager
     def _stage(self, number: int, name: str, total: int, unit: str) -> Iterator[tuple[Stage, StageProgress]]:
@@ -225,8 +204,7 @@ class Rounds:
         stage.begin()
         with self.progress.stage(number, self.config.rounds, name, total, unit) as progress:
             yield stage, progress
-        entry = stage.entry
-        if entry:
+        if entry := stage.entry:
             self.folder.log_metrics({"round": number, "stage": name, "wall_s": entry.wall_s, **entry.counts})
 
     def _deploy(self, policy_of: int) -> str:
@@ -237,8 +215,8 @@ class Rounds:
             self._deployed = policy_of
         return version
 
-    def _trajectories(self, number: int, split: str) -> list[Trajectory]:
-        return read_jsonl(self.folder.files(number).trajectories(split), Trajectory)  # type: ignore[arg-type]
+    def _trajectories(self, number: int, split: Split) -> list[Trajectory]:
+        return read_jsonl(self.folder.files(number).trajectories(split), Trajectory)
 
     def _knowledge(self, number: int) -> list[KnowledgeText]:
         return [KnowledgeText.from_json(path.read_bytes()) for path in self.folder.files(number).knowledge_files()]

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 Params = dict[str, bool | int | float | str | list[int]]
 EndedBy = Literal["environment", "turn_limit", "context_limit"]
-Split = Literal["extraction", "consolidation", "held_out"]
+TrainingSplit = Literal["extraction", "consolidation"]
+Split = Literal[TrainingSplit, "held_out"]
 
 
 class Record(BaseModel):

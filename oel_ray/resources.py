@@ -79,8 +79,8 @@ def _check(needed: Demand, available: dict[str, float]) -> None:
         there = available.get(kind, 0.0)
         if wanted > there:
             raise UserError(
-                f"the run needs {wanted} {kind}s and the Ray cluster has {there:.0f}: add {wanted - there:.0f}, or lower "
-                "engines.count, collect.players or consolidate.workers"
+                f"the run needs {wanted} {kind}s and the Ray cluster has {there:.0f}: add {wanted - there:.0f}, "
+                "or lower engines.count, collect.players or consolidate.workers"
             )
 
 

@@ -4,7 +4,6 @@ Whoever only reads (`oel show`, `oel verify`) opens the folder without its lock.
 """
 
 import contextlib
-import os
 import shutil
 import time
 import uuid
@@ -173,7 +172,7 @@ class RunFolder:
         path = self.path / STATUS_FILE
         temporary = path.with_name(f".{STATUS_FILE}.tmp")
         temporary.write_bytes(orjson.dumps({"state": state, **self._status, "updated": _now()}))
-        os.replace(temporary, path)  # not synced: a status is of no use after a power failure
+        temporary.replace(path)  # not synced: a status is of no use after a power failure
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
@@ -232,7 +231,7 @@ class Stage:
             if target.is_dir():
                 shutil.rmtree(target)  # moved by an attempt that died before its manifest
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(work / name, target)
+            (work / name).replace(target)
             sync_folder(target.parent)
         fault_point(f"{self.round}:{self.name}:moved")
         entry = StageEntry(
@@ -240,7 +239,7 @@ class Stage:
         )
         manifest = self._folder.manifest(self.round)
         manifest = manifest.model_copy(update={"stages": {**manifest.stages, self.name: entry}})
-        write_atomically(self._final.manifest, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
+        write_json(self._final.manifest, manifest.model_dump())
         shutil.rmtree(work)
         fault_point(f"{self.round}:{self.name}")
 

@@ -5,7 +5,6 @@ could move the cursor or retitle the terminal, are made visible.
 """
 
 import difflib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from oel_ray.durable import read_json
 from oel_ray.errors import UserError
 from oel_ray.layout import CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE, RoundFiles
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
@@ -86,7 +86,7 @@ def next_steps(path: Path) -> str:
 
 def _row(folder: RunFolder, number: int) -> list[str]:
     files, stages = folder.files(number), folder.manifest(number).stages
-    evaluation = _read(files.evaluation) if EVALUATE in stages else {}
+    evaluation = read_json(files.evaluation) if EVALUATE in stages else {}
     steps = files.consolidation_metrics.read_bytes().splitlines() if CONSOLIDATE in stages else []
     kl = [orjson.loads(line)["kl_per_token"] for line in (steps[:1] + steps[-1:])]
     texts = (
@@ -127,13 +127,8 @@ def _number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.1f}"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_bytes())
-    return value
-
-
 def _show_run(folder: RunFolder, console: Console) -> None:
-    config, status = folder.config, _read(folder.path / STATUS_FILE)
+    config, status = folder.config, read_json(folder.path / STATUS_FILE)
     state = status["state"] if status["state"] == "finished" else _stopped_at(status)
     console.print(_plain(f"run {folder.run_id} in {folder.path}: {state}"), soft_wrap=True)
     console.print(_plain(f"{config.model} plays {config.env.id}, {config.rounds} rounds"), soft_wrap=True)

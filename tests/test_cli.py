@@ -7,16 +7,15 @@ import sys
 import time
 from pathlib import Path
 
-import example_run
 import pytest
 
 from oel_ray.runs import RunFolder
+from tests import example_run
 
-HERE = Path(__file__).parent
 FAKE_LOOP = """
 import os, sys, time, types
 from oel_ray.errors import RunFailed
-from example_run import run_stages
+from tests.example_run import run_stages
 loop = types.ModuleType("oel_ray.loop")
 def run(config, folder, progress):
     mode = os.environ["LOOP"]
@@ -46,7 +45,7 @@ def start(folder: Path, *arguments: str, loop: str = "works") -> subprocess.Pope
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}", "LOOP": loop, "COLUMNS": "80"},
+        env={**os.environ, "LOOP": loop, "COLUMNS": "80"},
     )
 
 
@@ -157,14 +156,13 @@ def test_config_prints_what_it_resolves_to(folder: Path) -> None:
 def test_help_is_light_and_quick(folder: Path) -> None:
     heavy = "{'ray', 'torch', 'vllm', 'transformers', 'deepspeed', 'textarena'}"
     code = f"import sys, oel_ray.cli, oel_ray.runs, oel_ray.verify, oel_ray.show; print({heavy} & set(sys.modules))"
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout == "set()\n"
     times = []
     for _ in range(3):
         began = time.monotonic()
         command = [sys.executable, "-m", "oel_ray", "--help"]
-        answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
         times.append(time.monotonic() - began)
         assert "Commands:" in answer.stdout
     assert min(times) < 1.5, times

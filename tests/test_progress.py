@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from example_run import small_config
 from rich.console import Console
 
 from oel_ray.durable import read_json
 from oel_ray.progress import Progress, duration
 from oel_ray.runs import RunFolder
+from tests.example_run import small_config
 
 
 def test_lines_at_start_end_and_in_between() -> None:

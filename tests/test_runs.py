@@ -8,9 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import example_run
 import pytest
-from example_run import small_config
 
 from oel_ray import lock
 from oel_ray.durable import read_json
@@ -18,12 +16,13 @@ from oel_ray.errors import RunFailed, UserError
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, Holder
 from oel_ray.runs import RunFolder
 from oel_ray.verify import verify
+from tests import example_run
+from tests.example_run import small_config
 
-HERE = Path(__file__).parent
 DRIVER = """
 import sys
 from pathlib import Path
-from example_run import run_stages, small_config
+from tests.example_run import run_stages, small_config
 from oel_ray.errors import UserError
 from oel_ray.runs import RunFolder
 path, resume, wait = Path(sys.argv[1]), sys.argv[2] == "resume", sys.argv[3] == "wait"
@@ -46,7 +45,7 @@ def driver(path: Path, mode: str, wait: str = "", **environment: str) -> subproc
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}", **environment},
+        env={**os.environ, **environment},
     )
 
 
@@ -255,7 +254,7 @@ def test_the_heartbeat_keeps_the_lock_fresh(tmp_path: Path, monkeypatch: pytest.
 def test_who_lost_the_lock_commits_nothing(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
         leave_lock(tmp_path, "elsewhere", 7, 0)
-        with pytest.raises(RunFailed, match="the lock of the run folder was lost: .* process 7 on elsewhere"):
+        with pytest.raises(RunFailed, match=r"the lock of the run folder was lost: .* process 7 on elsewhere"):
             example_run.collect(folder.stage(1, "collect"))
         assert not folder.stage(1, "collect").is_done
     assert (tmp_path / LOCK_FILE).exists()

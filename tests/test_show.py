@@ -3,13 +3,13 @@
 import io
 from pathlib import Path
 
-import example_run
 import pytest
 from rich.console import Console
 
 from oel_ray.errors import UserError
 from oel_ray.runs import RunFolder
 from oel_ray.show import next_steps, show, summary_table
+from tests import example_run
 
 
 @pytest.fixture(scope="module")

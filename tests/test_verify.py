@@ -4,10 +4,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import example_run
 import orjson
 import pytest
-from example_run import edit_json
 
 from oel_ray.durable import fingerprint
 from oel_ray.errors import UserError
@@ -15,6 +13,8 @@ from oel_ray.layout import RoundFiles
 from oel_ray.records import EvaluationGame, Trajectory
 from oel_ray.runs import RunFolder
 from oel_ray.verify import verify
+from tests import example_run
+from tests.example_run import edit_json
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,11 @@ COLLECTED_MAP = example_run.trajectory(0, 1, "extraction", "extraction 0").map_h
         ("in_context.jsonl", 0, lambda x: x.update(success=False), "in_context.pass_rate is 0.75"),
         ("evaluation.json", 0, lambda x: x.update(pass_rate=0.9), "pass_rate is 0.9, the games give 0.75"),
         ("evaluation.json", 0, lambda x: x.update(pass_rate_se=0.1), "pass_rate_se is 0.1, the games give 0.14"),
-        ("evaluation.json", 0, lambda x: x.update(games=9), "games is 9"),
-        ("evaluation.json", 0, lambda x: x.pop("pass_rate"), "cannot be read: KeyError('pass_rate')"),
+        ("evaluation.json", 0, lambda x: x.update(games=9), "games is 9, the games give 8"),
+        ("evaluation.json", 0, lambda x: x.pop("pass_rate"), "is not an Evaluation: pass_rate"),
+        ("evaluation.json", 0, lambda x: x.update(seeds=3), "seeds is 3, the games give 2"),
+        ("evaluation.json", 0, lambda x: x.update(response_tokens_per_turn=3.0), "response_tokens_per_turn is 3.0"),
+        ("evaluation.json", 0, lambda x: x["in_context"].update(pass_rate_se=0.1), "in_context.pass_rate_se is 0.1"),
         ("evaluation.json", 0, lambda x: x.update(in_context=None), "in_context and the games"),
     ],
 )

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from oel_ray.collect.player import player_actor
 from oel_ray.config import RunConfig
-from oel_ray.errors import EngineUnavailable, RunFailed
+from oel_ray.errors import EngineUnavailable, RunFailed, one_line
 from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
 
 PLAYER_CPUS = 1
@@ -115,11 +115,11 @@ def _start(actor: Any, game: Game, sampling: Sampling) -> Any:
 def _result(reference: Any, game: Game, attempt: int) -> tuple[Trajectory, bool] | Exception:
     """The result of a finished call, or the error for which the game is to be played again."""
     try:
-        result: tuple[Trajectory, bool] = ray.get(reference)
+        result: tuple[Trajectory, bool] = ray.get(reference)  # ready
         return result
     except (RayTaskError, RayActorError) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if attempt < _ATTEMPTS and not isinstance(cause, EngineUnavailable):
-            return error
-        line = str(cause).strip().splitlines()[0]
-        raise RunFailed(f"game {game.episode.id} failed {attempt} times: {type(cause).__name__}: {line}") from error
+            failed: Exception = error
+            return failed
+        raise RunFailed(f"game {game.episode.id} failed {attempt} times: {one_line(cause, 0)}") from error

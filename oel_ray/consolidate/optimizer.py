@@ -194,7 +194,7 @@ def _cast_parameters(model: Any, dtype: torch.dtype) -> Any:
 
 def _kl_sums(batch: MicroBatch, kl_T: torch.Tensor) -> dict[str, tuple[float, int]]:
     """Sum and number of token KLs of each sample, without the fillers."""
-    pieces = kl_T.double().split([len(sample.response_ids) for sample in batch.samples])
+    pieces = torch.split(kl_T.double(), [len(sample.response_ids) for sample in batch.samples])
     return {
         sample.id: (piece.sum().item(), len(piece))
         for sample, piece, weight in zip(batch.samples, pieces, batch.weights, strict=True)

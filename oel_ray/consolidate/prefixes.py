@@ -6,10 +6,11 @@ The driver plans with it; the training workers build the teacher's prompts with 
 import random
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
+from oel_ray.config import ConsolidateConfig
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import Prefix, Trajectory
 from oel_ray.seeds import derive_seed
@@ -56,23 +57,22 @@ def prefixes(trajectories: Sequence[Trajectory], chat: ChatFormat) -> list[Prefi
 def step_batches(
     prefixes: Sequence[Prefix],
     knowledge_count: int,
+    config: ConsolidateConfig,
     *,
-    steps: int,
-    batching: Literal["shuffled", "by_game"],
-    games_per_step: int,
     run_seed: int,
     round_number: int,
 ) -> Plan:
     """Which prefixes each step trains on, and the knowledge text that the teacher reads with each.
 
     "shuffled" cuts a permutation of all prefixes into near-equal parts; "by_game" gives a step the prefixes of its
-    own `games_per_step` games, in order. A prefix is used at most once, and by "shuffled" exactly once. Knowledge is
-    drawn per prefix id, so a prefix keeps its text whatever the batching.
+    own `config.games_per_step` games, in order. A prefix is used at most once, and by "shuffled" exactly once.
+    Knowledge is drawn per prefix id, so a prefix keeps its text whatever the batching.
 
     Raises:
         UserError: some step would have no prefix.
     """
-    if batching == "shuffled":
+    steps = config.steps
+    if config.batching == "shuffled":
         order = list(range(len(prefixes)))
         random.Random(derive_seed(run_seed, "prefix_order", round_number)).shuffle(order)
         cuts = [len(order) * step // steps for step in range(steps + 1)]
@@ -81,7 +81,7 @@ def step_batches(
         games = {identity: game for game, identity in enumerate(dict.fromkeys(x.trajectory_id for x in prefixes))}
         parts = [[] for _ in range(steps)]
         for index, prefix in enumerate(prefixes):
-            step = games[prefix.trajectory_id] // games_per_step
+            step = games[prefix.trajectory_id] // config.games_per_step
             if step < steps:
                 parts[step].append(index)
     if not all(parts):

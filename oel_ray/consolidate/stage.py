@@ -11,7 +11,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from oel_ray.consolidate.job import Job
-from oel_ray.errors import RunFailed
+from oel_ray.errors import RunFailed, one_line
 
 TRAINER_CPUS = 1
 _POLL_S = 0.5
@@ -83,5 +83,4 @@ def _reason(error: BaseException) -> str:
     """The first rank's own error; the others mostly say that they lost it."""
     failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = min(failures.items(), key=lambda item: ("HealthCheck" in type(item[1]).__name__, item[0]))
-    line = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
-    return f"rank {rank}: {type(cause).__name__}: {line}"
+    return f"rank {rank}: {one_line(cause, 0)}"

@@ -1,5 +1,4 @@
-"""The consolidation algorithm as one training rank runs it: generate, compute, step, send weights. Runs in every
-worker of the Ray Train group.
+"""Consolidation on one rank: generate, compute, step, send weights. Runs in every worker of the Ray Train group.
 
 Rank 0 writes the metrics and samples files; they are the group's only output besides the policy folder.
 """

@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
 from oel_ray.envs.base import Environment
-from oel_ray.errors import UserError
+from oel_ray.errors import UserError, one_line
 from oel_ray.records import Params
 
 GROUP = "oel_ray.environments"
@@ -30,8 +30,9 @@ def make(env_id: str, seed: int, params: Params) -> Environment:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"environment '{env_id}' ({entry.value}) cannot be built with {params}: {reason}") from error
+        raise UserError(
+            f"environment '{env_id}' ({entry.value}) cannot be built with {params}: {one_line(error)}"
+        ) from error
     return environment
 
 

@@ -5,17 +5,16 @@ Maps are told apart by content, not by seed: two seeds often draw the same board
 
 from collections.abc import Iterator
 from itertools import count as count_up
-from typing import Literal
 
 from oel_ray.envs.registry import make
 from oel_ray.errors import UserError
-from oel_ray.records import Episode, Params
+from oel_ray.records import Episode, Params, Split, TrainingSplit
 from oel_ray.seeds import derive_seed
 
 # Draws in a row that may bring nothing new before the environment counts as exhausted.
 _PATIENCE = 1000
 
-_LETTERS = {"extraction": "x", "consolidation": "c"}
+_LETTERS: dict[TrainingSplit, str] = {"extraction": "x", "consolidation": "c"}
 
 
 def held_out_episodes(env: str, params: Params, run_seed: int, maps: int) -> list[Episode]:
@@ -47,7 +46,7 @@ def training_episodes(
     params: Params,
     run_seed: int,
     round_number: int,
-    split: Literal["extraction", "consolidation"],
+    split: TrainingSplit,
     count: int,
     excluded: set[str],
 ) -> list[Episode]:
@@ -84,7 +83,7 @@ def _draws(env: str, params: Params, run_seed: int, *stream: str | int) -> Itera
 def _episode(
     name: str,
     round_number: int,
-    split: Literal["extraction", "consolidation", "held_out"],
+    split: Split,
     env: str,
     params: Params,
     seed: int,

@@ -22,7 +22,7 @@ import numpy as np
 from oel_ray.chat import THINK_CLOSE
 from oel_ray.envs.base import Step
 from oel_ray.envs.solvers import MOVES, solve_frozen_lake, solve_sokoban
-from oel_ray.errors import UserError
+from oel_ray.errors import UserError, one_line
 from oel_ray.records import Params, content_hash
 
 # No game reads a move in this text.
@@ -87,7 +87,7 @@ class TextArenaEnvironment:
                 messages = self._game.get_observation()[1]
         except Exception as error:
             values = ", ".join(f"{name}={value!r}" for name, value in params.items()) or "its default parameters"
-            raise UserError(f"{env_id} cannot be built with {values}: {_one_line(error)}") from error
+            raise UserError(f"{env_id} cannot be built with {values}: {one_line(error)}") from error
 
         kinds = _textarena().ObservationType
         self._hidden = (kinds.PROMPT, kinds.PLAYER_ACTION)
@@ -198,7 +198,7 @@ def _defaults(env_id: str) -> dict[str, Any]:
     try:
         signature = inspect.signature(getattr(importlib.import_module(module), class_name))
     except Exception as error:
-        raise UserError(f"{env_id}: TextArena cannot load this game: {_one_line(error)}") from error
+        raise UserError(f"{env_id}: TextArena cannot load this game: {one_line(error)}") from error
     return {name: parameter.default for name, parameter in signature.parameters.items()} | registered
 
 
@@ -212,10 +212,6 @@ def _check_params(env_id: str, params: Params) -> None:
         wanted = type(defaults[name])
         if wanted in (bool, int, str) and type(value) is not wanted:
             raise UserError(f"{env_id}: parameter '{name}' must be of type {wanted.__name__}, got {value!r}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
 """Extraction: from trajectories to experiential knowledge. Server side: reads trajectories, never an environment.
 
-`items` and `chain` are the algorithm, `stage` spreads its K accumulations over Ray actors.
+`items` and `chain` are the algorithm and run in extraction workers; `stage` starts those from the driver.
 """

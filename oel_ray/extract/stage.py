@@ -9,7 +9,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from oel_ray.chat import ChatFormat
 from oel_ray.config import ExtractConfig, RunConfig
-from oel_ray.errors import RunFailed
+from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
 from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
 
@@ -80,17 +80,17 @@ def extract(
     workers: list[Any] = []
     try:
         actor = ray.remote(ExtractionWorker).options(num_cpus=WORKER_CPUS, max_concurrency=chains + 1)
-        for _ in range(min(config.extract.workers, chains)):
-            workers.append(
-                actor.remote(
-                    policy,
-                    thinking=config.thinking,
-                    generate=generate,
-                    config=config.extract,
-                    run_seed=config.seed,
-                    max_model_len=config.engines.max_model_len,
-                )
+        workers.extend(
+            actor.remote(
+                policy,
+                thinking=config.thinking,
+                generate=generate,
+                config=config.extract,
+                run_seed=config.seed,
+                max_model_len=config.engines.max_model_len,
             )
+            for _ in range(min(config.extract.workers, chains))
+        )
         shared = ray.put(list(trajectories))
         seeds = {
             workers[seed % len(workers)].accumulate.remote(shared, seed, round_number): seed for seed in range(chains)
@@ -120,10 +120,9 @@ def _finished_steps(workers: list[Any], before: int) -> int:
 
 def _result(reference: Any, seed: int) -> KnowledgeText:
     try:
-        result: KnowledgeText = ray.get(reference)
+        result: KnowledgeText = ray.get(reference)  # ready
         return result
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        lines = str(cause).strip().splitlines() or ["no message"]
-        line = lines[0] if isinstance(error, RayTaskError) else lines[-1]  # a dead actor's reason comes last
-        raise RunFailed(f"extraction seed {seed} failed: {type(cause).__name__}: {line}") from error
+        reason = one_line(cause, 0 if isinstance(error, RayTaskError) else -1)  # a dead actor's reason comes last
+        raise RunFailed(f"extraction seed {seed} failed: {reason}") from error

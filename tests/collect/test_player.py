@@ -14,12 +14,15 @@ from oel_ray.envs.splits import held_out_episodes
 from oel_ray.errors import RunFailed
 from oel_ray.records import Episode, Trajectory
 from oel_ray.seeds import derive_seed
-from tests.scripted import SAMPLING, PromptedGenerate, ScriptedGenerate, save_byte_tokenizer
+from tests.scripted import SAMPLING, PromptedGenerate, ScriptedGenerate
+from tests.tokenizers_for_tests import small_tokenizer
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_byte_tokenizer(tmp_path_factory.mktemp("policy"))
+    folder = tmp_path_factory.mktemp("policy")
+    small_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_a_won_game_is_recorded_as_it_was_played(episode: Episode, chat: ChatFor
     assert "success" not in trajectory.model_dump() and "reward" not in trajectory.model_dump()
     assert [turn.response for turn in trajectory.turns] == answers
     assert [turn.response_ids for turn in trajectory.turns] == [[*answer.encode(), 0] for answer in answers]
-    assert [turn.prompt_ids for turn in trajectory.turns] == [call["prompt_ids"] for call in generate.calls]
+    assert [turn.prompt_ids for turn in trajectory.turns] == [request.prompt_ids for request in generate.requests]
     for before, after in zip(trajectory.turns, trajectory.turns[1:], strict=False):
         assert after.observation == before.feedback
     assert trajectory.template == prompts.GAME_TEMPLATE
@@ -65,12 +68,14 @@ def test_a_won_game_is_recorded_as_it_was_played(episode: Episode, chat: ChatFor
 def test_seeds_and_keys(episode: Episode, chat: ChatFormat) -> None:
     generate = ScriptedGenerate(["no move", "[left]", "no move", "[left]"])
     trajectory, _ = played(episode, chat, generate, max_turns=2, sampling_seed=2)
-    assert [call["seed"] for call in generate.calls] == [derive_seed(4, "play", episode.id, 2, n) for n in range(2)]
-    assert {call["key"] for call in generate.calls} == {episode.id}
+    assert [request.seed for request in generate.requests] == [
+        derive_seed(4, "play", episode.id, 2, n) for n in range(2)
+    ]
+    assert {request.key for request in generate.requests} == {episode.id}
     other = ScriptedGenerate(["no move"])
     played(episode, chat, other, max_turns=2, key="k-03")
-    assert other.calls[0]["key"] == "k-03"
-    assert other.calls[0]["seed"] == derive_seed(4, "play", episode.id, 0, 0) != generate.calls[0]["seed"]
+    assert other.requests[0].key == "k-03"
+    assert other.requests[0].seed == derive_seed(4, "play", episode.id, 0, 0) != generate.requests[0].seed
     assert len(trajectory.turns) == 2
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
+from oel_ray.config import ConsolidateConfig
 from oel_ray.consolidate.prefixes import Plan, prefixes, step_batches, teacher_prompt_ids
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import Prefix
@@ -29,7 +30,8 @@ def some_prefixes(*turns_per_game: int) -> list[Prefix]:
 
 def plan(items: list[Prefix], batching: Literal["shuffled", "by_game"], **more: Any) -> Plan:
     settings = {"knowledge_count": 3, "steps": 4, "games_per_step": 2, "run_seed": 1, "round_number": 1, **more}
-    return step_batches(items, batching=batching, **settings)
+    config = ConsolidateConfig(batching=batching, **{key: settings.pop(key) for key in ("steps", "games_per_step")})
+    return step_batches(items, config=config, **settings)
 
 
 @pytest.mark.parametrize("recorded", [True, False])

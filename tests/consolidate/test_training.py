@@ -16,7 +16,6 @@ from oel_ray.consolidate.batches import token_weights
 from tests.consolidate.tiny import tiny_model, tiny_samples
 from tests.consolidate.worker import BFLOAT16, FLOAT32, SAMPLES, STEPS, WITHOUT_KNOWLEDGE, settings
 
-ROOT = Path(__file__).parents[2]
 Runs = dict[int, tuple[Path, list[dict[Any, Any]]]]
 
 
@@ -27,14 +26,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def launch(world_size: int, output: Path) -> tuple[Path, list[dict[Any, Any]]]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "tests.consolidate.worker", str(output / "store")]
     logs = [output / f"rank-{rank}.log" for rank in range(world_size)]
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(world_size), str(output)],
             env=environment,
-            cwd=ROOT,
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
         )

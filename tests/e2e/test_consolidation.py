@@ -1,4 +1,4 @@
-"""Consolidation through all its real parts: engines, prefixes, teacher, DeepSpeed on two ranks, weights sent each step."""
+"""Consolidation through all its real parts: engines, teacher, DeepSpeed on two ranks, weights sent each step."""
 
 from collections.abc import Iterator
 from pathlib import Path

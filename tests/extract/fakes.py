@@ -1,37 +1,12 @@
-"""Engines that follow a script. Picklable where a test needs them in a Ray actor."""
+"""Policies that answer when a condition is met."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from oel_ray.records import Generation, Sampling
-
-
-@dataclass(frozen=True)
-class Request:
-    prompt_ids: list[int]
-    sampling: Sampling
-    seed: int
-    key: str
-
-
-def generation(text: str, tokens: int = 5) -> Generation:
-    return Generation(token_ids=list(range(tokens)), text=text, finish_reason="stop", weight_version="1.0.0")
-
-
-@dataclass
-class ScriptedGenerate:
-    """Answers the i-th request of a key with `script(key, i)` and remembers all requests."""
-
-    script: Callable[[str, int], str] = lambda key, index: f"- EXPERIENCE ITEM: fact {index} of {key}"
-    requests: list[Request] = field(default_factory=list)
-
-    async def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, key: str) -> Generation:
-        index = sum(request.key == key for request in self.requests)
-        self.requests.append(Request(list(prompt_ids), sampling, seed, key))
-        await asyncio.sleep(0)
-        return generation(self.script(key, index))
+from tests.scripted import generation
 
 
 @dataclass
@@ -59,8 +34,8 @@ class HeldAtSecondStep:
     asked: set[str] = field(default_factory=set)
 
     async def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, key: str) -> Generation:
-        while key in self.asked and not self.gate.exists():
-            await asyncio.sleep(0.01)
+        while key in self.asked and not self.gate.exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # another process makes the file
         self.asked.add(key)
         if key in self.failing:
             raise RuntimeError("no engine answers\nand more")

@@ -10,7 +10,8 @@ from oel_ray.extract.chain import accumulate, extraction_prompt_ids, reading_ord
 from oel_ray.extract.items import join
 from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
 from oel_ray.seeds import derive_seed
-from tests.extract.fakes import AllMustAsk, ScriptedGenerate
+from tests.extract.fakes import AllMustAsk
+from tests.scripted import ScriptedGenerate, generation, item
 from tests.tokenizers_for_tests import small_tokenizer
 from tests.trajectories_for_tests import make_trajectory
 
@@ -63,7 +64,9 @@ def test_a_chain_accumulates_with_provenance(chat: ChatFormat) -> None:
     assert [(step.index, step.trajectory_id, step.status) for step in text.steps] == [
         (number, game.id, "added") for number, game in enumerate(GAMES)
     ]
-    assert {(step.response_tokens, step.weight_version) for step in text.steps} == {(5, "1.0.0")}
+    assert {(step.response_tokens, step.weight_version) for step in text.steps} == {
+        (len(generation(item("r001-k00", 0)).token_ids), "1.0.0")
+    }
     assert seen == text.steps
     assert KnowledgeText.from_json(text.to_json()) == text
 
@@ -123,13 +126,13 @@ def test_a_step_that_adds_nothing_says_why_and_keeps_the_rest(answer: str, think
     fake = ScriptedGenerate(lambda key, index: answer if index == 1 else good)
     text = asyncio.run(chain(chat, fake, config(max_tokens=200)))
     assert [step.status for step in text.steps] == ["added", status, "added", "added", "added"]
-    assert (text.steps[1].added, text.steps[1].dropped, text.steps[1].response_tokens) == ([], 0, 5)
+    assert (text.steps[1].added, text.steps[1].dropped) == ([], 0)
+    assert text.steps[1].response_tokens == len(generation(answer).token_ids)
     assert [item.trajectory_id for item in text.items] == ["game-0", "game-2", "game-3", "game-4"]
 
 
 def test_the_oldest_items_leave_and_their_provenance_with_them(chat: ChatFormat) -> None:
-    item = "- EXPERIENCE ITEM: fact 0 of r001-k00"
-    budget = chat.count(join([item, item, item]))
+    budget = chat.count(join([item("r001-k00", 0)] * 3))
     text = asyncio.run(chain(chat, ScriptedGenerate(), config(max_tokens=budget)))
     assert [item.trajectory_id for item in text.items] == ["game-2", "game-3", "game-4"]
     assert [step.dropped for step in text.steps] == [0, 0, 0, 1, 1]

@@ -1,0 +1,74 @@
+"""Rules of this repository that no linter has."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "oel_ray").rglob("*.py"))
+READY = "# ready"
+"""Marks a `ray.get` of a reference that `ray.wait` has returned."""
+UNPICKLES = re.compile(
+    r"\b(cloudpickle|pickle|torch)\.loads?\(|from (cloudpickle|pickle) import|from torch import .*load"
+)
+REGISTRIES = re.compile(
+    r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.(org|com)|npmjs\.(org|com)|crates\.io|golang\.org"
+)
+
+
+def lines_of_code(file: Path) -> int:
+    return sum(bool(line.strip()) for line in file.read_text().splitlines())
+
+
+def endless_gets(source: str) -> Iterator[int]:
+    """Lines with a `ray.get` that may wait for ever."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ray.get":
+            bounded = any(keyword.arg == "timeout" for keyword in node.keywords)
+            if not bounded and READY not in lines[node.lineno - 1]:
+                yield node.lineno
+
+
+def test_the_package_stays_small() -> None:
+    sizes = {file.relative_to(ROOT).as_posix(): lines_of_code(file) for file in FILES}
+    assert {name: size for name, size in sizes.items() if size > 500} == {}
+    assert sizes["oel_ray/loop.py"] < 200
+    assert sum(sizes.values()) < 8000
+
+
+def test_every_ray_get_has_a_deadline() -> None:
+    found = {f"{file.relative_to(ROOT)}:{line}" for file in FILES for line in endless_gets(file.read_text())}
+    assert found == set()
+
+
+@pytest.mark.parametrize(
+    ("call", "endless"),
+    [
+        ("ray.get(x)", True),
+        ("ray.get(\n    x,\n)", True),
+        ("ray.get(x, timeout=1)", False),
+        ("ray.get(x)  # ready", False),
+        ("cache.get(x)", False),
+    ],
+)
+def test_an_endless_get_is_found(call: str, endless: bool) -> None:
+    assert list(endless_gets(f"y = {call}\n")) == [1] * endless
+
+
+def test_nothing_is_unpickled() -> None:
+    assert [file.name for file in FILES if UNPICKLES.search(file.read_text())] == []
+
+
+def test_no_package_registry_is_named() -> None:
+    """Where packages come from is the affair of whoever installs: pip's configuration, or `make TORCH_INDEX=...`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    texts = {file: file.read_text(errors="replace") for file in files if file.is_file() and file != Path(__file__)}
+    assert [str(file) for file, text in texts.items() if REGISTRIES.search(text)] == []

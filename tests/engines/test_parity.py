@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from oel_ray.errors import EngineUnavailable
+from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Sampling
 from tests.engines.probed import WORKER_FAULTS, ProbedEngine
 from tests.engines.served import InProcess, assert_gone, children, sampled_error, top_error, warm
@@ -44,10 +44,19 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+def environment() -> Iterator[None]:
+    """An engine sets variables for the processes below it; here they would outlive it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, environment: None) -> Iterator[Case]:
     dtype, kind = request.param.split("-")
     student = Student(kind, dtype, tmp_path_factory.mktemp(request.param))
-    environment, before = dict(os.environ), children()
+    before = children()
     engine = InProcess(
         ProbedEngine(0, engines_config(dtype), str(student.first), on_gpu=False, worker_extension_cls=WORKER_FAULTS)
     )
@@ -57,8 +66,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield Case(engine, student, below)
     finally:
         engine.stop()
-        os.environ.clear()
-        os.environ.update(environment)
     assert len(below) >= 2
     assert_gone(below)
 
@@ -68,6 +75,16 @@ def cases(*names: str) -> pytest.MarkDecorator:
 
 
 ALL = cases("float32-tied", "float32-untied", "bfloat16-tied")
+
+
+def test_an_engine_that_cannot_start_says_why_in_a_line(tmp_path: Path, environment: None) -> None:
+    policy = Student("tied", "float32", tmp_path).first
+    engine = InProcess(ProbedEngine(3, engines_config("float32", max_model_len=5000), str(policy), on_gpu=False))
+    try:
+        with pytest.raises(RunFailed, match=r"^engine 3 did not start: .*max_model_len \(5000\).*1024.*$"):
+            engine.call("start")
+    finally:
+        engine.stop()
 
 
 @ALL

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from oel_ray.engines import transport
-from oel_ray.engines.receive import checkpoint_shapes, checkpoint_tensors
+from oel_ray.engines.receive import CheckedReceiver, NcclReceiver, checkpoint_shapes, checkpoint_tensors
+from oel_ray.engines.send import _alongside
 from oel_ray.engines.startup import StartLog
 from oel_ray.engines.transport import TensorSpec, buckets, gloo_group, receive_stream, send_stream
 
@@ -80,6 +83,29 @@ def test_a_stream_that_differs_from_what_was_announced_is_refused(monkeypatch: p
             send_stream(None, announced, stream)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="more weights came"):
         send_stream(None, announced, [a, b, a])  # type: ignore[arg-type]
+
+
+def test_when_both_sides_fail_the_engines_say_why() -> None:
+    def engines_fail(info: dict[str, Any]) -> None:
+        raise ValueError(f"cannot load {info['names']}")
+
+    def lose_connection() -> None:
+        time.sleep(0.2)
+        raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(ValueError, match="cannot load few"), _alongside(engines_fail, {"names": "few"}):
+        lose_connection()
+    with pytest.raises(ValueError, match="cannot load few"), _alongside(engines_fail, {"names": "few"}):
+        pass
+    with pytest.raises(RuntimeError, match="closed"), _alongside(lambda info: None, {}):
+        lose_connection()
+
+
+def test_on_gpus_the_checks_are_ours_and_the_wire_is_vllms() -> None:
+    for step in ("start_weight_update", "receive_weights", "finish_weight_update"):
+        assert getattr(NcclReceiver, step) is getattr(CheckedReceiver, step)
+    for step in ("init_transfer_engine", "shutdown"):
+        assert getattr(NcclReceiver, step) is getattr(NCCLWeightTransferEngine, step)
 
 
 def test_a_group_meets_at_the_address_that_the_peer_can_reach() -> None:

@@ -173,6 +173,7 @@ class Engine:
     async def shutdown(self) -> None:
         if self._llm is not None:
             self._llm.shutdown()
+            self._llm = None
 
 
 def _engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str, Any]:

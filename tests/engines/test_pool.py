@@ -1,0 +1,249 @@
+"""The pool on a real local Ray: with engines that have no vLLM, and at the end with one that has."""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import oel_ray.resources  # noqa: F401 - sets what Ray reads when it is imported
+
+import ray  # isort: skip
+
+from oel_ray.engines.pool import POOL_NAME, Pool, engine_pool
+from oel_ray.engines.sync import EngineSyncClient, WeightSync
+from oel_ray.errors import EngineUnavailable, RunFailed
+from oel_ray.records import Generation, Sampling
+from tests.engines import fakes
+from tests.engines.probed import ProbedEngine
+from tests.engines.served import OnRay, assert_gone, children, sampled_error, warm
+from tests.engines.tiny import Student, engines_config
+
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=90)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": environment},
+    )
+    yield
+    below = children()
+    ray.shutdown()
+    assert_gone(below)
+
+
+@pytest.fixture(autouse=True)
+def _names_are_free() -> Iterator[None]:
+    """A killed actor keeps its name for a moment."""
+    yield
+    end = time.monotonic() + 30
+    while any(name in ray.util.list_named_actors() for name in (POOL_NAME, "engine-0", "engine-1")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def two_engines(
+    engine: type = fakes.FakeEngine, *, policy: Path = Path("policy"), **values: Any
+) -> AbstractContextManager[Pool]:
+    return engine_pool(engines_config("float32", count=2, **values), policy, on_gpu=False, engine=engine)
+
+
+def behave(manner: str, *engines: int) -> None:
+    ray.get([ray.get_actor(f"engine-{index}").behave.remote(manner) for index in engines])
+
+
+def ask(pool: Pool, keys: str) -> list[Generation | BaseException]:
+    """One request for each key, all at once."""
+
+    async def all_keys() -> list[Generation | BaseException]:
+        requests = (pool.client([1] * 10, SAMPLING, seed=seed, key=key) for seed, key in enumerate(keys))
+        return await asyncio.gather(*requests, return_exceptions=True)
+
+    return asyncio.run(all_keys())
+
+
+def engine_of(answer: Generation | BaseException) -> str:
+    assert isinstance(answer, Generation), answer
+    return answer.weight_version
+
+
+def loads(pool: Pool) -> list[int]:
+    loads: list[int] = ray.get(pool.actor.__ray_call__.remote(lambda pool: [r.load for r in pool._router.replicas]))
+    return loads
+
+
+def assert_no_load(pool: Pool) -> None:
+    """Within a moment: leases are given back without waiting."""
+    end = time.monotonic() + 5
+    while loads(pool) != [0, 0]:
+        assert time.monotonic() < end, loads(pool)
+        time.sleep(0.02)
+
+
+def test_keys_spread_and_stay() -> None:
+    with two_engines() as pool:
+        first = {key: engine_of(answer) for key, answer in zip("abcd", ask(pool, "abcd"), strict=True)}
+        assert sorted(first.values()) == ["engine-0", "engine-0", "engine-1", "engine-1"]
+        assert_no_load(pool)
+        for key in "dcba":
+            assert [engine_of(answer) for answer in ask(pool, key)] == [first[key]]
+        assert_no_load(pool)
+        assert len(pool.engines()) == 2
+
+
+def test_requests_of_a_dead_engine_go_to_the_other_until_none_is_left() -> None:
+    with two_engines() as pool:
+        behave("die", 0)
+        assert [engine_of(answer) for answer in ask(pool, "abcd")] == ["engine-1"] * 4
+        assert_no_load(pool)
+        with pytest.raises(EngineUnavailable, match=r"^engines \[0\] are dead$"):
+            pool.engines()
+        behave("die", 1)
+        answers = ask(pool, "ab")
+        assert [(type(answer), str(answer)) for answer in answers] == [
+            (EngineUnavailable, "no healthy engine is left")
+        ] * 2
+        assert_no_load(pool)
+
+
+def test_a_deadline_is_kept_whatever_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oel_ray.engines.pool._CONTROL_DEADLINE_S", 2.0)
+    with two_engines(generate_deadline_s=0.5) as pool:
+        behave("wait", 0)
+        started = time.monotonic()
+        assert [engine_of(answer) for answer in ask(pool, "ab")] == ["engine-1"] * 2
+        behave("stand still", 1)
+        (answer,) = ask(pool, "a")
+        assert isinstance(answer, EngineUnavailable)
+        assert time.monotonic() - started < 15
+        assert_no_load(pool)
+
+
+def test_an_error_of_the_request_itself_is_not_tried_again() -> None:
+    with two_engines() as pool:
+        behave("refuse", 0, 1)
+        answers = ask(pool, "ab")
+        assert all(isinstance(answer, ValueError) for answer in answers)
+        assert "the prompt is too long" in str(answers[0])
+        assert_no_load(pool)
+        behave("answer", 0, 1)
+        assert {engine_of(answer) for answer in ask(pool, "ab")} == {"engine-0", "engine-1"}
+
+
+def test_a_cancelled_request_gives_its_lease_back_and_stops_the_engine() -> None:
+    async def cancel_after(pool: Pool, delay_s: float) -> None:
+        request = asyncio.create_task(pool.client([1] * 10, SAMPLING, seed=0, key="a"))
+        await asyncio.sleep(delay_s)
+        request.cancel()
+        await asyncio.wait([request])
+
+    with two_engines() as pool:
+        behave("wait", 0, 1)
+        asyncio.run(cancel_after(pool, 1.0))
+        assert_no_load(pool)
+        engines = pool.engines()
+        end = time.monotonic() + 5
+        while sum(ray.get([engine.cancelled.remote() for engine in engines])) != 1:
+            assert time.monotonic() < end
+        for _ in range(10):
+            asyncio.run(cancel_after(pool, 0.0))  # mostly before the lease is granted
+        assert_no_load(pool)
+        assert len(pool.engines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "deadline_s", "message"),
+    [
+        (fakes.WithoutMemory, 60, "engine 1 did not start: ValueError: no memory for the cache"),
+        (fakes.Breaking, 60, "engines: KeyError: 'first line\\nsecond line'"),
+        (fakes.Dying, 60, "an engine died: "),
+        (fakes.Endless, 1, "an engine did not finish 'start' within 1 s"),
+    ],
+)
+def test_a_pool_that_does_not_start_says_why(engine: type, deadline_s: float, message: str) -> None:
+    with pytest.raises(RunFailed) as caught, two_engines(engine, start_deadline_s=deadline_s):
+        pass
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+class FewWeights:
+    """Three numbers; counts how often they were asked for."""
+
+    passes = 0
+
+    def metadata(self) -> list[Any]:
+        return [("few", torch.float32, (3,))]
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        yield "few", torch.ones(3)
+
+
+def test_a_sync_reaches_every_engine_at_a_rank_of_its_own(tmp_path: Path) -> None:
+    with two_engines(fakes.Recording, policy=tmp_path / "steps") as pool:
+        client = EngineSyncClient(pool.engines(), 4, 20.0)
+        client.version = "r001.s0001.a0"
+        client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 9})
+        client.start_weight_update()
+        client.update_weights({"names": ["few"]})
+        client.finish_weight_update()
+        client.finish_weight_update("given")
+    steps = (tmp_path / "steps").read_text().splitlines()
+    assert [sorted(steps[at : at + 2]) for at in range(0, 10, 2)] == [
+        ["0 init 1 of 9", "1 init 5 of 9"],
+        ["0 start", "1 start"],
+        ["0 update ['few']", "1 update ['few']"],
+        ["0 finish r001.s0001.a0", "1 finish r001.s0001.a0"],
+        ["0 finish given", "1 finish given"],
+    ]
+
+
+def test_a_rank_that_does_not_send_still_gathers() -> None:
+    weights = FewWeights()
+    sync = WeightSync([], weights, engines_config("float32"), rank=1, on_gpu=False)
+    sync.send("r001.s0001.a0")
+    sync.send("r001.s0002.a0")
+    assert weights.passes == 2
+
+
+def test_a_real_engine_behind_ray(tmp_path: Path) -> None:
+    """A pool's whole life: start, answers, syncs, and an engine that is killed leaves nothing behind."""
+    student = Student("untied", "bfloat16", tmp_path)
+    config = engines_config("bfloat16")
+    with engine_pool(config, student.first, on_gpu=False, engine=ProbedEngine) as pool:
+        (handle,) = pool.engines()
+        engine = OnRay(handle)
+        pool.deploy(student.first, "r000")
+        assert [engine_of(answer) for answer in ask(pool, "ab")] == ["r000"] * 2
+        sync = WeightSync([handle], student.weights, config, rank=0, on_gpu=False)
+        for seed, version in ((1, "r001.s0001.a0"), (2, "r001.s0002.a0")):
+            policy = student.become(seed)
+            assert warm(engine) >= 256
+            stale = sampled_error(engine, policy, "bfloat16")
+            sync.send(version)
+            error = sampled_error(engine, policy, "bfloat16")
+            print(f"mean error of sampled tokens: {stale:.3f} before sync {version}, {error:.5f} after it")
+            assert error < 0.05 < 0.5 < stale
+            assert [engine_of(answer) for answer in ask(pool, "ab")] == [version] * 2
+
+        pid: int = ray.get(handle.__ray_call__.remote(lambda _: os.getpid()))
+        (actor,) = [process for process in children() if process.pid == pid]
+        vllm = actor.children(recursive=True)
+        assert len(vllm) >= 2
+        actor.kill()
+        (answer,) = ask(pool, "a")
+        assert isinstance(answer, EngineUnavailable)
+        assert_gone([actor, *vllm])

@@ -1,0 +1,136 @@
+"""The wire: what leaves the sender arrives at every receiver, bit for bit."""
+
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+from oel_ray.engines import transport
+from oel_ray.engines.receive import CheckedReceiver, NcclReceiver, checkpoint_shapes, checkpoint_tensors
+from oel_ray.engines.send import _alongside
+from oel_ray.engines.startup import StartLog
+from oel_ray.engines.transport import TensorSpec, buckets, gloo_group, receive_stream, send_stream
+
+Named = list[tuple[str, torch.Tensor]]
+
+
+def specs(tensors: Named) -> list[TensorSpec]:
+    return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+
+
+def groups(count: int) -> list[Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ThreadPoolExecutor(count) as side:
+        return list(side.map(lambda rank: gloo_group("127.0.0.1", port, rank, count, 20.0), range(count)))
+
+
+def test_buckets_keep_the_order_and_the_limit() -> None:
+    rows = [TensorSpec(str(size), torch.uint8, (size,)) for size in (3, 5, 2, 11, 1, 0, 9, 10)]
+    runs = list(buckets(rows, 10))
+    assert [[spec.nbytes for spec in run] for run in runs] == [[3, 5, 2], [11], [1, 0, 9], [10]]
+    assert [spec for run in runs for spec in run] == rows
+    assert list(buckets([], 10)) == []
+
+
+def odd_tensors() -> Named:
+    torch.manual_seed(0)
+    return [
+        ("bytes", torch.randint(0, 255, (3,), dtype=torch.uint8)),
+        ("odd bfloat16", torch.randn(7, 3).bfloat16()),  # begins at byte 3
+        ("float32", torch.randn(5)),  # begins at byte 45
+        ("scalar", torch.tensor(2.5)),
+        ("empty", torch.empty(0, 4)),
+        ("turned", torch.randn(4, 6).T),
+        ("parameter", torch.nn.Parameter(torch.randn(2, 2))),
+        ("nan", torch.tensor([float("nan"), float("inf"), -0.0]).bfloat16()),
+        ("large", torch.randn(1000).double()),
+    ]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 64, 2**20])
+def test_two_receivers_get_every_bit(bucket_bytes: int) -> None:
+    tensors = odd_tensors()
+    sender, *receivers = groups(3)
+
+    def receive(group: Any) -> Named:
+        return [row for run in receive_stream(group, specs(tensors), bucket_bytes) for row in run]
+
+    with ThreadPoolExecutor(2) as side:
+        received = [side.submit(receive, group) for group in receivers]
+        send_stream(sender, specs(tensors), tensors, bucket_bytes)
+        for result in received:
+            for (name, got), (expected_name, expected) in zip(result.result(20), tensors, strict=True):
+                assert (name, got.dtype, got.shape) == (expected_name, expected.dtype, expected.shape)
+                as_bytes = expected.detach().contiguous().view(-1).view(torch.uint8)
+                assert torch.equal(got.contiguous().view(-1).view(torch.uint8), as_bytes)
+
+
+def test_a_stream_that_differs_from_what_was_announced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "broadcast", lambda group, flat: None)
+    a, b = ("a", torch.zeros(2)), ("b", torch.zeros(2))
+    announced = specs([a, b])
+    for stream in ([b, a], [a], [], [a, ("b", torch.zeros(3))], [a, ("b", torch.zeros(2).bfloat16())]):
+        with pytest.raises(ValueError, match="weights out of order: announced"):
+            send_stream(None, announced, stream)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="more weights came"):
+        send_stream(None, announced, [a, b, a])  # type: ignore[arg-type]
+
+
+def test_when_both_sides_fail_the_engines_say_why() -> None:
+    def engines_fail(info: dict[str, Any]) -> None:
+        raise ValueError(f"cannot load {info['names']}")
+
+    def lose_connection() -> None:
+        time.sleep(0.2)
+        raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(ValueError, match="cannot load few"), _alongside(engines_fail, {"names": "few"}):
+        lose_connection()
+    with pytest.raises(ValueError, match="cannot load few"), _alongside(engines_fail, {"names": "few"}):
+        pass
+    with pytest.raises(RuntimeError, match="closed"), _alongside(lambda info: None, {}):
+        lose_connection()
+
+
+def test_on_gpus_the_checks_are_ours_and_the_wire_is_vllms() -> None:
+    for step in ("start_weight_update", "receive_weights", "finish_weight_update"):
+        assert getattr(NcclReceiver, step) is getattr(CheckedReceiver, step)
+    for step in ("init_transfer_engine", "shutdown"):
+        assert getattr(NcclReceiver, step) is getattr(NCCLWeightTransferEngine, step)
+
+
+def test_a_group_meets_at_the_address_that_the_peer_can_reach() -> None:
+    assert transport._own_address("127.0.0.1") == "127.0.0.1"
+
+
+def test_the_tensors_of_a_checkpoint_folder(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3), "scalar": torch.tensor(1.0)}, tmp_path / "model-1.safetensors")
+    save_file({"b": torch.zeros(5).bfloat16()}, tmp_path / "model-2.safetensors")
+    assert checkpoint_shapes(tmp_path) == {"a": (2, 3), "scalar": (), "b": (5,)}
+    save_file({"the same": torch.zeros(9)}, tmp_path / "consolidated.safetensors")
+    weight_map = {"a": "model-1.safetensors", "scalar": "model-1.safetensors", "b": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert checkpoint_shapes(str(tmp_path)) == {"a": (2, 3), "scalar": (), "b": (5,)}
+    assert {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(tmp_path)} == checkpoint_shapes(tmp_path)
+
+
+def test_the_cause_of_a_failed_start_is_what_a_vllm_process_logged(capfd: pytest.CaptureFixture[str]) -> None:
+    vague = RuntimeError("Engine core initialization failed. See root cause above.")
+    print("(Worker pid=1) ERROR 11-22 16:18:05 [old.py:1] KeyError: of an earlier start", flush=True)
+    log = StartLog()
+    assert log.cause(vague) == "RuntimeError: Engine core initialization failed. See root cause above."
+    print("(Worker pid=2) WARNING 11-22 16:18:05 [a.py:1] ValueError: harmless", flush=True)
+    print("(Worker pid=2) ERROR 11-22 16:18:05 [a.py:1] WorkerProc hit an exception.", flush=True)
+    print("(Worker pid=2) ERROR 11-22 16:18:05 [a.py:1] torch.OutOfMemoryError: no memory", flush=True)
+    print("(EngineCore pid=3) ERROR 11-22 16:18:05 [b.py:1] RuntimeError: Worker failed", flush=True)
+    assert log.cause(vague) == "torch.OutOfMemoryError: no memory"
+    del capfd

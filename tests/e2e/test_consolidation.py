@@ -18,7 +18,7 @@ from oel_ray.models import SMOLLM2, resolve_model
 from oel_ray.records import KnowledgeText, Prefix
 from oel_ray.resources import ray_cluster
 
-LEARNING_RATE = 1e-5
+LEARNING_RATE = 3e-6
 STEPS = 20
 KNOWLEDGE = (
     "- EXPERIENCE ITEM: The player always answers in capital letters: GREEN, RED, BLUE.\n"
@@ -29,8 +29,6 @@ QUESTIONS = [
     "Name a colour.",
     "What should I paint my door?",
     "Tell me about paint.",
-    "Pick a colour for the game.",
-    "Which colour wins?",
 ]
 
 
@@ -44,9 +42,9 @@ def config() -> RunConfig:
                 "steps": STEPS,
                 "learning_rate": LEARNING_RATE,
                 "precision": "float32",
-                "micro_batch": 3,
+                "micro_batch": 2,
                 "gradient_checkpointing": False,
-                "sampling": {"temperature": 0, "max_tokens": 12},
+                "sampling": {"temperature": 0, "max_tokens": 10},
             },
             "extract": {"max_tokens": 256, "sampling": {"max_tokens": 64}},
             "engines": {"dtype": "float32", "device": "cpu", "max_model_len": 2048, "max_num_seqs": 8},

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,14 +111,22 @@ def sampled_error(served: Served, policy: Path, dtype: str) -> float:
 
 
 def children() -> list[psutil.Process]:
-    """All processes below this one, but for Python's own resource tracker, which stays."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "resource_tracker" not in " ".join(process.cmdline())
-    ]
+    """All running processes below this one, but for Python's own resource tracker, which stays."""
+    return [process for process in psutil.Process().children(recursive=True) if _runs(process, "resource_tracker")]
 
 
 def assert_gone(processes: list[psutil.Process], within_s: float = 30.0) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=within_s)
-    assert not alive
+    """A process that ended and was not yet waited for by whoever inherited it is gone, too."""
+    until = time.monotonic() + within_s
+    while (alive := [process for process in processes if _runs(process)]) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not alive, alive
+
+
+def _runs(process: psutil.Process, but: str | None = None) -> bool:
+    try:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return but is None or but not in " ".join(process.cmdline())
+    except psutil.Error:  # it ended while we looked
+        return False

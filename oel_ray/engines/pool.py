@@ -23,7 +23,7 @@ from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
 
 POOL_NAME = "engine-pool"
-_STICKY_KEYS = 100_000
+_REMEMBERED = 100_000
 _CONTROL_DEADLINE_S = 60.0
 
 
@@ -59,7 +59,7 @@ class Router:
         chosen = home if home.healthy and home.load <= 2 * idlest.load + tokens else idlest
         self._home[key] = chosen.index
         self._home.move_to_end(key)
-        if len(self._home) > _STICKY_KEYS:
+        if len(self._home) > _REMEMBERED:
             self._home.popitem(last=False)
         chosen.load += tokens
         return chosen
@@ -74,6 +74,7 @@ class EnginePool:
         self._engine = engine
         self._router = Router([])
         self._leases: dict[str, tuple[Replica, int]] = {}
+        self._given_back_early: OrderedDict[str, None] = OrderedDict()
 
     async def start(self, policy: str) -> None:
         """Start all replicas on a policy folder, side by side.
@@ -103,6 +104,9 @@ class EnginePool:
         Raises:
             EngineUnavailable: no healthy replica is left.
         """
+        if lease in self._given_back_early:
+            del self._given_back_early[lease]
+            raise EngineUnavailable("the request was given up before its lease was granted")
         replica = self._router.pick(key, tokens)
         self._leases[lease] = (replica, tokens)
         return replica.handle
@@ -110,6 +114,10 @@ class EnginePool:
     def release(self, lease: str, *, failed: bool = False) -> None:
         """Take a lease back; with `failed`, its replica gets no more requests. One that was never given is no error."""
         if lease not in self._leases:
+            # Calls to an async actor may overtake each other, so that the lease may yet be asked for.
+            self._given_back_early[lease] = None
+            if len(self._given_back_early) > _REMEMBERED:
+                self._given_back_early.popitem(last=False)
             return
         replica, tokens = self._leases.pop(lease)
         replica.load -= tokens

@@ -163,6 +163,15 @@ def test_a_cancelled_request_gives_its_lease_back_and_stops_the_engine() -> None
         assert len(pool.engines()) == 2
 
 
+def test_a_lease_that_is_given_back_before_it_is_asked_for_is_not_granted() -> None:
+    with two_engines() as pool:
+        ray.get(pool.actor.release.remote("overtaken"), timeout=30)
+        with pytest.raises(EngineUnavailable, match="given up"):
+            ray.get(pool.actor.lease.remote("overtaken", "a", 100), timeout=30)
+        assert loads(pool) == [0, 0]
+        assert [engine_of(answer) for answer in ask(pool, "a")] == ["engine-0"]
+
+
 @pytest.mark.parametrize(
     ("engine", "deadline_s", "message"),
     [

@@ -14,7 +14,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from oel_ray.config import RunConfig, load_config, preset_names
+from oel_ray.config import RunConfig
+from oel_ray.configure import load_config, preset_names
 from oel_ray.errors import RunFailed, UserError
 
 app = typer.Typer(

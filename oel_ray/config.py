@@ -1,18 +1,13 @@
 """The configuration of a run: typed, strict, small. Any process; imports no Ray, torch or vLLM.
 
-A preset or a YAML file gives the values, `key=value` overrides change them, and what comes out is saved as
-`config.yaml` in the run folder. An unknown key is an error that names the nearest known one.
+`oel_ray.configure` makes one from presets, files and overrides; it is saved as `config.yaml` in the run folder.
 """
 
-import difflib
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from oel_ray.errors import UserError
 from oel_ray.records import Params, Sampling, TrainingSplit
 
 Positive = Annotated[int, Field(ge=1)]
@@ -44,6 +39,15 @@ class EnvironmentConfig(Section):
     """Passed to the environment as they are."""
     max_turns: Positive = 5
     """Responses the model gets per game; a game that goes on is ended there."""
+    split: Literal["by_map", "paper"] = "by_map"
+    """How games are told apart: held-out maps differ in content from all that is collected, or only in seed, with the
+    official code's seeds."""
+    min_solution: NonNegative = 0
+    """Only maps whose shortest solution has at least so many moves, and no more than `max_turns`; 0 takes every map."""
+    show_actions: bool = True
+    """Whether a prompt repeats the action read from each earlier answer; else only the game's own texts tell."""
+    state_result: bool = False
+    """Whether the outcome, which the extractor reads, says in words that the game was won or lost."""
 
 
 class CollectConfig(Section):
@@ -54,6 +58,11 @@ class CollectConfig(Section):
     seats: Positive = 16
     """Games that one player actor plays at a time."""
     sampling: SamplingConfig = SamplingConfig()
+    extraction_sampling: SamplingConfig | None = None
+    """Sampling of the games in T; null takes `sampling`."""
+
+    def sampling_for(self, split: TrainingSplit) -> SamplingConfig:
+        return (self.extraction_sampling or self.sampling) if split == "extraction" else self.sampling
 
 
 class ExtractConfig(Section):
@@ -81,6 +90,10 @@ class ConsolidateConfig(Section):
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     kl_temperature: Annotated[float, Field(gt=0)] | None = None
     """Divides student and teacher logits; null takes the sampling temperature (1 if that is greedy)."""
+    divergence: Literal["full", "top_k_tail", "top_k"] = "full"
+    """Reverse KL over the whole vocabulary; over the student's `top_k` words and one bucket for all others; or the bare
+    sum over the `top_k` words (official code), which is no divergence and can be negative."""
+    top_k: Positive = 256
     loss_mean: Literal["response", "token"] = "response"
     """Mean over tokens per response and then over responses (paper), or over all tokens (official code)."""
     workers: Positive = 2
@@ -164,6 +177,7 @@ class RunConfig(Section):
     def _fits_context(self) -> Self:
         longest = max(
             self.collect.sampling.max_tokens,
+            self.collect.sampling_for("extraction").max_tokens,
             self.consolidate.sampling.max_tokens,
             self.evaluate.sampling.max_tokens + self.extract.max_tokens * self.evaluate.in_context,
             self.extract.sampling.max_tokens + self.extract.max_tokens * self.extract.show_previous,
@@ -182,87 +196,3 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def preset_names() -> list[str]:
-    files = resources.files("oel_ray").joinpath("presets").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
-    """The configuration of a preset name or a YAML file, changed by `key=value` overrides (dotted keys).
-
-    Raises:
-        UserError: unknown preset, unreadable file, unknown key, or a value of the wrong type.
-    """
-    values = _read_source(source)
-    for override in overrides or []:
-        key, sign, text = override.partition("=")
-        if not sign:
-            raise UserError(f"'{override}' is not an override: write key=value, e.g. rounds=3")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"the value in '{override}' is not valid YAML") from None
-        _set_dotted(values, key, value)
-    return parse_config(values)
-
-
-def parse_config(values: dict[str, Any]) -> RunConfig:
-    """Validate plain values.
-
-    Raises:
-        UserError: with the dotted key at fault, and the nearest known key for an unknown one.
-    """
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_explain(error)) from None
-
-
-def _read_source(source: str) -> dict[str, Any]:
-    if source in preset_names():
-        text = resources.files("oel_ray").joinpath(f"presets/{source}.yaml").read_text()
-    elif Path(source).is_file():
-        text = Path(source).read_text()
-    else:
-        raise UserError(f"'{source}' is neither a YAML file nor a preset: presets are {', '.join(preset_names())}")
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{source} holds no key: value pairs")
-    return values
-
-
-def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        child = values.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise UserError(f"'{key}': {parent} is a value, not a section")
-        values = child
-    values[leaf] = value
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(RunConfig)
-        leaf = key.rpartition(".")[2]
-        same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
-        near = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        return f"unknown configuration key '{key}'" + (f": did you mean '{near[0]}'?" if near else "")
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {first['input']!r})" if key else message

@@ -96,11 +96,11 @@ class Rounds:
             env = self.config.env
             excluded = {episode.map_hash for episode in self.held_out}
             games = [
-                Game(episode)
+                Game(episode, self.config.collect.sampling_for(split).sampling())
                 for split, count in wanted.items()
                 for episode in training_episodes(env.id, env.params, self.config.seed, number, split, count, excluded)
             ]
-            played = self.players.play(games, self.config.collect.sampling.sampling(), progress.update)
+            played = self.players.play(games, progress.update)
             counts: dict[str, int] = {
                 split: write_jsonl(stage.out.trajectories(split), [game for game, _ in played if game.split == split])
                 for split in wanted

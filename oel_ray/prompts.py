@@ -12,6 +12,9 @@ from oel_ray.records import Turn
 GAME_TEMPLATE = "turns-1"
 """Names the wording below in every trajectory; changes whenever a game prompt would."""
 
+WITHOUT_ACTIONS = "turns-1-no-actions"
+"""The same wording without the player's own actions, as the official code shows Sokoban."""
+
 ITEM_MARKER = "- EXPERIENCE ITEM:"
 
 GAME_HEAD = (
@@ -34,14 +37,20 @@ def knowledge_section(knowledge: str) -> str:
     )
 
 
-def game_situation(instructions: str, turns: Sequence[Turn], observation: str) -> str:
+def game_situation(instructions: str, turns: Sequence[Turn], observation: str, template: str = GAME_TEMPLATE) -> str:
     """The second part of a game prompt: the instructions, every exchange so far, what is shown now, the question."""
     parts = ["What you were told:", instructions.strip(), ""]
     for number, turn in enumerate(turns, start=1):
         parts += [f"Shown at turn {number}:", turn.observation.strip("\n"), ""]
-        parts += [f"Your action at turn {number}: {turn.action or '(none could be read)'}", ""]
+        if template != WITHOUT_ACTIONS:
+            parts += [f"Your action at turn {number}: {turn.action or '(none could be read)'}", ""]
     parts += [f"Shown now, at turn {len(turns) + 1}:", observation.strip("\n"), "", _QUESTION]
     return "\n".join(parts)
+
+
+def with_result(outcome: str, *, won: bool) -> str:
+    """An outcome that says in words how the game ended."""
+    return f"The game was {'won' if won else 'lost'}. {outcome}".strip()
 
 
 def transcript(instructions: str, turns: Sequence[Turn], outcome: str, skipped: int = 0) -> str:

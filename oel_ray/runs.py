@@ -17,7 +17,8 @@ from typing import Any, Literal, Self
 import orjson
 import yaml
 
-from oel_ray.config import RunConfig, parse_config
+from oel_ray.config import RunConfig
+from oel_ray.configure import parse_config
 from oel_ray.durable import FileEntry, files_below, read_json, seal, sync_folder, write_atomically, write_json
 from oel_ray.errors import UserError
 from oel_ray.faults import fault_point

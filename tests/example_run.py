@@ -9,7 +9,8 @@ from typing import Any
 import orjson
 
 from oel_ray import layout
-from oel_ray.config import RunConfig, parse_config
+from oel_ray.config import RunConfig
+from oel_ray.configure import parse_config
 from oel_ray.durable import write_json
 from oel_ray.records import (
     AccumulationStep,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oel_ray.config import load_config
+from oel_ray.configure import load_config
 from oel_ray.errors import UserError
 
 GOOD = "engines:\n  max_model_len: 20000\n"
@@ -66,3 +66,54 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str) -> None:
 def test_an_unknown_source_lists_the_presets() -> None:
     with pytest.raises(UserError, match="neither a YAML file nor a preset"):
         load_config("no-such-preset")
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> str:
+    below = "rounds: 3\nenv: {id: Here, max_turns: 7, params: {size: 4, holes: 1}}\nswitches: {quick: {rounds: 1}}\n"
+    (tmp_path / "below.yaml").write_text(below)
+    (tmp_path / "above.yaml").write_text(
+        "base: below.yaml\nenv: {params: {size: 5}}\n"
+        "switches: {greedy: {collect: {sampling: {temperature: 0}}, rounds: 2}}\n"
+    )
+    return str(tmp_path / "above.yaml")
+
+
+def test_a_file_is_laid_over_its_base_section_by_section(layers: str) -> None:
+    config = load_config(layers)
+    assert (config.rounds, config.env.id, config.env.max_turns, config.env.params) == (3, "Here", 7, {"size": 5})
+
+
+def test_switches_come_before_overrides_whatever_their_order(layers: str) -> None:
+    assert load_config(layers, ["quick=true"]).rounds == 1
+    assert load_config(layers, ["quick=false"]).rounds == 3
+    config = load_config(layers, ["rounds=5", "collect.sampling.top_k=4", "greedy=true"])
+    assert (config.rounds, config.collect.sampling.temperature, config.collect.sampling.top_k) == (5, 0, 4)
+    assert load_config(layers).collect.sampling.temperature > 0, "a switch stays off for those who do not ask"
+
+
+def test_a_section_that_is_absent_can_be_filled_by_dotted_keys(source: str) -> None:
+    config = load_config(source, ["collect.extraction_sampling.top_k=7"])
+    assert config.collect.sampling_for("extraction").top_k == 7
+    assert config.collect.sampling_for("consolidation").top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("base: absent.yaml", [], "'absent.yaml' is neither a YAML file nor a preset"),
+        ("base: self.yaml", [], "is based on itself"),
+        ("switches: [a, b]", [], "'switches' must hold names"),
+        ("switches: {quick: {rounds: 1}}", ["quick=maybe"], "write quick=true or quick=false"),
+        ("switches: {quick: {rounds: 1}}", ["quik=true"], "did you mean 'quick'?"),
+        ("switches: {quick: {round: 1}}", ["quick=true"], "unknown configuration key 'round'"),
+        ("env: {id: a}", ["env.id.more=1"], "id is a value, not a section"),
+    ],
+)
+def test_a_mistake_in_layers_is_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    path = tmp_path / "self.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(str(path), overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

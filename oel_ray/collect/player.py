@@ -8,6 +8,7 @@ from typing import Any
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
+from oel_ray.config import EnvironmentConfig
 from oel_ray.envs import Environment, make
 from oel_ray.errors import RunFailed
 from oel_ray.records import EndedBy, Episode, Generate, Sampling, Trajectory, Turn
@@ -21,7 +22,7 @@ async def play(
     generate: Generate,
     sampling: Sampling,
     *,
-    max_turns: int,
+    config: EnvironmentConfig,
     max_prompt_tokens: int,
     run_seed: int,
     knowledge: str = "",
@@ -35,9 +36,10 @@ async def play(
     turns: list[Turn] = []
     observation = environment.reset()
     ended_by: EndedBy = "turn_limit"
-    outcome = f"The game was stopped after {max_turns} turns."
-    for number in range(max_turns):
-        situation = prompts.game_situation(environment.instructions, turns, observation)
+    outcome = f"The game was stopped after {config.max_turns} turns."
+    template = prompts.GAME_TEMPLATE if config.show_actions else prompts.WITHOUT_ACTIONS
+    for number in range(config.max_turns):
+        situation = prompts.game_situation(environment.instructions, turns, observation, template)
         prompt_ids = chat.game_ids(situation, knowledge)
         if len(prompt_ids) > max_prompt_tokens:
             ended_by = "context_limit"
@@ -61,11 +63,13 @@ async def play(
         observation = step.feedback
         if step.done:
             ended_by, outcome = "environment", step.outcome
+            if config.state_result:
+                outcome = prompts.with_result(outcome, won=environment.success())
             break
     trajectory = Trajectory(
         **episode.model_dump(),
         instructions=environment.instructions,
-        template=prompts.GAME_TEMPLATE,
+        template=template,
         turns=turns,
         outcome=outcome,
         ended_by=ended_by,
@@ -81,14 +85,14 @@ class Player:
         policy: str,
         thinking: bool,
         generate: Generate,
-        max_turns: int,
+        config: EnvironmentConfig,
         max_prompt_tokens: int,
         run_seed: int,
     ) -> None:
         """`policy`: the folder that holds the tokenizer."""
         self._chat = ChatFormat.from_pretrained(policy, thinking=thinking)
         self._generate = generate
-        self._max_turns = max_turns
+        self._config = config
         self._max_prompt_tokens = max_prompt_tokens
         self._run_seed = run_seed
 
@@ -117,7 +121,7 @@ class Player:
             self._chat,
             self._generate,
             sampling,
-            max_turns=self._max_turns,
+            config=self._config,
             max_prompt_tokens=self._max_prompt_tokens,
             run_seed=self._run_seed,
             knowledge=knowledge,

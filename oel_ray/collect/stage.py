@@ -23,9 +23,10 @@ _ATTEMPTS = 3
 
 
 class Game(NamedTuple):
-    """An episode as it is to be played: with a knowledge text in the prompt or without."""
+    """An episode as it is to be played: how responses are sampled, and with which knowledge text in the prompt."""
 
     episode: Episode
+    sampling: Sampling
     knowledge: KnowledgeText | None = None
     sampling_seed: int = 0
 
@@ -37,9 +38,7 @@ class Players:
         self._actors = actors
         self._seats = seats
 
-    def play(
-        self, games: Sequence[Game], sampling: Sampling, on_progress: Callable[[int], None]
-    ) -> list[tuple[Trajectory, bool]]:
+    def play(self, games: Sequence[Game], on_progress: Callable[[int], None]) -> list[tuple[Trajectory, bool]]:
         """Play all games; returns trajectory and success of each, in the order of `games`.
 
         Raises:
@@ -55,7 +54,7 @@ class Players:
             while waiting and free:
                 index, attempt = waiting.popleft()
                 actor = free.popleft()
-                running[_start(actor, games[index], sampling)] = (index, attempt, actor)
+                running[_start(actor, games[index])] = (index, attempt, actor)
             ready, _ = ray.wait(list(running), timeout=_POLL_S)
             for reference in ready:
                 index, attempt, actor = running.pop(reference)
@@ -79,7 +78,8 @@ class Players:
 def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Players]:
     """Start the player actors of a run; `policy` gives the tokenizer, which no round changes."""
     collect = config.collect
-    longest_response = max(collect.sampling.max_tokens, config.evaluate.sampling.max_tokens)
+    samplings = (collect.sampling, collect.sampling_for("extraction"), config.evaluate.sampling)
+    longest_response = max(sampling.max_tokens for sampling in samplings)
     actors: list[Any] = []
     try:
         for index in range(collect.players):
@@ -89,7 +89,7 @@ def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Pla
                     policy=str(policy),
                     thinking=config.thinking,
                     generate=generate,
-                    max_turns=config.env.max_turns,
+                    config=config.env,
                     max_prompt_tokens=config.engines.max_model_len - longest_response,
                     run_seed=config.seed,
                 )
@@ -100,12 +100,12 @@ def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Pla
             ray.kill(actor)
 
 
-def _start(actor: Any, game: Game, sampling: Sampling) -> Any:
+def _start(actor: Any, game: Game) -> Any:
     knowledge = game.knowledge
     # Games with the same knowledge share a long prefix; they are routed together.
     return actor.play.remote(
         game.episode,
-        sampling,
+        game.sampling,
         knowledge=knowledge.text if knowledge else "",
         key=knowledge.id if knowledge else None,
         sampling_seed=game.sampling_seed,

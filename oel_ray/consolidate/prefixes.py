@@ -40,7 +40,8 @@ def prefixes(trajectories: Sequence[Trajectory], chat: ChatFormat) -> list[Prefi
     result = []
     for trajectory in trajectories:
         for number, turn in enumerate(trajectory.turns):
-            rest = prompts.game_situation(trajectory.instructions, trajectory.turns[:number], turn.observation)
+            before = trajectory.turns[:number]
+            rest = prompts.game_situation(trajectory.instructions, before, turn.observation, trajectory.template)
             prompt_ids = chat.game_ids(rest)
             if turn.prompt_ids and turn.prompt_ids != prompt_ids:
                 raise RunFailed(

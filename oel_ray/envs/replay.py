@@ -1,6 +1,7 @@
 """Plays recorded responses again and compares. Runs in `oel verify --replay`, in the main thread."""
 
 from oel_ray.envs.registry import make
+from oel_ray.prompts import with_result
 from oel_ray.records import Trajectory
 
 
@@ -33,7 +34,7 @@ def replay(trajectory: Trajectory) -> tuple[bool, str]:
     if ended != done:
         real = "the game was over" if done else "the game goes on"
         return environment.success(), _difference(trajectory, "ended_by", trajectory.ended_by, real)
-    if ended and outcome != trajectory.outcome:
+    if ended and trajectory.outcome not in (outcome, with_result(outcome, won=environment.success())):
         return environment.success(), _difference(trajectory, "outcome", trajectory.outcome, outcome)
     return environment.success(), ""
 

@@ -27,8 +27,8 @@ def evaluation_games(
             name = f"r{round_number:03d}-{'k' if knowledge else 'p'}-{episode.id}-s{seed}"
             this = episode.model_copy(update={"id": name, "round": round_number})
             text = knowledge[(number + seed) % len(knowledge)] if knowledge else None
-            games.append(Game(this, text, seed))
-    played = players.play(games, config.sampling.sampling(), on_progress)
+            games.append(Game(this, config.sampling.sampling(), text, seed))
+    played = players.play(games, on_progress)
     return [
         EvaluationGame(
             **trajectory.model_dump(),

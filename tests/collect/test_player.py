@@ -8,6 +8,8 @@ import pytest
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
 from oel_ray.collect.player import Player, play, player_actor
+from oel_ray.config import EnvironmentConfig
+from oel_ray.consolidate.prefixes import prefixes
 from oel_ray.envs import make
 from oel_ray.envs.replay import replay
 from oel_ray.envs.splits import held_out_episodes
@@ -36,7 +38,7 @@ def episode() -> Episode:
 
 
 def played(episode: Episode, chat: ChatFormat, generate, **changes) -> tuple[Trajectory, bool]:
-    settings = {"max_turns": 10, "max_prompt_tokens": 100_000, "run_seed": 4} | changes
+    settings = {"config": EnvironmentConfig(max_turns=10), "max_prompt_tokens": 100_000, "run_seed": 4} | changes
     environment = make(episode.env, episode.seed, episode.params)
     return asyncio.run(play(episode, environment, chat, generate, SAMPLING, **settings))
 
@@ -67,13 +69,13 @@ def test_a_won_game_is_recorded_as_it_was_played(episode: Episode, chat: ChatFor
 
 def test_seeds_and_keys(episode: Episode, chat: ChatFormat) -> None:
     generate = ScriptedGenerate(["no move", "[left]", "no move", "[left]"])
-    trajectory, _ = played(episode, chat, generate, max_turns=2, sampling_seed=2)
+    trajectory, _ = played(episode, chat, generate, config=EnvironmentConfig(max_turns=2), sampling_seed=2)
     assert [request.seed for request in generate.requests] == [
         derive_seed(4, "play", episode.id, 2, n) for n in range(2)
     ]
     assert {request.key for request in generate.requests} == {episode.id}
     other = ScriptedGenerate(["no move"])
-    played(episode, chat, other, max_turns=2, key="k-03")
+    played(episode, chat, other, config=EnvironmentConfig(max_turns=2), key="k-03")
     assert other.requests[0].key == "k-03"
     assert other.requests[0].seed == derive_seed(4, "play", episode.id, 0, 0) != generate.requests[0].seed
     assert len(trajectory.turns) == 2
@@ -81,7 +83,7 @@ def test_seeds_and_keys(episode: Episode, chat: ChatFormat) -> None:
 
 def test_knowledge_stands_in_the_prompt_and_not_in_the_trajectory(episode: Episode, chat: ChatFormat) -> None:
     generate = ScriptedGenerate(["[left]"])
-    trajectory, _ = played(episode, chat, generate, max_turns=1, knowledge="H is deep water")
+    trajectory, _ = played(episode, chat, generate, config=EnvironmentConfig(max_turns=1), knowledge="H is deep water")
     assert "H is deep water" in chat.tokenizer.decode(trajectory.turns[0].prompt_ids)
     assert "deep water" not in trajectory.instructions + trajectory.turns[0].observation
 
@@ -94,7 +96,9 @@ def test_every_prompt_holds_the_actions_so_far(chat: ChatFormat, episode: Episod
 
 
 def test_the_turn_limit(episode: Episode, chat: ChatFormat) -> None:
-    trajectory, success = played(episode, chat, ScriptedGenerate(winning_answers(episode)), max_turns=3)
+    trajectory, success = played(
+        episode, chat, ScriptedGenerate(winning_answers(episode)), config=EnvironmentConfig(max_turns=3)
+    )
     assert (trajectory.ended_by, success, len(trajectory.turns)) == ("turn_limit", False, 3)
     assert "3 turns" in trajectory.outcome
 
@@ -116,7 +120,7 @@ def test_the_context_limit_keeps_the_turns_so_far(episode: Episode, chat: ChatFo
 def test_replay_agrees_with_a_played_game(chat: ChatFormat, env: tuple, answers: list[str] | None) -> None:
     for episode in held_out_episodes(*env, 4, 3):
         generate = ScriptedGenerate(answers or winning_answers(episode))
-        trajectory, success = played(episode, chat, generate, max_turns=6 if answers else 30)
+        trajectory, success = played(episode, chat, generate, config=EnvironmentConfig(max_turns=6 if answers else 30))
         assert replay(Trajectory.from_json(trajectory.to_json())) == (success, "")
         assert success is True or answers is not None
 
@@ -146,8 +150,30 @@ def test_replay_finds_what_was_tampered_with(episode: Episode, chat: ChatFormat)
     assert replay(cut)[0] is False and "ended_by" in replay(cut)[1]
 
 
+def test_the_outcome_says_the_result_if_it_is_asked_for(chat: ChatFormat, episode: Episode) -> None:
+    generate = ScriptedGenerate(winning_answers(episode))
+    won, _ = played(episode, chat, generate, config=EnvironmentConfig(max_turns=10, state_result=True))
+    assert won.outcome.startswith("The game was won. ") and "goal" in won.outcome
+    assert replay(won) == (True, "")
+    lie = won.model_copy(update={"outcome": won.outcome.replace("won", "lost")})
+    assert "outcome" in replay(lie)[1]
+    stopped, _ = played(
+        episode, chat, ScriptedGenerate(["[up]"]), config=EnvironmentConfig(max_turns=1, state_result=True)
+    )
+    assert stopped.outcome == "The game was stopped after 1 turns."
+
+
+def test_own_actions_can_be_left_out_of_prompts(chat: ChatFormat, episode: Episode) -> None:
+    generate = ScriptedGenerate(winning_answers(episode))
+    shown, _ = played(episode, chat, generate)
+    hidden, _ = played(episode, chat, generate, config=EnvironmentConfig(max_turns=10, show_actions=False))
+    texts = [chat.tokenizer.decode(game.turns[-1].prompt_ids) for game in (shown, hidden)]
+    assert ["Your action at turn 1" in text for text in texts] == [True, False]
+    prefixes([shown, hidden], chat)  # both are rendered again by the template that they name
+
+
 def a_player(policy: Path, answers: list[str]) -> Player:
-    return Player(str(policy), False, ScriptedGenerate(answers), 10, 100_000, 4)
+    return Player(str(policy), False, ScriptedGenerate(answers), EnvironmentConfig(max_turns=10), 100_000, 4)
 
 
 def test_a_player_builds_its_games(policy: Path, chat: ChatFormat, episode: Episode) -> None:
@@ -169,7 +195,9 @@ def test_a_player_in_ray_plays_many_games_at_once(policy: Path) -> None:
     ray.init(num_cpus=1, include_dashboard=False, configure_logging=False)
     try:
         episodes = held_out_episodes("FrozenLake-v0", {"size": 3, "num_holes": 2}, 4, 4)
-        actor = player_actor(4, num_cpus=1).remote(str(policy), False, ScriptedGenerate(["[left]"]), 10, 100_000, 4)
+        actor = player_actor(4, num_cpus=1).remote(
+            str(policy), False, ScriptedGenerate(["[left]"]), EnvironmentConfig(max_turns=10), 100_000, 4
+        )
         results = ray.get([actor.play.remote(episode, SAMPLING) for episode in episodes], timeout=120)
     finally:
         ray.shutdown()

@@ -9,7 +9,8 @@ import pytest
 import ray
 
 from oel_ray.chat import ChatFormat
-from oel_ray.config import RunConfig, parse_config
+from oel_ray.config import RunConfig
+from oel_ray.configure import parse_config
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.prefixes import Draw
 from oel_ray.consolidate.stage import consolidate

@@ -7,16 +7,21 @@ that a person can mend, 1 for a failed run, 130 for an interrupted one, each wit
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from oel_ray.config import RunConfig
 from oel_ray.configure import load_config, preset_names
 from oel_ray.errors import RunFailed, UserError
+from oel_ray.records import TrainingSplit
+
+if TYPE_CHECKING:
+    from oel_ray.runs import RunFolder
 
 app = typer.Typer(
     name="oel",
@@ -29,6 +34,10 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changed settings, e.g. rounds=3 collect.seats=8.")
 ]
+NewConfig = Annotated[
+    str | None, typer.Option(metavar="CONFIG", help="Start a new run in RUN_DIR from a preset or a YAML file.")
+]
+Round = Annotated[int | None, typer.Option("--round", min=0, help="The round.  [the first that lacks this stage]")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 
 
@@ -64,20 +73,75 @@ def run(
         assert settings is not None
         folder = RunFolder.create(path, settings)
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    again = f"oel run --resume --run-dir {shlex.quote(str(path))}"
-    try:
-        with folder:
-            from oel_ray import loop
+    def work() -> None:
+        from oel_ray import loop
 
-            loop.run(folder.config, folder, Progress(folder))
-    except (KeyboardInterrupt, SystemExit):  # Ray puts a SIGTERM handler of its own in place, which exits
-        _end(130, f"oel: interrupted: the run is in {path}; go on with: {again}")
-    except RunFailed as failure:
-        _end(1, f"oel: run failed: {failure}; the run is in {path}; go on with: {again}")
+        loop.run(folder.config, folder, Progress(folder))
+
+    _work(folder, path, work)
     console = Console()
     console.print(summary_table(path))
     print(f"\n{next_steps(path)}")
+
+
+@app.command()
+def collect(run_dir: RunDir, overrides: Overrides = None, config: NewConfig = None, number: Round = None) -> None:
+    """Play the games of one round: those to extract from, and those to consolidate on."""
+    _one_stage(run_dir, config, overrides, number, "collect")
+
+
+@app.command()
+def extract(
+    run_dir: RunDir,
+    overrides: Overrides = None,
+    config: NewConfig = None,
+    number: Round = None,
+    trajectories: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSONL of games to read, instead of collected ones.")
+    ] = None,
+) -> None:
+    """Turn the games of one round, or of a file, into knowledge texts."""
+    _one_stage(run_dir, config, overrides, number, "extract", {"extraction": trajectories})
+
+
+@app.command()
+def consolidate(
+    run_dir: RunDir,
+    overrides: Overrides = None,
+    config: NewConfig = None,
+    number: Round = None,
+    trajectories: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSONL of games to take prefixes from, instead of collected ones."),
+    ] = None,
+    knowledge: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A knowledge text, .json of a run or plain text; may be repeated."),
+    ] = None,
+) -> None:
+    """Distil the knowledge of one round into the weights; writes the round's policy."""
+    _one_stage(run_dir, config, overrides, number, "consolidate", {"consolidation": trajectories}, knowledge)
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDir,
+    overrides: Overrides = None,
+    config: NewConfig = None,
+    number: Round = None,
+    in_context: Annotated[
+        bool, typer.Option("--in-context", help="Play with the round's knowledge in the prompt, before consolidation.")
+    ] = False,
+    knowledge: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="With --in-context: a knowledge text from elsewhere; may be repeated."),
+    ] = None,
+) -> None:
+    """Play the held-out maps with the policy that one round ended with; round 0 is the untouched model."""
+    if knowledge and not in_context:
+        raise UserError("--knowledge is read with --in-context only: add it, or leave --knowledge out")
+    stage = "evaluate_in_context" if in_context else "evaluate"
+    _one_stage(run_dir, config, overrides, number, stage, knowledge=knowledge)
 
 
 @app.command()
@@ -144,6 +208,43 @@ def main() -> NoReturn:
         _end(2, f"oel: error: {error.format_message()} (see --help)")
     except KeyboardInterrupt:
         _end(130, "oel: interrupted")
+
+
+def _one_stage(
+    run_dir: Path,
+    config: str | None,
+    overrides: list[str] | None,
+    number: int | None,
+    name: str,
+    trajectories: dict[TrainingSplit, Path | None] | None = None,
+    knowledge: list[Path] | None = None,
+) -> None:
+    """Do one stage of one round, in an existing run or in a new one."""
+    from oel_ray.progress import Progress
+    from oel_ray.show import next_steps
+    from oel_ray.single import Files, plan_stage
+
+    if overrides and config is None:
+        raise UserError(f"'{overrides[0]}' changes a configuration: name one with --config to start a new run")
+    settings = _load(config, overrides) if config else None
+    files = Files({split: path for split, path in (trajectories or {}).items() if path}, knowledge or [])
+    stage = plan_stage(run_dir, settings, name, number, files, Progress().note)
+    folder = stage.open()
+    _work(folder, run_dir, lambda: stage.work(folder, Progress(folder)))
+    print(next_steps(run_dir))
+
+
+def _work(folder: "RunFolder", path: Path, work: Callable[[], None]) -> None:
+    """Do the work of a run; ends the process with the right code where that does not come to its end."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    again = f"oel run --resume --run-dir {shlex.quote(str(path))}"
+    try:
+        with folder:
+            work()
+    except (KeyboardInterrupt, SystemExit):  # Ray puts a SIGTERM handler of its own in place, which exits
+        _end(130, f"oel: interrupted: the run is in {path}; go on with: {again}")
+    except RunFailed as failure:
+        _end(1, f"oel: run failed: {failure}; the run is in {path}; go on with: {again}")
 
 
 def _load(config: str, overrides: list[str] | None) -> RunConfig:

@@ -18,6 +18,12 @@ EVALUATE_IN_CONTEXT = "evaluate_in_context"
 CONSOLIDATE = "consolidate"
 EVALUATE = "evaluate"
 
+# Stages that nobody plans: what came from elsewhere instead of from `collect` and `extract`.
+IMPORT_EXTRACTION = "import_extraction"
+IMPORT_CONSOLIDATION = "import_consolidation"
+IMPORT_KNOWLEDGE = "import_knowledge"
+IMPORTS = (IMPORT_EXTRACTION, IMPORT_CONSOLIDATION, IMPORT_KNOWLEDGE)
+
 
 def planned_stages(config: RunConfig, round_number: int) -> list[str]:
     """The stages of a round, in order. Round 0 is the untouched model."""

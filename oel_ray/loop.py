@@ -10,7 +10,7 @@
 A stage writes into a folder of its own and is committed whole; a committed stage is never done again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +32,7 @@ from oel_ray.progress import Progress, StageProgress
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
 from oel_ray.resources import ray_cluster
 from oel_ray.runs import RunFolder, Stage
+from oel_ray.schedule import check_imports, unfinished
 
 
 def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
@@ -42,14 +43,13 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
         RunFailed: a stage failed; what was committed before stays.
     """
     prepare(config, folder, progress)
-    todo = [
-        (number, name)
-        for number in range(config.rounds + 1)
-        for name in layout.planned_stages(config, number)
-        if not folder.stage(number, name).is_done
-    ]
-    if not todo:
-        return
+    check_imports(config, folder.committed)
+    if todo := unfinished(config, folder.committed):
+        work(config, folder, progress, todo)
+
+
+def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequence[tuple[int, str]]) -> None:
+    """Do these stages, (round, name) in order, on a Ray of their own; raises what `run` raises."""
     policy = folder.policy(max(todo[0][0] - 1, 0))
     with ray_cluster(config, folder.run_id, progress.note) as on_gpu:
         progress.note(f"starting {config.engines.count} engines on {policy}")

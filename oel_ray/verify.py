@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -25,14 +26,19 @@ from oel_ray.layout import (
     EVALUATE,
     EVALUATE_IN_CONTEXT,
     EXTRACT,
+    IMPORT_CONSOLIDATION,
+    IMPORT_EXTRACTION,
+    IMPORT_KNOWLEDGE,
+    IMPORTS,
     METRICS_FILE,
     STATUS_FILE,
     RoundFiles,
     StageEntry,
     planned_stages,
 )
-from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
+from oel_ray.records import EvaluationGame, KnowledgeText, TrainingSplit, Trajectory, first_problem
 from oel_ray.runs import RunFolder
+from oel_ray.schedule import is_done
 
 Replay = Callable[[Trajectory], tuple[bool, str]]
 """Plays a game's actions again: whether it was won, and what differs from the recorded texts ("" for nothing).
@@ -139,25 +145,36 @@ class _Check:
         try:
             stages = self.folder.manifest(number).stages
         except ValidationError as error:
-            self.found(files.manifest, 0, f"is not a manifest: {_first(error)}")
+            self.found(files.manifest, 0, f"is not a manifest: {first_problem(error)}")
             return
         planned = planned_stages(self.config, number) if number <= self.config.rounds else []
         for name in planned:
-            if finished and name not in stages:
+            if finished and not is_done(stages, name):
                 self.found(files.manifest, 0, f"lacks stage {name}, although the run says finished")
+        checks: dict[str, Callable[[int, RoundFiles, StageEntry], None]] = {
+            COLLECT: self._collect,
+            IMPORT_EXTRACTION: partial(self._training_games, split="extraction"),
+            IMPORT_CONSOLIDATION: partial(self._training_games, split="consolidation"),
+            EXTRACT: self._knowledge,
+            IMPORT_KNOWLEDGE: partial(self._knowledge, imported=True),
+            CONSOLIDATE: self._consolidate,
+        }
         for name, entry in stages.items():
-            if name not in planned:
+            if name not in (*planned, *IMPORTS):
                 self.found(files.manifest, 0, f"stage {name} was never planned")
             self._fingerprints(files, entry)
-        for name, check in ((COLLECT, self._collect), (EXTRACT, self._extract), (CONSOLIDATE, self._consolidate)):
-            if name in stages:
-                check(number, files, stages[name])
+            if check := checks.get(name):
+                check(number, files, entry)
         in_context = None
         if EVALUATE_IN_CONTEXT in stages:
             in_context = self._games(number, files.in_context, "in_context", stages[EVALUATE_IN_CONTEXT])
         if EVALUATE in stages:
             games = self._games(number, files.evaluation_games, "policy", stages[EVALUATE])
             self._evaluation(files.evaluation, games, in_context)
+
+    def _collect(self, number: int, files: RoundFiles, entry: StageEntry) -> None:
+        for split, planned in self.config.training_games.items():
+            self._training_games(number, files, entry, split, planned)
 
     def _fingerprints(self, files: RoundFiles, entry: StageEntry) -> None:
         for name, recorded in entry.files.items():
@@ -175,7 +192,7 @@ class _Check:
             try:
                 records.append((line, kind.model_validate_json(text)))
             except ValidationError as error:
-                self.found(path, line, f"is not a {kind.__name__}: {_first(error)}")
+                self.found(path, line, f"is not a {kind.__name__}: {first_problem(error)}")
         return records
 
     def _count(self, path: Path, entry: StageEntry, name: str, there: int) -> None:
@@ -191,11 +208,13 @@ class _Check:
         if (first := self.seen.setdefault(identity, where)) != where:
             self.found(path, line, f"id {identity} was used before, at {first}")
 
-    def _trajectory(self, number: int, path: Path, line: int, trajectory: Trajectory) -> None:
+    def _trajectory(
+        self, number: int, path: Path, line: int, trajectory: Trajectory, *, imported: bool = False
+    ) -> None:
         self._unique(path, line, trajectory.id)
         if trajectory.round != number:
             self.found(path, line, f"{trajectory.id} says round {trajectory.round}")
-        if not 1 <= len(trajectory.turns) <= self.config.env.max_turns:
+        if not imported and not 1 <= len(trajectory.turns) <= self.config.env.max_turns:
             self.found(path, line, f"{trajectory.id} has {len(trajectory.turns)} turns")
         for turn, (now, then) in enumerate(itertools.pairwise(trajectory.turns)):
             if now.feedback != then.observation:
@@ -203,47 +222,55 @@ class _Check:
                     path, line, f"{trajectory.id}: the feedback of turn {turn} is not what turn {turn + 1} shows"
                 )
 
-    def _collect(self, number: int, files: RoundFiles, entry: StageEntry) -> None:
-        for split, planned in self.config.training_games.items():
-            path = files.trajectories(split)
-            self._count(path, entry, split, len(_lines(path)))
+    def _training_games(
+        self, number: int, files: RoundFiles, entry: StageEntry, split: TrainingSplit, planned: int | None = None
+    ) -> None:
+        """`planned` is None for games from elsewhere, which nobody planned."""
+        path = files.trajectories(split)
+        self._count(path, entry, split, len(_lines(path)))
+        if planned is not None:
             self._planned(path, len(_lines(path)), planned, "episodes")
-            for line, trajectory in self._records(path, Trajectory):
-                self._trajectory(number, path, line, trajectory)
-                if trajectory.split != split:
-                    self.found(path, line, f"{trajectory.id} says split {trajectory.split}")
-                self.collected.setdefault(trajectory.map_hash, trajectory.id)
+        for line, trajectory in self._records(path, Trajectory):
+            self._trajectory(number, path, line, trajectory, imported=planned is None)
+            if trajectory.split != split:
+                self.found(path, line, f"{trajectory.id} says split {trajectory.split}")
+            self.collected.setdefault(trajectory.map_hash, trajectory.id)
 
-    def _extract(self, number: int, files: RoundFiles, entry: StageEntry) -> None:
+    def _knowledge(self, number: int, files: RoundFiles, entry: StageEntry, *, imported: bool = False) -> None:
         paths = files.knowledge_files()
         folder = files.knowledge(0).parent
         self._count(folder, entry, "knowledge", len(paths))
-        self._planned(folder, len(paths), self.config.extract.seeds, "knowledge texts")
+        if not imported:
+            self._planned(folder, len(paths), self.config.extract.seeds, "knowledge texts")
         extraction = _ids(files.trajectories("extraction"))
         for path in paths:
             try:
                 text = KnowledgeText.from_json(path.read_bytes())
             except ValidationError as error:
-                self.found(path, 0, f"is not a KnowledgeText: {_first(error)}")
+                self.found(path, 0, f"is not a KnowledgeText: {first_problem(error)}")
                 continue
             self._unique(path, 1, text.id)
             if text.round != number:
                 self.found(path, 0, f"{text.id} says round {text.round}")
-            if [step.index for step in text.steps] != list(range(len(text.steps))):
-                self.found(path, 0, f"the steps of {text.id} are not numbered 0 to {len(text.steps) - 1}")
-            read = [step.trajectory_id for step in text.steps]
-            for identity in sorted({*read, *(item.trajectory_id for item in text.items)} - extraction):
-                self.found(path, 0, f"{text.id} refers to {identity}, which is no extraction trajectory of this round")
-            if missing := extraction - set(read):
-                self.found(path, 0, f"{text.id} read {len(set(read))} trajectories and left {len(missing)} out")
-            if len(set(read)) < len(read):
-                self.found(path, 0, f"{text.id} read a trajectory twice")
-            added = [(item, step.trajectory_id) for step in text.steps for item in step.added]
-            items = [(item.text, item.trajectory_id) for item in text.items]
-            if items != added[len(added) - len(items) :]:
-                self.found(path, 0, f"the items of {text.id} are not the last ones that its steps added")
             if "\n".join(item.text for item in text.items) != text.text:
                 self.found(path, 0, f"the text of {text.id} is not its items joined")
+            if not imported:
+                self._accumulation(path, text, extraction)
+
+    def _accumulation(self, path: Path, text: KnowledgeText, extraction: set[str]) -> None:
+        if [step.index for step in text.steps] != list(range(len(text.steps))):
+            self.found(path, 0, f"the steps of {text.id} are not numbered 0 to {len(text.steps) - 1}")
+        read = [step.trajectory_id for step in text.steps]
+        for identity in sorted({*read, *(item.trajectory_id for item in text.items)} - extraction):
+            self.found(path, 0, f"{text.id} refers to {identity}, which is no extraction trajectory of this round")
+        if missing := extraction - set(read):
+            self.found(path, 0, f"{text.id} read {len(set(read))} trajectories and left {len(missing)} out")
+        if len(set(read)) < len(read):
+            self.found(path, 0, f"{text.id} read a trajectory twice")
+        added = [(item, step.trajectory_id) for step in text.steps for item in step.added]
+        items = [(item.text, item.trajectory_id) for item in text.items]
+        if items != added[len(added) - len(items) :]:
+            self.found(path, 0, f"the items of {text.id} are not the last ones that its steps added")
 
     def _consolidate(self, number: int, files: RoundFiles, entry: StageEntry) -> None:
         path = files.consolidation_metrics
@@ -329,7 +356,7 @@ class _Check:
             self.found(path, 0, f"cannot be read: {error!r}")
             return
         except ValidationError as error:
-            self.found(path, 0, f"is not an Evaluation: {_first(error)}")
+            self.found(path, 0, f"is not an Evaluation: {first_problem(error)}")
             return
         self._score(path, "", recorded, games)
         if (recorded.in_context is None) != (in_context is None):
@@ -362,8 +389,3 @@ def _parsed(path: Path, kind: type[Row]) -> Iterator[Row]:
 
 def _ids(path: Path) -> set[str]:
     return {trajectory.id for trajectory in _parsed(path, Trajectory)}
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

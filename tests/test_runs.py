@@ -70,7 +70,7 @@ def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
         folder.log_metrics({"kl": 0.5})
         folder.log_metrics({"kl": 0.25})
         assert (folder.path / "metrics.jsonl").read_text() == '{"kl":0.5}\n{"kl":0.25}\n'
-    assert read_json(folder.path / "status.json")["state"] == "finished"
+    assert read_json(folder.path / "status.json")["state"] == "partial"
     assert not (folder.path / LOCK_FILE).exists()
 
 

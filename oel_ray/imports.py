@@ -1,0 +1,214 @@
+"""Trajectories and knowledge from elsewhere: read, checked line by line, put into a round. Runs in the driver.
+
+A trajectory needs `instructions` and `turns`, a turn `observation` and `response`; all else is filled in:
+
+    {"instructions": "Open the lock.", "turns": [{"observation": "Locked.", "response": "[left]"}], "outcome": "Open."}
+
+Token ids and weight versions are never taken over: they belong to the tokenizer and the weights of whoever wrote them.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from oel_ray import prompts
+from oel_ray.chat import ChatFormat, strip_thinking
+from oel_ray.config import RunConfig
+from oel_ray.errors import UserError
+from oel_ray.extract.chain import knowledge_id
+from oel_ray.layout import IMPORT_CONSOLIDATION, IMPORT_EXTRACTION, IMPORT_KNOWLEDGE
+from oel_ray.records import (
+    EndedBy,
+    KnowledgeItem,
+    KnowledgeText,
+    Params,
+    Record,
+    TrainingSplit,
+    Trajectory,
+    Turn,
+    content_hash,
+    first_problem,
+    write_jsonl,
+)
+from oel_ray.runs import RunFolder
+
+ELSEWHERE = "elsewhere"
+"""The trajectory that an imported knowledge item names if nobody knows a better one."""
+
+_NAMED = 5
+_ID = re.compile(r"[\w.:-]{1,200}", re.ASCII)
+
+
+class _GivenTurn(Record):
+    observation: str
+    response: str
+    action: str | None = None
+    feedback: str | None = None
+    prompt_ids: Any = None
+    response_ids: Any = None
+    weight_version: Any = None
+    finish_reason: str = ""
+
+
+class _GivenTrajectory(Record):
+    instructions: str
+    turns: Annotated[list[_GivenTurn], Field(min_length=1)]
+    outcome: str = ""
+    ended_by: EndedBy = "environment"
+    id: str | None = None
+    env: str | None = None
+    params: Params = Field(default_factory=dict)
+    seed: int = 0
+    map_hash: str | None = None
+    round: Any = None
+    split: Any = None
+    template: Any = None
+
+
+def put_trajectories(folder: RunFolder, number: int, split: TrainingSplit, trajectories: Sequence[Trajectory]) -> None:
+    """Put trajectories into a round, as what `extract` or `consolidate` reads."""
+    stage = folder.stage(number, IMPORT_EXTRACTION if split == "extraction" else IMPORT_CONSOLIDATION)
+    target = stage.begin().trajectories(split)
+    stage.commit([target], {split: write_jsonl(target, trajectories)})
+
+
+def put_knowledge(folder: RunFolder, number: int, texts: Sequence[KnowledgeText]) -> None:
+    """Put knowledge texts into a round, instead of extracted ones."""
+    stage = folder.stage(number, IMPORT_KNOWLEDGE)
+    out = stage.begin()
+    for text in texts:
+        out.knowledge(text.seed).write_bytes(text.to_json() + b"\n")
+    stage.commit([out.knowledge(text.seed) for text in texts], {"knowledge": len(texts)})
+
+
+def read_knowledge(paths: Sequence[Path], number: int, config: RunConfig, chat: ChatFormat) -> list[KnowledgeText]:
+    """Knowledge texts, as those of a round: `.json` files of a run folder's `knowledge/`, or plain text.
+
+    Raises:
+        UserError: a file cannot be read or is too long; names it.
+    """
+    return [_knowledge(path, number, seed, config, chat) for seed, path in enumerate(paths)]
+
+
+def read_trajectories(
+    path: Path, number: int, split: TrainingSplit, config: RunConfig, chat: ChatFormat
+) -> list[Trajectory]:
+    """The trajectories of a JSONL file, one a line, as those of a round.
+
+    Raises:
+        UserError: the file cannot be read, holds none, or has bad lines; names them.
+    """
+    trajectories: list[Trajectory] = []
+    bad: list[str] = []
+    ids: set[str] = set()
+    for line, text in enumerate(_bytes(path).splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            given = _GivenTrajectory.model_validate_json(text)
+            name = given.id or f"r{number:03d}-{'x' if split == 'extraction' else 'c'}-{line - 1:04d}"
+            trajectory = _trajectory(given, name, number, split, config, chat)
+            problem = next(_problems(trajectory, given, ids, config, chat), None)
+        except ValidationError as error:
+            problem = first_problem(error)
+        if problem:
+            bad.append(f"line {line}: {problem}")
+        else:
+            ids.add(name)
+            trajectories.append(trajectory)
+    if bad:
+        rest = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        count = f"{len(bad)} bad line{'s' * (len(bad) > 1)}"
+        raise UserError(f"{path} has {count}: {'; '.join(bad[:_NAMED])}{rest}: mend or remove them")
+    if not trajectories:
+        raise UserError(f"{path} holds no trajectory: it must have one JSON object a line")
+    return trajectories
+
+
+def _trajectory(
+    given: _GivenTrajectory, name: str, number: int, split: TrainingSplit, config: RunConfig, chat: ChatFormat
+) -> Trajectory:
+    following = [turn.observation for turn in given.turns[1:]] + [""]
+    turns = [
+        Turn(
+            observation=turn.observation,
+            response=turn.response,
+            prompt_ids=[],
+            response_ids=[],
+            action=_action(turn, chat) if turn.action is None else turn.action,
+            feedback=shown_next if turn.feedback is None else turn.feedback,
+            weight_version="",
+            finish_reason=turn.finish_reason,
+        )
+        for turn, shown_next in zip(given.turns, following, strict=True)
+    ]
+    return Trajectory(
+        id=name,
+        round=number,
+        split=split,
+        env=given.env or config.env.id,
+        params=given.params,
+        seed=given.seed,
+        map_hash=given.map_hash or content_hash(given.instructions, given.turns[0].observation),
+        instructions=given.instructions,
+        template=prompts.GAME_TEMPLATE if config.env.show_actions else prompts.WITHOUT_ACTIONS,
+        turns=turns,
+        outcome=given.outcome,
+        ended_by=given.ended_by,
+    )
+
+
+def _action(turn: _GivenTurn, chat: ChatFormat) -> str:
+    return strip_thinking(turn.response, thinking=chat.thinking) or ""
+
+
+def _problems(
+    trajectory: Trajectory, given: _GivenTrajectory, ids: set[str], config: RunConfig, chat: ChatFormat
+) -> Iterator[str]:
+    if not _ID.fullmatch(trajectory.id):
+        yield f"id {trajectory.id[:50]!r} has characters other than letters, digits and _.:-"
+    if trajectory.id in ids:
+        yield f"id {trajectory.id} occurs twice"
+    for index, (now, then) in enumerate(pairwise(trajectory.turns)):
+        if now.feedback != then.observation:
+            yield f"the feedback of turn {index} is not what turn {index + 1} observes"
+    if trajectory.split == "consolidation":
+        room = config.engines.max_model_len - config.consolidate.sampling.max_tokens
+        situation = prompts.game_situation(
+            given.instructions, trajectory.turns[:-1], trajectory.turns[-1].observation, trajectory.template
+        )
+        if (tokens := len(chat.game_ids(situation))) > room:
+            yield f"its last prompt has {tokens} tokens, {room} fit beside a response in engines.max_model_len"
+
+
+def _knowledge(path: Path, number: int, seed: int, config: RunConfig, chat: ChatFormat) -> KnowledgeText:
+    content = _bytes(path)
+    if path.suffix == ".json":
+        try:
+            given = KnowledgeText.from_json(content)
+        except ValidationError as error:
+            raise UserError(f"{path} is no knowledge file of a run: {first_problem(error)}") from None
+        items, style = given.items, given.format
+    else:
+        text = content.decode(errors="replace").strip()
+        if not text:
+            raise UserError(f"{path} holds no knowledge")
+        items, style = [KnowledgeItem(text=text, trajectory_id=ELSEWHERE)], "unstructured"
+    text = "\n".join(item.text for item in items)
+    if (tokens := chat.count(text)) > config.extract.max_tokens:
+        raise UserError(f"{path} has {tokens} tokens of knowledge: shorten it or raise extract.max_tokens")
+    return KnowledgeText(
+        id=knowledge_id(number, seed), round=number, seed=seed, format=style, text=text, tokens=tokens,
+        items=items, steps=[],
+    )  # fmt: skip
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}: give the path of a file") from None

@@ -1,0 +1,118 @@
+"""Which stages a run still has to do, and what each of them reads. Pure; any process.
+
+`Committed` says which stages are in the manifest of each round.
+"""
+
+from collections.abc import Collection, Mapping
+
+from oel_ray.config import RunConfig
+from oel_ray.errors import UserError
+from oel_ray.layout import (
+    COLLECT,
+    CONSOLIDATE,
+    EVALUATE,
+    EVALUATE_IN_CONTEXT,
+    EXTRACT,
+    IMPORT_CONSOLIDATION,
+    IMPORT_EXTRACTION,
+    IMPORT_KNOWLEDGE,
+    PREPARE,
+    planned_stages,
+)
+
+Committed = Mapping[int, Collection[str]]
+
+PLAYED = frozenset({COLLECT, EVALUATE_IN_CONTEXT, EVALUATE})
+"""The stages that need an environment."""
+
+_IMPORTED = {COLLECT: (IMPORT_EXTRACTION, IMPORT_CONSOLIDATION), EXTRACT: (IMPORT_KNOWLEDGE,)}
+
+_GAMES = ("games to extract from", (COLLECT, IMPORT_EXTRACTION), "collect them, or give a file with --trajectories")
+_PREFIXES = (
+    "games to consolidate on", (COLLECT, IMPORT_CONSOLIDATION), "collect them, or give a file with --trajectories",
+)  # fmt: skip
+_KNOWLEDGE = ("knowledge", (EXTRACT, IMPORT_KNOWLEDGE), "extract it, or give a file with --knowledge")
+_POLICY = ("policy", (CONSOLIDATE,), "consolidate first")
+# What a stage reads of its own round: its name, the stages any of which leaves it behind, and what to do without it.
+_READS = {
+    EXTRACT: (_GAMES,),
+    EVALUATE_IN_CONTEXT: (_KNOWLEDGE,),
+    CONSOLIDATE: (_PREFIXES, _KNOWLEDGE),
+    EVALUATE: (_POLICY,),
+}
+
+
+def is_done(stages: Collection[str], name: str) -> bool:
+    """Whether a stage is among the committed ones of its round, or all that it leaves behind was imported."""
+    return name in stages or (name in _IMPORTED and set(_IMPORTED[name]) <= set(stages))
+
+
+def unfinished(config: RunConfig, committed: Committed) -> list[tuple[int, str]]:
+    """The planned stages that are not done, as (round, stage) in order."""
+    return [
+        (number, name)
+        for number in range(config.rounds + 1)
+        for name in planned_stages(config, number)
+        if not is_done(committed.get(number, ()), name)
+    ]
+
+
+def check_imports(config: RunConfig, committed: Committed) -> None:
+    """Make sure that playing will not replace what was imported.
+
+    Raises:
+        UserError: the games of a round are imported in part.
+    """
+    for number, name in unfinished(config, committed):
+        imported = set(_IMPORTED[COLLECT]) & set(committed.get(number, ()))
+        if name == COLLECT and imported:
+            missing = "consolidate" if IMPORT_EXTRACTION in imported else "extract"
+            raise UserError(
+                f"round {number} has imported games, but none to {missing} with: "
+                f"give it some with 'oel {missing} RUN_DIR --round {number} --trajectories FILE'"
+            )
+
+
+def first_open_round(config: RunConfig, committed: Committed, name: str) -> int:
+    """The first round that plans a stage and has not done it.
+
+    Raises:
+        UserError: every round has, or none plans it.
+    """
+    for number, stage in unfinished(config, committed):
+        if stage == name:
+            return number
+    raise UserError(f"no round is left to {_verb(name)}: 'oel show' shows what is there; a new run needs --config")
+
+
+def check_ready(
+    config: RunConfig, committed: Committed, number: int, name: str, incoming: Collection[str] = ()
+) -> None:
+    """Make sure that one stage can be done now, with the imports that come in for it.
+
+    Raises:
+        UserError: the round does not plan the stage, has done it, has what would come in, or lacks what the stage
+            reads; says what to do.
+    """
+    where = f"round {number}: nothing to {_verb(name)}"
+    if number > config.rounds:
+        raise UserError(f"{where}: the run has {config.rounds} rounds")
+    if name not in planned_stages(config, number):
+        planned_later = name in planned_stages(config, 1)
+        reason = "round 0 is the untouched model" if planned_later else "the configuration switches it off"
+        raise UserError(f"{where}: {reason}; choose another --round or configuration")
+    stages = set(committed.get(number, ()))
+    if is_done(stages, name):
+        raise UserError(f"{where}: it is done; choose another --round, or start a new run with --config")
+    if number > 0 and not is_done(committed.get(number - 1, ()), CONSOLIDATE if number > 1 else PREPARE):
+        raise UserError(f"{where} with: round {number - 1} has no policy to start from; finish it first")
+    for what, providers, remedy in _READS.get(name, ()) if number > 0 else ():
+        there = stages & set(providers)
+        if there and set(providers) & set(incoming):
+            raise UserError(f"round {number} has {what} already: leave the file out, or start a new run with --config")
+        if not there and not set(providers) & set(incoming):
+            raise UserError(f"{where} with: round {number} has no {what}: {remedy}")
+
+
+def _verb(name: str) -> str:
+    return "evaluate in context" if name == EVALUATE_IN_CONTEXT else name

@@ -1,0 +1,95 @@
+"""One stage of one round by hand: for a closer look, or for games and knowledge from elsewhere. Runs in the driver."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from oel_ray import loop
+from oel_ray.chat import ChatFormat
+from oel_ray.config import RunConfig
+from oel_ray.errors import UserError
+from oel_ray.imports import put_knowledge, put_trajectories, read_knowledge, read_trajectories
+from oel_ray.layout import EVALUATE, IMPORT_CONSOLIDATION, IMPORT_EXTRACTION, IMPORT_KNOWLEDGE, PREPARE, RUN_FILE
+from oel_ray.models import resolve_model
+from oel_ray.progress import Progress
+from oel_ray.records import KnowledgeText, TrainingSplit, Trajectory
+from oel_ray.runs import RunFolder
+from oel_ray.schedule import check_ready, first_open_round
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a stage's input comes from, if it is not what the run made itself."""
+
+    trajectories: dict[TrainingSplit, Path]
+    knowledge: list[Path]
+
+    @property
+    def stages(self) -> set[str]:
+        """The import stages that reading these files amounts to."""
+        splits = {"extraction": IMPORT_EXTRACTION, "consolidation": IMPORT_CONSOLIDATION}
+        return {splits[split] for split in self.trajectories} | ({IMPORT_KNOWLEDGE} if self.knowledge else set())
+
+
+@dataclass(frozen=True)
+class SingleStage:
+    """A stage that can be done. All that comes from elsewhere is read and checked."""
+
+    folder: Path
+    config: RunConfig
+    is_new: bool
+    round: int
+    name: str
+    trajectories: dict[TrainingSplit, list[Trajectory]]
+    knowledge: list[KnowledgeText]
+
+    def open(self) -> RunFolder:
+        """Start the run, or go on with it; takes the folder's lock."""
+        return RunFolder.create(self.folder, self.config) if self.is_new else RunFolder.resume(self.folder, self.config)
+
+    def work(self, folder: RunFolder, progress: Progress) -> None:
+        """Put in what comes from elsewhere, and do the stage; raises what `loop.run` raises."""
+        loop.prepare(self.config, folder, progress)
+        for split, trajectories in self.trajectories.items():
+            put_trajectories(folder, self.round, split, trajectories)
+        if self.knowledge:
+            put_knowledge(folder, self.round, self.knowledge)
+        loop.work(self.config, folder, progress, [(self.round, self.name)])
+
+
+def plan_stage(
+    path: Path,
+    settings: RunConfig | None,
+    name: str,
+    round_number: int | None,
+    files: Files,
+    note: Callable[[str], None],
+) -> SingleStage:
+    """Check and read all that a stage needs; writes nothing.
+
+    `settings` start a new run at `path`, or must be those of the run there. Without `round_number` it is the first
+    round that lacks the stage.
+
+    Raises:
+        UserError: something is missing or wrong.
+    """
+    is_new = not (path / RUN_FILE).exists()
+    if is_new and settings is None:
+        raise UserError(f"{path} holds no run: start one there with --config CONFIG")
+    committed: dict[int, set[str]] = {0: {PREPARE}}
+    if not is_new:
+        there = RunFolder.open(path)
+        there.refuse_changes(settings)
+        settings, committed = there.config, there.committed
+    assert settings is not None
+    if round_number is None:
+        round_number = int(name != EVALUATE) if is_new else first_open_round(settings, committed, name)
+    check_ready(settings, committed, round_number, name, files.stages)
+    trajectories: dict[TrainingSplit, list[Trajectory]] = {}
+    knowledge: list[KnowledgeText] = []
+    if files.stages:
+        chat = ChatFormat.from_pretrained(resolve_model(settings.model, note), thinking=settings.thinking)
+        for split, file in files.trajectories.items():
+            trajectories[split] = read_trajectories(file, round_number, split, settings, chat)
+        knowledge = read_knowledge(files.knowledge, round_number, settings, chat)
+    return SingleStage(path, settings, is_new, round_number, name, trajectories, knowledge)

@@ -86,7 +86,10 @@ def run(
 
 @app.command()
 def collect(run_dir: RunDir, overrides: Overrides = None, config: NewConfig = None, number: Round = None) -> None:
-    """Play the games of one round: those to extract from, and those to consolidate on."""
+    """Play the games of one round.
+
+    They are those that extract reads, and those that consolidate takes its prefixes from.
+    """
     _one_stage(run_dir, config, overrides, number, "collect")
 
 
@@ -100,7 +103,11 @@ def extract(
         Path | None, typer.Option(metavar="FILE", help="JSONL of games to read, instead of collected ones.")
     ] = None,
 ) -> None:
-    """Turn the games of one round, or of a file, into knowledge texts."""
+    """Turn the games of one round into knowledge.
+
+    With --trajectories the games come from a file: one JSON object a line, with "instructions" and "turns", a turn with
+    "observation" and "response".
+    """
     _one_stage(run_dir, config, overrides, number, "extract", {"extraction": trajectories})
 
 
@@ -119,7 +126,10 @@ def consolidate(
         typer.Option(metavar="FILE", help="A knowledge text, .json of a run or plain text; may be repeated."),
     ] = None,
 ) -> None:
-    """Distil the knowledge of one round into the weights; writes the round's policy."""
+    """Distil knowledge into the weights.
+
+    Reads the games and the knowledge of one round, or of files, and writes the round's policy.
+    """
     _one_stage(run_dir, config, overrides, number, "consolidate", {"consolidation": trajectories}, knowledge)
 
 
@@ -137,7 +147,10 @@ def evaluate(
         typer.Option(metavar="FILE", help="With --in-context: a knowledge text from elsewhere; may be repeated."),
     ] = None,
 ) -> None:
-    """Play the held-out maps with the policy that one round ended with; round 0 is the untouched model."""
+    """Play the held-out maps.
+
+    The policy is the one that the round ended with; round 0 is the untouched model.
+    """
     if knowledge and not in_context:
         raise UserError("--knowledge is read with --in-context only: add it, or leave --knowledge out")
     stage = "evaluate_in_context" if in_context else "evaluate"

@@ -23,8 +23,9 @@ class SamplingConfig(Section):
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the likeliest words that together have this probability; 1 switches it off."""
     top_k: NonNegative = 0
-    """0 switches it off."""
+    """Only so many of the likeliest words; 0 switches it off."""
     max_tokens: Positive = 1024
     """New tokens of one response, a thinking block included."""
 
@@ -58,6 +59,7 @@ class CollectConfig(Section):
     seats: Positive = 16
     """Games that one player actor plays at a time."""
     sampling: SamplingConfig = SamplingConfig()
+    """How the player's responses are sampled."""
     extraction_sampling: SamplingConfig | None = None
     """Sampling of the games in T; null takes `sampling`."""
 
@@ -69,6 +71,8 @@ class ExtractConfig(Section):
     seeds: Positive = 10
     """K: accumulations that run concurrently, one knowledge text each."""
     format: Literal["structured", "unstructured", "raw"] = "structured"
+    """What is kept of an extractor's answer: lines marked as experience items, or all of it; or no extractor, and the
+    games themselves are the knowledge (the paper's baseline)."""
     show_previous: bool = True
     """Whether the extractor sees the knowledge accumulated so far."""
     max_tokens: Positive = 8192
@@ -76,29 +80,37 @@ class ExtractConfig(Section):
     workers: Positive = 1
     """Actors that the K chains are spread over."""
     sampling: SamplingConfig = SamplingConfig(top_p=0.8, top_k=20, max_tokens=8192)
+    """How the extractor's answers are sampled."""
 
 
 class ConsolidateConfig(Section):
     steps: Positive = 20
+    """Optimizer steps of a round; the weights after the last one are the new policy."""
     games_per_step: Positive = 64
     """T' has `steps * games_per_step` games; each of their prefixes is used once."""
     batching: Literal["shuffled", "by_game"] = "shuffled"
     """Whether a step's prefixes come from all of T' or from its own games in order (the official code)."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    """Of AdamW; constant after the warm-up."""
     warmup_steps: NonNegative = 0
+    """Steps over which the learning rate rises from nothing."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Of AdamW."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """The largest norm of a step's gradient; a larger one is scaled down to it."""
     kl_temperature: Annotated[float, Field(gt=0)] | None = None
     """Divides student and teacher logits; null takes the sampling temperature (1 if that is greedy)."""
     divergence: Literal["full", "top_k_tail", "top_k"] = "full"
     """Reverse KL over the whole vocabulary; over the student's `top_k` words and one bucket for all others; or the bare
     sum over the `top_k` words (official code), which is no divergence and can be negative."""
     top_k: Positive = 256
+    """Words that the truncated divergences look at, for each token those that the student finds likeliest."""
     loss_mean: Literal["response", "token"] = "response"
     """Mean over tokens per response and then over responses (paper), or over all tokens (official code)."""
     workers: Positive = 2
     """Training ranks."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """What DeepSpeed ZeRO spreads over the ranks: nothing, optimizer state (1), gradients (2), parameters (3)."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute precision of the trainer; master weights are float32."""
     micro_batch: Positive = 4
@@ -108,6 +120,7 @@ class ConsolidateConfig(Section):
     chunk_tokens: Positive = 512
     """Response tokens whose logits exist at a time."""
     sampling: SamplingConfig = SamplingConfig()
+    """How the student's responses are sampled."""
 
     @property
     def games(self) -> int:
@@ -120,6 +133,7 @@ class ConsolidateConfig(Section):
 
 class EvaluateConfig(Section):
     enabled: bool = True
+    """Whether the policies are evaluated; nothing else depends on it."""
     maps: Positive = 128
     """Held-out maps, distinct by content and from every map that is collected."""
     seeds: Positive = 3
@@ -129,24 +143,34 @@ class EvaluateConfig(Section):
     random_games: Positive = 16
     """Games of the random player per map."""
     sampling: SamplingConfig = SamplingConfig(top_p=0.8, top_k=20)
+    """How the player's responses are sampled."""
 
 
 class EnginesConfig(Section):
     count: Positive = 1
+    """vLLM engines; each holds the whole policy."""
     tensor_parallel: Positive = 1
     """GPUs of one engine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where engines and trainer run; auto takes GPUs if the Ray cluster has any."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision that the engines compute in."""
     max_model_len: Positive = 32768
     """Tokens of prompt and response together."""
     max_num_seqs: Positive = 64
+    """Responses that one engine writes at a time."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that its engine takes."""
     cpu_kv_cache_gib: Positive = 1
+    """Memory of one engine's key/value cache (CPU engines)."""
     cpu_threads: Positive = 1
     """Cores that one engine is bound to (CPU engines)."""
     start_deadline_s: Seconds = 600.0
+    """Seconds until all engines must answer."""
     generate_deadline_s: Seconds = 600.0
+    """Seconds that one response may take."""
     sync_deadline_s: Seconds = 300.0
+    """Seconds that sending new weights may take."""
 
 
 class ClusterConfig(Section):
@@ -164,7 +188,9 @@ class RunConfig(Section):
     policy_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the exported policy that every part of a round loads."""
     seed: int = 0
+    """What all maps, orders and sampling seeds of the run are derived from."""
     rounds: Positive = 2
+    """Rounds of collect, extract, consolidate."""
     env: EnvironmentConfig = EnvironmentConfig()
     collect: CollectConfig = CollectConfig()
     extract: ExtractConfig = ExtractConfig()

@@ -30,6 +30,7 @@ class Source(NamedTuple):
 
     values: Values
     switches: dict[str, Values]
+    base: str | None = None
 
 
 def preset_names() -> list[str]:
@@ -43,7 +44,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         UserError: unknown preset, unreadable file, unknown key, or a value of the wrong type.
     """
-    values, switches = read_source(source)
+    values, switches, _ = read_source(source)
     changes = [_parsed(override) for override in overrides or []]
     for key, value in changes:
         if key in switches:
@@ -97,7 +98,7 @@ def read_source(source: str, relative_to: Path | None = None, seen: tuple[str, .
     if base is None:
         return Source(values, switches)
     below = read_source(str(base), path.parent, (*seen, identity))
-    return Source(_merged(below.values, values, RunConfig), below.switches | switches)
+    return Source(_merged(below.values, values, RunConfig), below.switches | switches, str(base))
 
 
 def _text(path: Path) -> str:

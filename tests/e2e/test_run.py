@@ -28,7 +28,8 @@ SMALL = [
     "evaluate.sampling.max_tokens=8",
     "engines.count=1",
 ]
-BOUNDARIES = ["0:prepare", "0:evaluate", "1:collect", "1:extract", "1:evaluate_in_context", "1:consolidate:moved"]
+BOUNDARIES = ["0:evaluate", "1:extract", "1:consolidate:moved"]
+ALL_BOUNDARIES = ["0:prepare", "0:evaluate", "1:collect", "1:extract", "1:evaluate_in_context", "1:consolidate:moved"]
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +91,15 @@ def test_the_policy_changed_and_loads_in_plain_transformers(undisturbed: Path, m
     assert AutoTokenizer.from_pretrained(policy).chat_template
 
 
-def test_killed_between_any_two_stages_it_goes_on_to_the_same_bytes(
-    undisturbed: Path, model: Path, tmp_path: Path
+@pytest.mark.parametrize("boundaries", [BOUNDARIES, pytest.param(ALL_BOUNDARIES, marks=pytest.mark.slow)])
+def test_killed_between_stages_it_goes_on_to_the_same_bytes(
+    undisturbed: Path, model: Path, tmp_path: Path, boundaries: list[str]
 ) -> None:
     """Also proves that the same run twice is the same run: this one shares nothing with the first but its settings."""
     folder = tmp_path / "killed"
     before = {process.pid for process in psutil.process_iter()}
     committed: set[str] = set()
-    for number, boundary in enumerate(BOUNDARIES):
+    for number, boundary in enumerate(boundaries):
         start = ["--resume"] if number else ["exact", f"model={model}", *SMALL]
         killed = oel("run", *start, "--run-dir", str(folder), kill_after=boundary)
         assert killed.returncode == -signal.SIGKILL, (boundary, killed.stderr)
@@ -117,6 +119,29 @@ def test_killed_between_any_two_stages_it_goes_on_to_the_same_bytes(
     assert "evaluate" not in again.stderr, "a finished run did something again"
     left = [p for p in psutil.process_iter() if p.pid not in before and is_ours(p)]
     assert not left, left
+
+
+def test_stages_by_hand_on_files_of_another_run_give_what_it_gave(
+    undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
+    """Games and knowledge are all that extraction and consolidation read; no environment is there to be asked."""
+    given, folder = undisturbed / "rounds/001", tmp_path / "run"
+    settings = ["--config", "exact", f"model={model}", *SMALL, "evaluate.enabled=false", "env.id=Elsewhere-v0"]
+    games = ["--trajectories", str(given / "trajectories/extraction.jsonl")]
+    extracted = oel("extract", str(folder), *settings, *games)
+    assert extracted.returncode == 0, extracted.stderr
+    games = ["--trajectories", str(given / "trajectories/consolidation.jsonl")]
+    consolidated = oel("consolidate", str(folder), *games)
+    assert consolidated.returncode == 0, consolidated.stderr
+    for name in ("knowledge/seed-00.json", "knowledge/seed-01.json", "consolidation/samples.jsonl"):
+        assert (folder / "rounds/001" / name).read_bytes() == (given / name).read_bytes()
+    weights = [(path / "policy/model.safetensors").read_bytes() for path in (folder / "rounds/001", given)]
+    assert weights[0] == weights[1]
+    again = oel("extract", str(folder), *settings)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    finished = oel("run", "--resume", "--run-dir", str(folder))
+    assert finished.returncode == 0, finished.stderr
+    assert oel("verify", str(folder), "--replay").returncode == 0
 
 
 def stages(folder: Path) -> dict[str, dict[str, object]]:

@@ -25,8 +25,6 @@ Committed = Mapping[int, Collection[str]]
 PLAYED = frozenset({COLLECT, EVALUATE_IN_CONTEXT, EVALUATE})
 """The stages that need an environment."""
 
-_IMPORTED = {COLLECT: (IMPORT_EXTRACTION, IMPORT_CONSOLIDATION), EXTRACT: (IMPORT_KNOWLEDGE,)}
-
 _GAMES = ("games to extract from", (COLLECT, IMPORT_EXTRACTION), "collect them, or give a file with --trajectories")
 _PREFIXES = (
     "games to consolidate on", (COLLECT, IMPORT_CONSOLIDATION), "collect them, or give a file with --trajectories",
@@ -43,8 +41,13 @@ _READS = {
 
 
 def is_done(stages: Collection[str], name: str) -> bool:
-    """Whether a stage is among the committed ones of its round, or all that it leaves behind was imported."""
-    return name in stages or (name in _IMPORTED and set(_IMPORTED[name]) <= set(stages))
+    """Whether a stage is among the committed ones of its round, or imports leave nothing for it to do."""
+    if name == EXTRACT:
+        return EXTRACT in stages or IMPORT_KNOWLEDGE in stages
+    if name == COLLECT and COLLECT not in stages:
+        read = IMPORT_EXTRACTION in stages or is_done(stages, EXTRACT)
+        return read and (IMPORT_CONSOLIDATION in stages or CONSOLIDATE in stages)
+    return name in stages
 
 
 def unfinished(config: RunConfig, committed: Committed) -> list[tuple[int, str]]:
@@ -64,7 +67,7 @@ def check_imports(config: RunConfig, committed: Committed) -> None:
         UserError: the games of a round are imported in part.
     """
     for number, name in unfinished(config, committed):
-        imported = set(_IMPORTED[COLLECT]) & set(committed.get(number, ()))
+        imported = {IMPORT_EXTRACTION, IMPORT_CONSOLIDATION} & set(committed.get(number, ()))
         if name == COLLECT and imported:
             missing = "consolidate" if IMPORT_EXTRACTION in imported else "extract"
             raise UserError(

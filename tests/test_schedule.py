@@ -18,6 +18,8 @@ def test_a_run_goes_on_where_its_manifests_end() -> None:
 def test_imports_stand_for_the_stages_that_they_replace() -> None:
     assert is_done({"import_extraction", "import_consolidation"}, "collect")
     assert not is_done({"import_extraction"}, "collect")
+    assert is_done({"import_knowledge", "import_consolidation"}, "collect"), "nobody would read games for extraction"
+    assert not is_done({"import_knowledge"}, "collect")
     assert is_done({"import_knowledge"}, "extract")
     assert not is_done({"import_knowledge"}, "consolidate")
 

@@ -14,8 +14,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from oel_ray.config import RunConfig
-from oel_ray.configure import load_config, preset_names
+from oel_ray.config import EnvironmentConfig, RunConfig
+from oel_ray.configure import load_config, parse_config, parse_override, preset_names
 from oel_ray.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -28,6 +28,9 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changed settings, e.g. rounds=3 collect.seats=8.")
+]
+Params = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Parameters of the environment, e.g. size=3.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 
@@ -134,6 +137,44 @@ def show_config(
     print(f"# an evaluation plays {evaluation} games")
 
 
+@app.command()
+def envs(
+    env_id: Annotated[str | None, typer.Argument(metavar="ID", help="An environment to look at; else all.")] = None,
+    params: Params = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="Responses per game.  [as configured: 5]")] = None,
+) -> None:
+    """List the environments that can be played, or show what one is like and how hard."""
+    from rich.console import Console
+
+    from oel_ray.envs.catalog import catalog_table, description
+
+    console = Console()
+    if env_id is None:
+        console.print(catalog_table())
+    else:
+        console.print(description(_environment(env_id, params, turns)))
+
+
+@app.command()
+def check_env(
+    env_id: Annotated[str, typer.Argument(metavar="ID", help="A name that an installed package registers.")],
+    params: Params = None,
+) -> None:
+    """Check that an environment keeps to what runs rely on.
+
+    Prints a line per broken rule with what to do; exit code 1 if there is one. Notes alone do not fail.
+    """
+    from oel_ray.envs.check import RULES, check_environment
+
+    env = _environment(env_id, params)
+    findings = check_environment(env.id, env.params)
+    for finding in findings:
+        print(finding)
+    if broken := [finding for finding in findings if not finding.is_note]:
+        _end(1, f"oel: {env_id} breaks {len(broken)} of {len(RULES)} rules")
+    print(f"{env_id} can be played; checked: {', '.join(RULES)}")
+
+
 def main() -> NoReturn:
     """The console entry `oel`."""
     try:
@@ -150,6 +191,13 @@ def _load(config: str, overrides: list[str] | None) -> RunConfig:
     if "=" in config and not Path(config).is_file():
         raise UserError(f"CONFIG comes before '{config}': a YAML file or a preset: {', '.join(preset_names())}")
     return load_config(config, overrides)
+
+
+def _environment(env_id: str, params: list[str] | None, turns: int | None = None) -> EnvironmentConfig:
+    if "=" in env_id:
+        raise UserError(f"ID comes before '{env_id}': oel envs lists the environments")
+    values = {"id": env_id, "params": dict(map(parse_override, params or []))}
+    return parse_config({"env": values if turns is None else {**values, "max_turns": turns}}).env
 
 
 def _default_run_dir(config: str) -> Path:

@@ -1,7 +1,7 @@
 """From an environment's name to an environment. Runs wherever environments run.
 
 A package adds environments with entry points of the group `oel_ray.environments`: a name, and a factory
-`(seed: int, params: dict) -> Environment`. A factory may have an attribute `defaults`, its parameters with their default
+`(seed: int, params: dict) -> Environment`. The factory may have an attribute `defaults`, its parameters with their
 values: then unknown parameters are refused and missing ones filled in. Every other name is a TextArena id; TextArena is
 imported when one is asked for.
 """

@@ -88,6 +88,7 @@ class TextArenaEnvironment:
             with self._isolated():
                 self._game = _textarena().make(f"{env_id}-raw", **params)
                 self._game.reset(num_players=1, seed=seed)
+                _mend(self._game.state)
                 messages = self._game.get_observation()[1]
         except Exception as error:
             values = ", ".join(f"{name}={value!r}" for name, value in params.items()) or "its default parameters"
@@ -131,7 +132,8 @@ class TextArenaEnvironment:
         return self._solve()
 
     def _shown(self, messages: Sequence[tuple[int, str, Any]]) -> str:
-        texts = (text.strip("\n") for _, text, kind in messages if kind not in self._hidden)
+        # Three games mix up the arguments for a player's action: what stands where the text should be is a number.
+        texts = (text.strip("\n") for _, text, kind in messages if kind not in self._hidden and isinstance(text, str))
         return "\n\n".join(text for text in texts if text.strip())
 
     def _reason(self) -> str:
@@ -200,7 +202,7 @@ def parameters(env_id: str) -> dict[str, Any]:
         ) from error
     if missing := [name for name in _DOWNLOADED.findall(text) if not _is_downloaded(name)]:
         raise UserError(
-            f"{env_id} needs word lists: run `python -m nltk.downloader {' '.join(missing)}` on every machine that plays"
+            f"{env_id} needs word lists: on every machine that plays run python -m nltk.downloader {' '.join(missing)}"
         )
     if "OpenRouterAgent(" in text and "OPENROUTER_API_KEY" not in os.environ:
         raise UserError(f"{env_id} asks a model behind a web service: set OPENROUTER_API_KEY")
@@ -227,6 +229,18 @@ def _sources() -> dict[str, _Source]:
         if name.endswith("-raw") and file.is_file() and "SinglePlayerState(" in file.read_text(encoding="utf-8"):
             found[name.removesuffix("-raw")] = _Source(file, class_name, spec.kwargs)
     return found
+
+
+def _mend(state: Any) -> None:
+    """Have `set_invalid_move` take its reason and its reward in either order: four games mix them up."""
+    take = state.set_invalid_move
+
+    def set_invalid_move(reason: Any, reward: Any = -1.0) -> None:
+        if isinstance(reward, str):
+            reason, reward = reward, reason
+        take(reason=reason, reward=reward)
+
+    state.set_invalid_move = set_invalid_move
 
 
 def _constructor_defaults(tree: ast.Module, class_name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changed settings, e.g. rounds=3 collect.seats=8.")
 ]
-Params = Annotated[
+Parameters = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Parameters of the environment, e.g. size=3.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
@@ -140,7 +140,7 @@ def show_config(
 @app.command()
 def envs(
     env_id: Annotated[str | None, typer.Argument(metavar="ID", help="An environment to look at; else all.")] = None,
-    params: Params = None,
+    params: Parameters = None,
     turns: Annotated[int | None, typer.Option(min=1, help="Responses per game.  [as configured: 5]")] = None,
 ) -> None:
     """List the environments that can be played, or show what one is like and how hard."""
@@ -158,7 +158,7 @@ def envs(
 @app.command()
 def check_env(
     env_id: Annotated[str, typer.Argument(metavar="ID", help="A name that an installed package registers.")],
-    params: Params = None,
+    params: Parameters = None,
 ) -> None:
     """Check that an environment keeps to what runs rely on.
 

@@ -1,6 +1,6 @@
 """The rules that environments keep: the games that run here keep them, and every breach is found by name.
 
-CI checks three of TextArena's games. All that can be played: `pytest tests/envs/test_check.py -m ''` (five minutes).
+CI checks three of TextArena's games. All that can be played: `pytest tests/envs/test_check.py -m ''` (two minutes).
 """
 
 import tomllib

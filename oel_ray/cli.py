@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from oel_ray.config import RunConfig
-from oel_ray.configure import load_config, preset_names
+from oel_ray.config import EnvironmentConfig, RunConfig
+from oel_ray.configure import load_config, parse_config, parse_override, preset_names
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import TrainingSplit
 
@@ -38,6 +38,9 @@ NewConfig = Annotated[
     str | None, typer.Option(metavar="CONFIG", help="Start a new run in RUN_DIR from a preset or a YAML file.")
 ]
 Round = Annotated[int | None, typer.Option("--round", min=0, help="The round.  [the first that lacks this stage]")]
+Parameters = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Parameters of the environment, e.g. size=3.")
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 
 
@@ -211,6 +214,47 @@ def show_config(
     print(f"# an evaluation plays {evaluation} games")
 
 
+@app.command()
+def envs(
+    env_id: Annotated[str | None, typer.Argument(metavar="ID", help="An environment to look at; else all.")] = None,
+    params: Parameters = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="Responses per game.  [as configured: 5]")] = None,
+) -> None:
+    """List what can be played.
+
+    With an ID: its parameters, a first text, distinct maps, and how far a random and a perfect player get.
+    """
+    from rich.console import Console
+
+    from oel_ray.envs.catalog import catalog_table, description
+
+    console = Console()
+    if env_id is None:
+        console.print(catalog_table())
+    else:
+        console.print(description(_environment(env_id, params, turns)))
+
+
+@app.command()
+def check_env(
+    env_id: Annotated[str, typer.Argument(metavar="ID", help="A name that an installed package registers.")],
+    params: Parameters = None,
+) -> None:
+    """Check the rules that an environment must keep.
+
+    Prints a line per broken rule with what to do; exit code 1 if there is one. Notes alone do not fail.
+    """
+    from oel_ray.envs.check import RULES, check_environment
+
+    env = _environment(env_id, params)
+    findings = check_environment(env.id, env.params)
+    for finding in findings:
+        print(finding)
+    if broken := [finding for finding in findings if not finding.is_note]:
+        _end(1, f"oel: {env_id} breaks {len(broken)} of {len(RULES)} rules")
+    print(f"{env_id} can be played; checked: {', '.join(RULES)}")
+
+
 def main() -> NoReturn:
     """The console entry `oel`."""
     try:
@@ -264,6 +308,13 @@ def _load(config: str, overrides: list[str] | None) -> RunConfig:
     if "=" in config and not Path(config).is_file():
         raise UserError(f"CONFIG comes before '{config}': a YAML file or a preset: {', '.join(preset_names())}")
     return load_config(config, overrides)
+
+
+def _environment(env_id: str, params: list[str] | None, turns: int | None = None) -> EnvironmentConfig:
+    if "=" in env_id:
+        raise UserError(f"ID comes before '{env_id}': oel envs lists the environments")
+    values = {"id": env_id, "params": dict(map(parse_override, params or []))}
+    return parse_config({"env": values if turns is None else {**values, "max_turns": turns}}).env
 
 
 def _default_run_dir(config: str) -> Path:

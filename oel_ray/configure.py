@@ -45,7 +45,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
         UserError: unknown preset, unreadable file, unknown key, or a value of the wrong type.
     """
     values, switches, _ = read_source(source)
-    changes = [_parsed(override) for override in overrides or []]
+    changes = [parse_override(override) for override in overrides or []]
     for key, value in changes:
         if key in switches:
             if not isinstance(value, bool):
@@ -67,6 +67,21 @@ def parse_config(values: Values, switches: dict[str, Values] | None = None) -> R
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error, [*(switches or {})])) from None
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Key and value of `key=value`, the value read as YAML.
+
+    Raises:
+        UserError: it has another form.
+    """
+    key, sign, text = override.partition("=")
+    if not sign:
+        raise UserError(f"'{override}' is not an override: write key=value, e.g. rounds=3")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"the value in '{override}' is not valid YAML") from None
 
 
 def read_source(source: str, relative_to: Path | None = None, seen: tuple[str, ...] = ()) -> Source:
@@ -106,16 +121,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _parsed(override: str) -> tuple[str, Any]:
-    key, sign, text = override.partition("=")
-    if not sign:
-        raise UserError(f"'{override}' is not an override: write key=value, e.g. rounds=3")
-    try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"the value in '{override}' is not valid YAML") from None
 
 
 def _merged(below: Values, above: Values, model: type[BaseModel]) -> Values:

@@ -22,7 +22,6 @@ from oel_ray.config import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
 from oel_ray.durable import write_json
 from oel_ray.engines.pool import Pool, engine_pool
-from oel_ray.envs import make
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.evaluate.metrics import evaluation
@@ -67,7 +66,7 @@ def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
     stage = folder.stage(0, layout.PREPARE)
     if stage.is_done:
         return
-    make(config.env.id, config.seed, config.env.params)  # before anything is started, like the chat template
+    held_out_episodes(config.env, config.seed, 1)  # before anything is started, like the chat template
     model = resolve_model(config.model, progress.note)
     ChatFormat.from_pretrained(model, thinking=config.thinking)
     out = stage.begin()
@@ -93,12 +92,11 @@ class Rounds:
         wanted = self.config.training_games
         with self._stage(number, layout.COLLECT, sum(wanted.values()), "games") as (stage, progress):
             self._deploy(number - 1)
-            env = self.config.env
             excluded = {episode.map_hash for episode in self.held_out}
             games = [
                 Game(episode, self.config.collect.sampling_for(split).sampling())
                 for split, count in wanted.items()
-                for episode in training_episodes(env.id, env.params, self.config.seed, number, split, count, excluded)
+                for episode in training_episodes(self.config.env, self.config.seed, number, split, count, excluded)
             ]
             played = self.players.play(games, progress.update)
             counts: dict[str, int] = {
@@ -176,7 +174,7 @@ class Rounds:
         config = self.config
         if not config.evaluate.enabled:
             return []
-        return held_out_episodes(config.env.id, config.env.params, config.seed, config.evaluate.maps)
+        return held_out_episodes(config.env, config.seed, config.evaluate.maps)
 
     @cached_property
     def baselines(self) -> dict[str, float | None]:

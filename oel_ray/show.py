@@ -84,6 +84,11 @@ def next_steps(path: Path) -> str:
     return "\n".join(f"{name + ':':<{width}} {where}" for name, where in places.items())
 
 
+def plain(text: str, style: str = "") -> Text:
+    """What a game or a model wrote, as text only."""
+    return Text(_CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text), style)
+
+
 def _row(folder: RunFolder, number: int) -> list[str]:
     files, stages = folder.files(number), folder.manifest(number).stages
     evaluation = read_json(files.evaluation) if EVALUATE in stages else {}
@@ -130,10 +135,10 @@ def _number(value: float | None) -> str:
 def _show_run(folder: RunFolder, console: Console) -> None:
     config, status = folder.config, read_json(folder.path / STATUS_FILE)
     state = status["state"] if status["state"] == "finished" else _stopped_at(status)
-    console.print(_plain(f"run {folder.run_id} in {folder.path}: {state}"), soft_wrap=True)
-    console.print(_plain(f"{config.model} plays {config.env.id}, {config.rounds} rounds"), soft_wrap=True)
+    console.print(plain(f"run {folder.run_id} in {folder.path}: {state}"), soft_wrap=True)
+    console.print(plain(f"{config.model} plays {config.env.id}, {config.rounds} rounds"), soft_wrap=True)
     console.print(summary_table(folder.path))
-    console.print(_plain(next_steps(folder.path)), soft_wrap=True)
+    console.print(plain(next_steps(folder.path)), soft_wrap=True)
 
 
 def _stopped_at(status: dict[str, Any]) -> str:
@@ -144,50 +149,46 @@ def _stopped_at(status: dict[str, Any]) -> str:
 
 
 def _show_trajectory(trajectory: Trajectory, console: Console) -> None:
-    console.print(_plain(f"{trajectory.id}: {trajectory.env}, round {trajectory.round}, {trajectory.split}", "bold"))
+    console.print(plain(f"{trajectory.id}: {trajectory.env}, round {trajectory.round}, {trajectory.split}", "bold"))
     facts = f"seed {trajectory.seed}, map {trajectory.map_hash}"
     if trajectory.params:
         facts += ", " + ", ".join(f"{key}={value}" for key, value in trajectory.params.items())
     if isinstance(trajectory, EvaluationGame):
         knowledge = "" if trajectory.knowledge_seed is None else f", knowledge {trajectory.knowledge_seed}"
         facts += f", {trajectory.condition}, sampling seed {trajectory.sampling_seed}{knowledge}"
-    console.print(_plain(facts))
+    console.print(plain(facts))
     console.print(Rule("instructions", align="left", style="dim"))
-    console.print(_plain(trajectory.instructions))
+    console.print(plain(trajectory.instructions))
     for number, turn in enumerate(trajectory.turns):
         title = f"turn {number}: {len(turn.response_ids)} tokens, weights {turn.weight_version}, {turn.finish_reason}"
-        console.print(Rule(_plain(title), align="left", style="dim"))
-        console.print(_plain(turn.observation))
+        console.print(Rule(plain(title), align="left", style="dim"))
+        console.print(plain(turn.observation))
         console.print(Text("response", "bold cyan"))
-        console.print(_plain(turn.response or "(empty)"))
-        console.print(Text("action ", "bold cyan") + _plain(turn.action or "(none could be read)"))
+        console.print(plain(turn.response or "(empty)"))
+        console.print(Text("action ", "bold cyan") + plain(turn.action or "(none could be read)"))
     console.print(Rule("end", align="left", style="dim"))
     if trajectory.turns and trajectory.turns[-1].feedback:
-        console.print(_plain(trajectory.turns[-1].feedback))
-    console.print(_plain(f"{trajectory.outcome or '(no outcome text)'} (ended by {trajectory.ended_by})"))
+        console.print(plain(trajectory.turns[-1].feedback))
+    console.print(plain(f"{trajectory.outcome or '(no outcome text)'} (ended by {trajectory.ended_by})"))
     if isinstance(trajectory, EvaluationGame):
         console.print(Text("won", "bold green") if trajectory.success else Text("not won", "bold red"))
 
 
 def _show_knowledge(text: KnowledgeText, console: Console) -> None:
     title = f"{text.id}: {text.format}, round {text.round}, seed {text.seed}, {text.tokens} tokens"
-    console.print(_plain(title, "bold"))
+    console.print(plain(title, "bold"))
     outcomes: dict[str, int] = {}
     for step in text.steps:
         outcomes[step.status] = outcomes.get(step.status, 0) + 1
     counted = ", ".join(f"{count} {status}" for status, count in outcomes.items())
     dropped = sum(step.dropped for step in text.steps)
-    console.print(_plain(f"{len(text.steps)} trajectories read: {counted}; items dropped for length: {dropped}"))
+    console.print(plain(f"{len(text.steps)} trajectories read: {counted}; items dropped for length: {dropped}"))
     console.print(Rule("items", align="left", style="dim"))
     if not text.items:
         console.print("(none)")
     for item in text.items:
-        console.print(_plain(item.text))
-        console.print(Text("    from ", "dim") + _plain(item.trajectory_id))
-
-
-def _plain(text: str, style: str = "") -> Text:
-    return Text(_CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text), style)
+        console.print(plain(item.text))
+        console.print(Text("    from ", "dim") + plain(item.trajectory_id))
 
 
 def _identified(folder: RunFolder) -> Iterator[tuple[Path, bytes, str]]:

@@ -106,7 +106,7 @@ class _Check:
         self.seen: dict[str, str] = {}
         """Where each id was met first."""
         self.collected: dict[str, str] = {}
-        """The first collected trajectory of each map."""
+        """The first collected trajectory of each map, or of each seed if the run splits by seed."""
         self.held_out: list[tuple[Path, int, EvaluationGame]] = []
 
     def found(self, path: Path, line: int, message: str) -> None:
@@ -122,8 +122,8 @@ class _Check:
         for number in sorted({*self.folder.rounds(), *(range(self.config.rounds + 1) if finished else ())}):
             self._round(number, finished)
         for path, line, game in self.held_out:
-            if where := self.collected.get(game.map_hash):
-                self.found(path, line, f"held-out map {game.map_hash} was also collected: {where}")
+            if where := self.collected.get(self._map(game)):
+                self.found(path, line, f"held-out {self._map(game)} was also collected: {where}")
         metrics = self.folder.path / METRICS_FILE
         for line, text in _lines(metrics):
             try:
@@ -234,7 +234,7 @@ class _Check:
             self._trajectory(number, path, line, trajectory, imported=planned is None)
             if trajectory.split != split:
                 self.found(path, line, f"{trajectory.id} says split {trajectory.split}")
-            self.collected.setdefault(trajectory.map_hash, trajectory.id)
+            self.collected.setdefault(self._map(trajectory), trajectory.id)
 
     def _knowledge(self, number: int, files: RoundFiles, entry: StageEntry, *, imported: bool = False) -> None:
         paths = files.knowledge_files()
@@ -334,10 +334,15 @@ class _Check:
                 self.found(path, line, f"{game.id} says condition {game.condition}, split {game.split}")
             self.held_out.append((path, line, game))
             games.append((game, self._replayed(path, line, game)))
-        maps = len({game.map_hash for game, _ in games})
+        maps = len({self._map(game) for game, _ in games})
         if games and maps != settings.maps:
             self.found(path, 0, f"holds {maps} distinct maps, planned were {settings.maps}")
         return games
+
+    def _map(self, trajectory: Trajectory) -> str:
+        """What tells the run's maps apart: their content, or only their seed, as the official code has it."""
+        by_seed = self.config.env.split == "paper"
+        return f"seed {trajectory.seed}" if by_seed else f"map {trajectory.map_hash}"
 
     def _replayed(self, path: Path, line: int, game: EvaluationGame) -> bool:
         if self.replay is None:

@@ -24,6 +24,7 @@ from oel_ray.records import (
 )
 from oel_ray.runs import RunFolder, Stage
 
+HELD_OUT_SEED = 100
 WON = [True, False, True, True, False, True, True, True]
 BOARDS = ["S....\n.H...\n....G", ".S...\n.H...\n....G", "..S..\n.H...\n....G"]
 
@@ -79,6 +80,7 @@ def games(round_number: int, condition: str) -> list[EvaluationGame]:
     for number, won in enumerate(WON):
         played = trajectory(number, round_number, "held_out", f"held out {number // 2}").model_dump()
         played["id"] = f"r{round_number:03d}-{condition}-{number:04d}"
+        played["seed"] = HELD_OUT_SEED + number // 2
         extra = {"condition": condition, "sampling_seed": number % 2, "success": won}
         extra["knowledge_seed"] = 0 if condition == "in_context" else None
         result.append(EvaluationGame.model_validate(played | extra))

@@ -135,6 +135,20 @@ def test_tampered_content(
     assert all(finding.startswith("rounds/001/") for finding in found)
 
 
+def test_maps_that_are_split_by_seed_may_repeat(run: Path) -> None:
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("split: by_map", "split: paper"))
+    files = RunFolder(run).files(1)
+    for line in (2, 3):
+        edit_json(files.root / GAMES, lambda game: game.update(map_hash=COLLECTED_MAP), line)
+    reseal(files)
+    assert findings(run) == []
+    edit_json(files.root / GAMES, lambda game: game.update(seed=1), 2)
+    found = findings(run)
+    assert any("evaluation.jsonl:3: held-out seed 1 was also collected: r001-extraction-0001" in line for line in found)
+    assert any("holds 5 distinct maps, planned were 4" in line for line in found)
+
+
 @pytest.mark.parametrize("name", [EXTRACTION, CONSOLIDATION, METRICS, SAMPLES, GAMES, "in_context.jsonl"])
 def test_a_lost_line(run: Path, name: str) -> None:
     files = RunFolder(run).files(1)

@@ -10,13 +10,14 @@ from oel_ray.seeds import derive_seed
 
 def random_rate(episodes: Sequence[Episode], max_turns: int, games: int, run_seed: int) -> float | None:
     """Pass rate of uniformly random actions over `games` games per episode; None where no list of actions exists."""
-    wins = [
-        _random_game(episode, max_turns, derive_seed(run_seed, "random_player", episode.id, game))
-        for episode in episodes
-        for game in range(games)
-    ]
-    known = [win for win in wins if win is not None]
-    return sum(known) / len(known) if known and len(known) == len(wins) else None
+    wins = []
+    for episode in episodes:
+        for game in range(games):
+            won = _random_game(episode, max_turns, derive_seed(run_seed, "random_player", episode.id, game))
+            if won is None:
+                return None
+            wins.append(won)
+    return sum(wins) / len(wins) if wins else None
 
 
 def oracle_rate(episodes: Sequence[Episode], max_turns: int) -> float | None:

@@ -1,92 +1,121 @@
 """Which games a run plays, fixed before any is played. Runs in the driver; builds environments, plays none.
 
-Maps are told apart by content, not by seed: two seeds often draw the same board.
+With `env.split=by_map` maps are told apart by content, not by seed: two seeds often draw the same board. With `paper`
+the seeds are the official code's, and maps may repeat within a split and between splits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from itertools import count as count_up
 
+from oel_ray.config import EnvironmentConfig
 from oel_ray.envs.registry import make
 from oel_ray.errors import UserError
-from oel_ray.records import Episode, Params, Split, TrainingSplit
+from oel_ray.records import Episode, Split, TrainingSplit
 from oel_ray.seeds import derive_seed
 
 # Draws in a row that may bring nothing new before the environment counts as exhausted.
 _PATIENCE = 1000
+_NONE_FITS = "lower env.min_solution or raise env.max_turns"
 
 _LETTERS: dict[TrainingSplit, str] = {"extraction": "x", "consolidation": "c"}
 
 
-def held_out_episodes(env: str, params: Params, run_seed: int, maps: int) -> list[Episode]:
-    """Games on `maps` distinct maps, for evaluation alone; the same in every round.
+def held_out_episodes(env: EnvironmentConfig, run_seed: int, maps: int) -> list[Episode]:
+    """Games on `maps` maps, for evaluation alone; the same in every round. By map they are distinct.
 
     Raises:
-        UserError: the environment has fewer distinct maps.
+        UserError: the environment has fewer such maps, or cannot tell solutions and `env.min_solution` asks for them.
     """
-    episodes: list[Episode] = []
-    seen: set[str] = set()
-    fruitless = 0
-    for seed, map_hash in _draws(env, params, run_seed, "held_out"):
-        if len(episodes) == maps:
-            break
-        if map_hash not in seen:
-            seen.add(map_hash)
-            episodes.append(_episode(f"h-{len(episodes):04d}", 0, "held_out", env, params, seed, map_hash))
-            fruitless = 0
-        elif (fruitless := fruitless + 1) == _PATIENCE:
-            raise UserError(
-                f"{env} with {params} has only {len(seen)} distinct maps, and {maps} are to be held out: "
-                f"lower evaluate.maps below {len(seen)}, so that maps are left to learn on"
-            )
-    return episodes
+    drawn, found = _draw(env, _seeds(env, run_seed, "held_out", 0), maps, set(), repeat=env.split == "paper")
+    if len(drawn) < maps:
+        raise UserError(
+            f"{_maps(env)}: only {len(found)} distinct maps were found, and {maps} are to be held out: "
+            + (f"lower evaluate.maps below {len(found)}, so that maps are left to learn on" if found else _NONE_FITS)
+        )
+    return [
+        _episode(f"h-{number:04d}", 0, "held_out", env, seed, map_hash) for number, (seed, map_hash) in enumerate(drawn)
+    ]
 
 
 def training_episodes(
-    env: str,
-    params: Params,
+    env: EnvironmentConfig,
     run_seed: int,
     round_number: int,
     split: TrainingSplit,
     count: int,
-    excluded: set[str],
+    held_out: Set[str],
 ) -> list[Episode]:
-    """`count` games of one round to learn from, on maps whose hashes are not in `excluded`; maps may repeat.
+    """`count` games of one round to learn from; maps may repeat. By map none has a hash that is in `held_out`.
 
     Raises:
-        UserError: every map that the environment draws is excluded.
+        UserError: every map that the environment draws is held out, or it cannot tell solutions; see above.
     """
-    episodes: list[Episode] = []
+    excluded = held_out if env.split == "by_map" else set()
+    drawn, found = _draw(env, _seeds(env, run_seed, split, round_number), count, excluded, repeat=True)
+    if len(drawn) < count:
+        raise UserError(
+            f"{_maps(env)}: no map is left to learn on: {len(found)} distinct maps were found and "
+            f"{len(found & excluded)} of them are held out: " + ("lower evaluate.maps" if found else _NONE_FITS)
+        )
+    return [
+        _episode(f"r{round_number:03d}-{_LETTERS[split]}-{number:04d}", round_number, split, env, seed, map_hash)
+        for number, (seed, map_hash) in enumerate(drawn)
+    ]
+
+
+def _draw(
+    env: EnvironmentConfig, seeds: Iterator[int], count: int, excluded: Set[str], *, repeat: bool
+) -> tuple[list[tuple[int, str]], set[str]]:
+    """Seeds and hashes of the first `count` maps that may be played, and every map met that is long enough.
+
+    There are fewer than `count` if the environment seems exhausted.
+    """
+    drawn: list[tuple[int, str]] = []
     found: set[str] = set()
     fruitless = 0
-    for seed, map_hash in _draws(env, params, run_seed, split, round_number):
-        if len(episodes) == count:
-            break
-        found.add(map_hash)
-        if map_hash not in excluded:
-            name = f"r{round_number:03d}-{_LETTERS[split]}-{len(episodes):04d}"
-            episodes.append(_episode(name, round_number, split, env, params, seed, map_hash))
+    while len(drawn) < count and fruitless < _PATIENCE:
+        seed = next(seeds)
+        map_hash, fits = _look_at(env, seed)
+        if fits and map_hash not in excluded and (repeat or map_hash not in found):
+            drawn.append((seed, map_hash))
             fruitless = 0
-        elif (fruitless := fruitless + 1) == _PATIENCE:
-            raise UserError(
-                f"{env} with {params} leaves no map to learn on: {len(found)} distinct maps were found and "
-                f"{len(found & excluded)} of them are held out: lower evaluate.maps"
-            )
-    return episodes
+        else:
+            fruitless += 1
+        if fits:
+            found.add(map_hash)
+    return drawn, found
 
 
-def _draws(env: str, params: Params, run_seed: int, *stream: str | int) -> Iterator[tuple[int, str]]:
-    for index in count_up():
-        seed = derive_seed(run_seed, "map", *stream, index)
-        yield seed, make(env, seed, params).map_hash
+def _look_at(env: EnvironmentConfig, seed: int) -> tuple[str, bool]:
+    """The hash of a seed's map, and whether its solution has a length that is asked for."""
+    environment = make(env.id, seed, env.params)
+    if not env.min_solution:
+        return environment.map_hash, True
+    solution = environment.solution()
+    if solution is None:
+        raise UserError(f"{env.id} cannot tell how its maps are solved: env.min_solution must be 0 with it")
+    return environment.map_hash, env.min_solution <= len(solution) <= env.max_turns
 
 
-def _episode(
-    name: str,
-    round_number: int,
-    split: Split,
-    env: str,
-    params: Params,
-    seed: int,
-    map_hash: str,
-) -> Episode:
-    return Episode(id=name, round=round_number, split=split, env=env, params=params, seed=seed, map_hash=map_hash)
+def _seeds(env: EnvironmentConfig, run_seed: int, split: Split, round_number: int) -> Iterator[int]:
+    if env.split == "paper":
+        first = {
+            "held_out": 468_460_046,
+            "extraction": 468_460_046 + 500_000 * round_number + 1000 * 128,
+            "consolidation": 505_209_463 + 10_000_000 * (round_number - 1),
+        }
+        return count_up(first[split], 1000)
+    stream = ("held_out",) if split == "held_out" else (split, round_number)
+    return (derive_seed(run_seed, "map", *stream, index) for index in count_up())
+
+
+def _maps(env: EnvironmentConfig) -> str:
+    """The maps that are asked for, in words."""
+    wanted = f" and solutions of {env.min_solution} to {env.max_turns} moves" if env.min_solution else ""
+    return f"{env.id} with {env.params}{wanted}"
+
+
+def _episode(name: str, round_number: int, split: Split, env: EnvironmentConfig, seed: int, map_hash: str) -> Episode:
+    return Episode(
+        id=name, round=round_number, split=split, env=env.id, params=env.params, seed=seed, map_hash=map_hash
+    )

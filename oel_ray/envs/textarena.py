@@ -5,10 +5,10 @@ random state and puts the caller's back afterwards. The raw variant of a game is
 they pile up text over resets and glue the rules to the board. What TextArena sends is filtered by message type.
 """
 
+import ast
 import contextlib
-import difflib
 import importlib
-import inspect
+import os
 import random
 import re
 import sys
@@ -31,6 +31,7 @@ _UNREADABLE = "no valid action"
 # ASCII: without it, ignoring case lets U+017F, a long s, pass for "s".
 _MOVE = re.compile(r"\[\s*(up|down|left|right|w|a|s|d)\s*\]", re.IGNORECASE | re.ASCII)
 _BRACKETED = re.compile(r"\[[^\[\]]*\]")
+_DOWNLOADED = re.compile(r"""nltk\.download\(['"](\w+)['"]""")
 _ALIASES = {"w": "up", "a": "left", "s": "down", "d": "right"}
 
 _ACTIONS_TEXT = (
@@ -69,6 +70,10 @@ _GRID_GAMES = {
 }
 
 
+# Games that lay out their board at the first move only: nothing but the state of chance tells two of them apart.
+_DRAWN_LATER = ("Minesweeper-v0",)
+
+
 class TextArenaEnvironment:
     """One game of a single-player TextArena id. See `oel_ray.envs.base.Environment`."""
 
@@ -76,14 +81,14 @@ class TextArenaEnvironment:
         """Build the game and draw its content.
 
         Raises:
-            UserError: the game has no such parameter, or cannot be built with its value.
+            UserError: the game cannot be built with these parameters.
         """
-        _check_params(env_id, params)
         self._random = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state()
         try:
             with self._isolated():
                 self._game = _textarena().make(f"{env_id}-raw", **params)
                 self._game.reset(num_players=1, seed=seed)
+                _mend(self._game.state)
                 messages = self._game.get_observation()[1]
         except Exception as error:
             values = ", ".join(f"{name}={value!r}" for name, value in params.items()) or "its default parameters"
@@ -104,6 +109,8 @@ class TextArenaEnvironment:
             self.instructions = "\n\n".join(text.strip() for _, text, kind in messages if kind == kinds.PROMPT)
             # A hidden number or deck is part of what the seed drew although no text shows it.
             content = (self.instructions, self._first, _plain(self._game.state.game_state))
+            if env_id.startswith(_DRAWN_LATER):
+                content += (str(self._random[0]),)
         self.map_hash = content_hash(env_id, *content)
 
     def reset(self) -> str:
@@ -125,7 +132,8 @@ class TextArenaEnvironment:
         return self._solve()
 
     def _shown(self, messages: Sequence[tuple[int, str, Any]]) -> str:
-        texts = (text.strip("\n") for _, text, kind in messages if kind not in self._hidden)
+        # Three games mix up the arguments for a player's action: what stands where the text should be is a number.
+        texts = (text.strip("\n") for _, text, kind in messages if kind not in self._hidden and isinstance(text, str))
         return "\n\n".join(text for text in texts if text.strip())
 
     def _reason(self) -> str:
@@ -175,43 +183,85 @@ def _textarena() -> Any:
     return importlib.import_module("textarena")
 
 
+@lru_cache(maxsize=128)
+def parameters(env_id: str) -> dict[str, Any]:
+    """The parameters of a game with their defaults. Read from its source: nothing is imported, nothing downloaded.
+
+    Raises:
+        UserError: the game cannot be played here, and why.
+    """
+    source = _sources()[env_id]
+    text = source.file.read_text(encoding="utf-8")
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise UserError(
+            f"{env_id} cannot be played: TextArena's code for it is no valid Python {python} "
+            f"(line {error.lineno}: {error.msg}); choose another game"
+        ) from error
+    if missing := [name for name in _DOWNLOADED.findall(text) if not _is_downloaded(name)]:
+        raise UserError(
+            f"{env_id} needs word lists: on every machine that plays run python -m nltk.downloader {' '.join(missing)}"
+        )
+    if "OpenRouterAgent(" in text and "OPENROUTER_API_KEY" not in os.environ:
+        raise UserError(f"{env_id} asks a model behind a web service: set OPENROUTER_API_KEY")
+    return _constructor_defaults(tree, source.class_name) | source.registered
+
+
+class _Source(NamedTuple):
+    file: Path
+    class_name: str
+    registered: dict[str, Any]
+
+
 @lru_cache(maxsize=1)
-def _sources() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Entry point and default parameters of every single-player id.
+def _sources() -> dict[str, _Source]:
+    """Where every single-player game is written, and the parameters that its id stands for.
 
     The source text tells them apart: importing the games would fetch word lists and fail on the broken ones.
     """
     packages = Path(_textarena().__file__).parent.parent
     found = {}
     for name, spec in importlib.import_module("textarena.envs.registration").ENV_REGISTRY.items():
-        file = packages / (str(spec.entry_point).partition(":")[0].replace(".", "/") + ".py")
+        module, _, class_name = str(spec.entry_point).partition(":")
+        file = packages / (module.replace(".", "/") + ".py")
         if name.endswith("-raw") and file.is_file() and "SinglePlayerState(" in file.read_text(encoding="utf-8"):
-            found[name.removesuffix("-raw")] = (spec.entry_point, spec.kwargs)
+            found[name.removesuffix("-raw")] = _Source(file, class_name, spec.kwargs)
     return found
 
 
-@lru_cache(maxsize=8)
-def _defaults(env_id: str) -> dict[str, Any]:
-    """The parameters of a game with their defaults."""
-    entry_point, registered = _sources()[env_id]
-    module, _, class_name = entry_point.partition(":")
-    try:
-        signature = inspect.signature(getattr(importlib.import_module(module), class_name))
-    except Exception as error:
-        raise UserError(f"{env_id}: TextArena cannot load this game: {one_line(error)}") from error
-    return {name: parameter.default for name, parameter in signature.parameters.items()} | registered
+def _mend(state: Any) -> None:
+    """Have `set_invalid_move` take its reason and its reward in either order: four games mix them up."""
+    take = state.set_invalid_move
+
+    def set_invalid_move(reason: Any, reward: Any = -1.0) -> None:
+        if isinstance(reward, str):
+            reason, reward = reward, reason
+        take(reason=reason, reward=reward)
+
+    state.set_invalid_move = set_invalid_move
 
 
-def _check_params(env_id: str, params: Params) -> None:
-    defaults = _defaults(env_id)
-    for name, value in params.items():
-        if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(defaults) or 'none'}"
-            raise UserError(f"{env_id} has no parameter '{name}': {hint}")
-        wanted = type(defaults[name])
-        if wanted in (bool, int, str) and type(value) is not wanted:
-            raise UserError(f"{env_id}: parameter '{name}' must be of type {wanted.__name__}, got {value!r}")
+def _constructor_defaults(tree: ast.Module, class_name: str) -> dict[str, Any]:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            for function in node.body:
+                if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+                    names = [argument.arg for argument in function.args.args[1:]]
+                    values = [ast.literal_eval(value) for value in function.args.defaults]
+                    without = len(names) - len(values)
+                    return dict.fromkeys(names[:without]) | dict(zip(names[without:], values, strict=True))
+    return {}
+
+
+def _is_downloaded(name: str) -> bool:
+    data = importlib.import_module("nltk.data")
+    for kind in ("corpora", "taggers"):
+        with contextlib.suppress(LookupError):
+            data.find(f"{kind}/{name}")
+            return True
+    return False
 
 
 def _plain(value: Any) -> Any:

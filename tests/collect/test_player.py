@@ -19,6 +19,8 @@ from oel_ray.seeds import derive_seed
 from tests.scripted import SAMPLING, PromptedGenerate, ScriptedGenerate
 from tests.tokenizers_for_tests import small_tokenizer
 
+LAKE = EnvironmentConfig(id="FrozenLake-v0", params={"size": 3, "num_holes": 2})
+
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,7 +36,7 @@ def chat(policy: Path) -> ChatFormat:
 
 @pytest.fixture(scope="module")
 def episode() -> Episode:
-    return held_out_episodes("FrozenLake-v0", {"size": 3, "num_holes": 2}, 4, 1)[0]
+    return held_out_episodes(LAKE, 4, 1)[0]
 
 
 def played(episode: Episode, chat: ChatFormat, generate, **changes) -> tuple[Trajectory, bool]:
@@ -116,9 +118,9 @@ def test_the_context_limit_keeps_the_turns_so_far(episode: Episode, chat: ChatFo
 
 
 @pytest.mark.parametrize("answers", [None, ["nothing"], ["nothing", "[up]", "[left]", "nothing", "[right]"]])
-@pytest.mark.parametrize("env", [("FrozenLake-v0", {"size": 3, "num_holes": 2}), ("Sokoban-v0", {"num_boxes": 1})])
-def test_replay_agrees_with_a_played_game(chat: ChatFormat, env: tuple, answers: list[str] | None) -> None:
-    for episode in held_out_episodes(*env, 4, 3):
+@pytest.mark.parametrize("env", [LAKE, EnvironmentConfig(id="Sokoban-v0", params={"num_boxes": 1})])
+def test_replay_agrees_with_a_played_game(chat: ChatFormat, env: EnvironmentConfig, answers: list[str] | None) -> None:
+    for episode in held_out_episodes(env, 4, 3):
         generate = ScriptedGenerate(answers or winning_answers(episode))
         trajectory, success = played(episode, chat, generate, config=EnvironmentConfig(max_turns=6 if answers else 30))
         assert replay(Trajectory.from_json(trajectory.to_json())) == (success, "")
@@ -194,7 +196,7 @@ def test_a_player_in_ray_plays_many_games_at_once(policy: Path) -> None:
 
     ray.init(num_cpus=1, include_dashboard=False, configure_logging=False)
     try:
-        episodes = held_out_episodes("FrozenLake-v0", {"size": 3, "num_holes": 2}, 4, 4)
+        episodes = held_out_episodes(LAKE, 4, 4)
         actor = player_actor(4, num_cpus=1).remote(
             str(policy), False, ScriptedGenerate(["[left]"]), EnvironmentConfig(max_turns=10), 100_000, 4
         )

@@ -37,6 +37,13 @@ class Coin:
 
 def broken(seed, params):
     return params["missing"]
+
+def tuned(seed, params):
+    coin = Coin(seed, {})
+    coin.instructions = repr(sorted(params.items()))
+    return coin
+
+tuned.defaults = {"sides": 2, "name": "coin"}
 """
 
 
@@ -47,6 +54,7 @@ def test_an_installed_package_adds_environments_and_comes_first(tmp_path: Path) 
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: coin-game\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[oel_ray.environments]\ncoin = coin_game:Coin\nFrozenLake-v0 = coin_game:Coin\nbroken = coin_game:broken\n"
+        "tuned = coin_game:tuned\nabsent = no_such_module:game\n"
     )
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
@@ -58,9 +66,18 @@ def test_an_installed_package_adds_environments_and_comes_first(tmp_path: Path) 
         "assert 'textarena' not in sys.modules\n"
         "try: make('broken', 1, {'a': 2})\n"
         "except UserError as error: print(error)\n"
+        "print(make('tuned', 1, {'sides': 6}).instructions)\n"
+        "for name, params in (('tuned', {'side': 6}), ('tuned', {'sides': 'x'}), ('absent', {})):\n"
+        "    try: make(name, 1, params)\n"
+        "    except UserError as error: print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "'broken'" in run.stdout and "missing" in run.stdout and "{'a': 2}" in run.stdout
+    lines = run.stdout.splitlines()[1:]
+    assert lines[0] == "[('name', 'coin'), ('sides', 6)]"
+    assert "has no parameter 'side': did you mean 'sides'?" in lines[1]
+    assert "'sides' must be of type int" in lines[2]
+    assert "'absent' (no_such_module:game) cannot be loaded: ModuleNotFoundError" in lines[3]
 
 
 def test_importing_the_package_imports_no_textarena() -> None:

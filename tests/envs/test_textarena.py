@@ -243,6 +243,23 @@ def test_any_single_player_game_is_played_by_its_own_rules(env_id: str) -> None:
     assert "echo me" not in environment.step("echo me").feedback
 
 
+@pytest.mark.parametrize("env_id", ["Countdown-v0", "Cryptarithm-v0", "Slitherlink-v0", "ThreeCardMonte-v0"])
+def test_games_that_mix_up_reason_and_reward(env_id: str) -> None:
+    environment = make(env_id, 3, {})
+    assert "Reason: Bad action" in environment.step("hm").feedback.replace("Invalid action", "Bad action")
+    last = environment.step("hm")
+    assert last.done and re.match(r"Invalid Move: \D", last.outcome)
+    assert environment.success() is False
+
+
+def test_a_board_that_is_laid_out_later_has_a_hash_of_its_seed() -> None:
+    first, second = (make("Minesweeper-v0-small", seed, {}) for seed in (1, 2))
+    assert first.reset() == second.reset()
+    assert first.map_hash != second.map_hash
+    assert first.step("[0 0]").feedback != second.step("[0 0]").feedback
+    assert make("Minesweeper-v0-small", 1, {}).map_hash == first.map_hash
+
+
 def test_map_hash_is_the_content() -> None:
     by_hash: dict[str, set[str]] = {}
     for seed in range(200):

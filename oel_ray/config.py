@@ -135,7 +135,7 @@ class EvaluateConfig(Section):
     enabled: bool = True
     """Whether the policies are evaluated; nothing else depends on it."""
     maps: Positive = 128
-    """Held-out maps; by content distinct from each other and from all that is collected, unless env.split is `paper`."""
+    """Held-out maps, distinct by content and from all that is collected (with `env.split=by_map`)."""
     seeds: Positive = 3
     """Sampling seeds per map."""
     in_context: bool = True

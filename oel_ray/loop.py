@@ -22,7 +22,6 @@ from oel_ray.config import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
 from oel_ray.durable import write_json
 from oel_ray.engines.pool import Pool, engine_pool
-from oel_ray.envs import make
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.evaluate.metrics import evaluation
@@ -63,13 +62,11 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
 
 
 def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
-    """Settle what round 0's policy is: the untouched model."""
+    """Record what round 0's policy is: the untouched model. That it can be used was `oel_ray.preflight`'s to check."""
     stage = folder.stage(0, layout.PREPARE)
     if stage.is_done:
         return
-    make(config.env.id, config.seed, config.env.params)  # before anything is started, like the chat template
     model = resolve_model(config.model, progress.note)
-    ChatFormat.from_pretrained(model, thinking=config.thinking)
     out = stage.begin()
     reference = out.policy / layout.POLICY_REFERENCE
     write_json(reference, {"model": str(model)})

@@ -112,7 +112,7 @@ class Sizes(NamedTuple):
 def headline(config: RunConfig) -> str:
     sizes = Sizes.of(config)
     return (
-        f"{config.rounds} rounds, {sizes.stages} stages; a round: {sizes.games} games to learn from, "
+        f"{sizes.stages} stages in rounds 0 to {config.rounds}; a round: {sizes.games} games to learn from, "
         f"{sizes.extractions} extractions, at most {sizes.samples} training samples, "
         f"{sizes.policy_games + sizes.in_context_games} evaluation games"
     )
@@ -124,7 +124,7 @@ def explain(config: RunConfig) -> list[str]:
     collect, consolidate, extract = config.collect, config.consolidate, config.extract
     evaluations = (rounds + 1) * sizes.policy_games + rounds * sizes.in_context_games
     rows = [
-        ("stages", f"{sizes.stages} in {rounds} rounds"),
+        ("stages", f"{sizes.stages} in rounds 0 to {rounds}"),
         (
             "games",
             f"T = {collect.extraction_games} and T' = {consolidate.games} a round, {rounds * sizes.games} in all",

@@ -78,16 +78,7 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be made or written to, holds a run already, or is not ours.
         """
-        try:
-            if path.exists() and not path.is_dir():
-                raise UserError(f"{path} is a file: choose another --run-dir")
-            _refuse_foreign(path)
-            there = next(above for above in (path, *path.absolute().parents) if above.exists())
-        except OSError as error:
-            raise UserError(f"cannot write to {path}: {error.strerror}: choose another --run-dir") from None
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            reason = "not writable" if there.is_dir() else "a file"
-            raise UserError(f"cannot write to {path}: {there} is {reason}: choose another --run-dir")
+        _refuse_unusable(path)
         if (path / RUN_FILE).exists():
             raise UserError(_holds_a_run(path))
 
@@ -98,7 +89,7 @@ class RunFolder:
         Raises:
             UserError: the folder is in use, holds a run already, or is not ours.
         """
-        cls.check_new(path)
+        _refuse_unusable(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = FolderLock.acquire(path)
@@ -281,6 +272,19 @@ class Stage:
         write_json(self._final.manifest, manifest.model_dump())
         shutil.rmtree(work)
         fault_point(f"{self.round}:{self.name}")
+
+
+def _refuse_unusable(path: Path) -> None:
+    try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file: choose another --run-dir")
+        _refuse_foreign(path)
+        there = next(above for above in (path, *path.absolute().parents) if above.exists())
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}: choose another --run-dir") from None
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "not writable" if there.is_dir() else "a file"
+        raise UserError(f"cannot write to {path}: {there} is {reason}: choose another --run-dir")
 
 
 def _refuse_foreign(path: Path) -> None:

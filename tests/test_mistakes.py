@@ -95,7 +95,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run game.yaml evaluate.in_context=false extract.max_tokens=3900", "extraction: a prompt", "extract.max_tokens"),
     ("run game.yaml collect.sampling.max_tokens=4000", "play: a prompt of", "or lower collect.sampling.max_tokens"),
     (
-        "run game.yaml evaluate.enabled=false extract.show_previous=false extract.max_tokens=8100",
+        "run game.yaml evaluate.in_context=false extract.show_previous=false extract.max_tokens=8100",
         "teacher: a prompt of",
         "take a model with a longer one, or lower extract.max_tokens",
     ),
@@ -228,9 +228,8 @@ def make_models(folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without GPUs, a hub out of reach, no cluster, and little patience."""
+    """A machine without GPUs, a hub out of reach, and no cluster to join."""
     monkeypatch.setattr(resources, "_gpus_here", lambda: 0)
-    monkeypatch.setattr(resources, "CLUSTER_ANSWER_S", resources.CLUSTER_ANSWER_S)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 

@@ -114,7 +114,7 @@ def _parsed(override: str) -> tuple[str, Any]:
     try:
         return key, yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"the value in '{override}' is not valid YAML") from None
+        raise UserError(f"the value in '{override}' is not valid YAML: write it as in a YAML file") from None
 
 
 def _merged(below: Values, above: Values, model: type[BaseModel]) -> Values:

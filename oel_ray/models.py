@@ -50,11 +50,12 @@ def _lacking(folder: Path) -> str | None:
     if not (folder / _CONFIG).is_file():
         return f"{_CONFIG}: give a Hugging Face model folder"
     if (folder / _INDEX).is_file():
-        shards = set(read_json(folder / _INDEX)["weight_map"].values())
+        try:
+            shards = set(read_json(folder / _INDEX)["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"sound {_INDEX}: fetch it again"
         if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
-            return (
-                f"{absent[0]}, one of {len(absent)} weight files that {_INDEX} names and that are missing: fetch them"
-            )
+            return f"{absent[0]} ({len(absent)} of the weight files that {_INDEX} names are missing): fetch them"
     elif not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         return f"weights ({' or '.join(_WEIGHTS)}): give the folder of a whole model, not of its configuration"
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):

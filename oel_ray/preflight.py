@@ -87,7 +87,7 @@ def check_model(config: RunConfig, note: Callable[[str], None]) -> Model:
         model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - any content of the file can raise anything
         raise UserError(
-            f"{folder}/config.json cannot be used: {one_line(error)}: give a model that transformers knows by itself"
+            f"{folder}/config.json cannot be used: {one_line(error, 0)}: give a model that transformers knows by itself"
         ) from None
     _check_architecture(folder, model)
     try:
@@ -96,7 +96,8 @@ def check_model(config: RunConfig, note: Callable[[str], None]) -> Model:
         raise
     except Exception as error:  # noqa: BLE001 - tokenizers and templates can raise anything
         raise UserError(
-            f"the tokenizer in {folder} cannot be used: {one_line(error)}: copy its files there from the original model"
+            f"the tokenizer in {folder} cannot be used: {one_line(error, 0)}: "
+            "copy its files there from the original model"
         ) from None
     chat.check_thinking()
     return Model(folder, chat, _context(model.get_text_config()))

@@ -21,7 +21,7 @@ os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 
-CLUSTER_ANSWER_S = 20.0
+CLUSTER_ANSWER_S = 25.0
 """How long a cluster may take to say what it has."""
 
 _ASK = """
@@ -113,12 +113,16 @@ def _resources_at(address: str) -> dict[str, float]:
         if not host or not port.isdigit():
             raise UserError(f"'{address}' is no address of a Ray cluster: write HOST:PORT or auto")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=4).close()
         except (OSError, OverflowError) as error:
             raise UserError(f"{unanswered} ({error}): {remedy}") from None
     try:
         asked = subprocess.run(
-            [sys.executable, "-c", _ASK, address], capture_output=True, text=True, timeout=CLUSTER_ANSWER_S, check=True
+            [sys.executable, "-P", "-c", _ASK, address],
+            capture_output=True,
+            text=True,
+            timeout=CLUSTER_ANSWER_S,
+            check=True,
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{unanswered} within {CLUSTER_ANSWER_S:.0f} s: {remedy}") from None

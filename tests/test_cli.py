@@ -41,7 +41,7 @@ main()
 
 
 SIZES = (
-    "2 rounds, 12 stages; a round: 5 games to learn from, 4 extractions, at most 9 training samples, "
+    "12 stages in rounds 0 to 2; a round: 5 games to learn from, 4 extractions, at most 9 training samples, "
     "16 evaluation games\n"
 )
 
@@ -77,7 +77,7 @@ def test_a_run_ends_with_its_table(folder: Path) -> None:
     assert run.name.startswith("game-20")
     assert "75.0±14.4" in output
     assert f"oel verify runs/{run.name} --replay" in output
-    begun = SIZES.replace("2 rounds, 12", "1 rounds, 7") + "the loop began\n"
+    begun = SIZES.replace("12 stages in rounds 0 to 2", "7 stages in rounds 0 to 1") + "the loop began\n"
     assert errors == begun
     code, output, errors = oel(folder, "run", "--resume", "--run-dir", f"runs/{run.name}")
     assert (code, errors) == (0, begun)

@@ -50,7 +50,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run", "give a CONFIG", "quickstart"),
     ("run rounds=3 game.yaml", "CONFIG comes before 'rounds=3'", "a YAML file or a preset"),
     ("run game.yaml rounds", "'rounds' is not an override", "write key=value"),
-    ("run game.yaml rounds=[", "'rounds=['", "not valid YAML"),
+    ("run game.yaml rounds=[", "'rounds=['", "write it as in a YAML file"),
     ("config game.yaml quick=yess", "'quick' is a switch", "write quick=true or quick=false"),
     # configuration
     ("run quikstart", "'quikstart' is neither a YAML file nor a preset", "quickstart"),
@@ -80,6 +80,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run game.yaml model=notes", "the model folder notes has no config.json", "give a Hugging Face model folder"),
     ("run game.yaml model=models/no-weights", "no weights (*.safetensors", "the folder of a whole model"),
     ("run game.yaml model=models/no-shard", "no model-2.safetensors", "fetch them"),
+    ("run game.yaml model=models/bad-index", "no sound model.safetensors.index.json", "fetch it again"),
     ("run game.yaml model=models/no-tokenizer", "no tokenizer (no tokenizer.json", "copy the tokenizer's files"),
     ("run game.yaml model=models/bad-tokenizer", "the tokenizer in", "copy its files there"),
     ("run game.yaml model=models/no-template", "has no chat template", "use an instruction-tuned model"),
@@ -214,6 +215,7 @@ def make_models(folder: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     variant("no-shard", "*.safetensors", model__safetensors__index__json=json.dumps(index))
     (folder / "no-shard" / "model-1.safetensors").touch()
+    variant("bad-index", "*.safetensors", model__safetensors__index__json="[]")
     variant("no-tokenizer", "tokenizer.json")
     variant("bad-tokenizer", tokenizer__json="{")
     variant("no-template", "chat_template.jinja")

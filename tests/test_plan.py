@@ -7,7 +7,7 @@ from oel_ray.plan import Demand, demand, explain, headline, readings
 def test_the_sizes_of_the_quickstart() -> None:
     config = load_config("quickstart")
     assert explain(config) == [
-        "stages       12 in 2 rounds",
+        "stages       12 in rounds 0 to 2",
         "games        T = 4 and T' = 6 a round, 20 in all",
         "extraction   K x T = 3 x 4, 12 responses a round",
         "training     2 games x 5 turns, at most 10 samples a step and 30 a round",
@@ -25,7 +25,7 @@ def test_the_sizes_of_the_quickstart() -> None:
 def test_without_evaluation_and_extraction() -> None:
     config = load_config("quickstart", ["evaluate.enabled=false", "extract.format=raw"])
     assert [reading.name for reading in readings(config)] == ["play", "teacher"]
-    assert explain(config)[0] == "stages       7 in 2 rounds"
+    assert explain(config)[0] == "stages       7 in rounds 0 to 2"
     assert headline(config).endswith("0 extractions, at most 30 training samples, 0 evaluation games")
 
 

@@ -47,13 +47,7 @@ class ChatFormat:
             raise UserError("the model's tokenizer has no chat template: use an instruction-tuned model")
         self.tokenizer = tokenizer
         self.thinking = thinking
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": _SENTINEL}],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=thinking,
-        )
-        before, found, after = text.partition(_SENTINEL)
+        before, found, after = self._rendered(thinking=thinking).partition(_SENTINEL)
         if not found or _SENTINEL in after:
             raise UserError("the model's chat template does not show the user's message exactly once")
         self.before_ids: list[int] = self._ids(before, special=True)
@@ -69,7 +63,38 @@ class ChatFormat:
         """Load from a policy folder. Reads no network."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True), thinking=thinking)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return cls(tokenizer, thinking=thinking)
+
+    def check_thinking(self) -> None:
+        """Whether responses will begin as `thinking` says; what a model does by itself cannot be known.
+
+        Raises:
+            UserError: the template opens a thinking block that is not wanted, or none where one is.
+        """
+        text, other = self._rendered(thinking=self.thinking), self._rendered(thinking=not self.thinking)
+        after = text.rpartition(_SENTINEL)[2]
+        opened, closed = after.rfind(THINK_OPEN), after.rfind(THINK_CLOSE)
+        if not self.thinking and opened > closed:
+            raise UserError(
+                f"thinking is false, and the model's chat template opens a {THINK_OPEN} block all the same: "
+                "set thinking=true"
+            )
+        # Templates of models that always think know the block's end at least: they cut earlier thoughts out.
+        knows = text != other or any(mark in str(self.tokenizer.chat_template) for mark in (THINK_OPEN, THINK_CLOSE))
+        if self.thinking and (not knows or closed > opened):
+            raise UserError(
+                f"thinking is true, and the model's chat template opens no {THINK_OPEN} block: set thinking=false"
+            )
+
+    def _rendered(self, *, thinking: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": _SENTINEL}],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=thinking,
+        )
+        return text
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         if not text:

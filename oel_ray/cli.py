@@ -60,6 +60,8 @@ def run(
     """
     from rich.console import Console
 
+    from oel_ray.plan import headline
+    from oel_ray.preflight import preflight, preflight_resumed
     from oel_ray.progress import Progress
     from oel_ray.runs import RunFolder
     from oel_ray.show import next_steps, summary_table
@@ -70,11 +72,16 @@ def run(
         raise UserError(f"give a CONFIG, a YAML file or a preset: {', '.join(preset_names())}")
     settings = _load(config, overrides) if config else None
     path = run_dir or _default_run_dir(str(config))
+    note = Progress().note
     if resume:
+        preflight_resumed(RunFolder.open_to_resume(path, settings), note)
         folder = RunFolder.resume(path, settings)
     else:
         assert settings is not None
+        RunFolder.check_new(path)
+        preflight(settings, note)
         folder = RunFolder.create(path, settings)
+    note(headline(folder.config))
 
     def work() -> None:
         from oel_ray import loop
@@ -205,13 +212,12 @@ def show_config(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset or a YAML file.")],
     overrides: Overrides = None,
 ) -> None:
-    """Print the resolved configuration."""
+    """Print the resolved configuration, and as comments what follows from it."""
+    from oel_ray.plan import explain
+
     settings = _load(config, overrides)
     print(settings.to_yaml(), end="")
-    evaluation = settings.evaluate.maps * settings.evaluate.seeds if settings.evaluate.enabled else 0
-    print(f"# a round collects {settings.collect.extraction_games} games to extract from")
-    print(f"#   and {settings.consolidate.games} games to consolidate on")
-    print(f"# an evaluation plays {evaluation} games")
+    print(*(f"# {line}" for line in explain(settings)), sep="\n")
 
 
 @app.command()

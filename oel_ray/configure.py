@@ -81,7 +81,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     try:
         return key, yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"the value in '{override}' is not valid YAML") from None
+        raise UserError(f"the value in '{override}' is not valid YAML: write it as in a YAML file") from None
 
 
 def read_source(source: str, relative_to: Path | None = None, seen: tuple[str, ...] = ()) -> Source:
@@ -171,5 +171,10 @@ def _explain(error: ValidationError, switches: list[str]) -> str:
         same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
         near = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         return f"unknown configuration key '{key}'" + (f": did you mean '{near[0]}'?" if near else "")
+    if key.startswith("env.params."):  # pydantic would only name the first kind of value that this could have been
+        return (
+            f"env.params: '{first['loc'][2]}' has no value that an environment takes (got {first['input']!r}): "
+            "write e.g. 'env.params={size: 4}'"
+        )
     message = first["msg"].removeprefix("Value error, ")
     return f"{key}: {message} (got {first['input']!r})" if key else message

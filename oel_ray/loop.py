@@ -62,13 +62,11 @@ def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequenc
 
 
 def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
-    """Settle what round 0's policy is: the untouched model."""
+    """Record what round 0's policy is: the untouched model. That it can be used was `oel_ray.preflight`'s to check."""
     stage = folder.stage(0, layout.PREPARE)
     if stage.is_done:
         return
-    held_out_episodes(config.env, config.seed, 1)  # before anything is started, like the chat template
     model = resolve_model(config.model, progress.note)
-    ChatFormat.from_pretrained(model, thinking=config.thinking)
     out = stage.begin()
     reference = out.policy / layout.POLICY_REFERENCE
     write_json(reference, {"model": str(model)})

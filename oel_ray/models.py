@@ -6,9 +6,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from oel_ray.durable import read_json
 from oel_ray.errors import UserError
 
 SMOLLM2 = "smollm2-135m"
+
+_CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+_HUB_ANSWER_S = 10.0
 
 
 def cache_folder() -> Path:
@@ -21,29 +29,63 @@ def resolve_model(model: str, note: Callable[[str], None]) -> Path:
     """The HF folder of a model name. `note` is told what takes time.
 
     Raises:
-        UserError: there is no such folder, package or hub model.
+        UserError: there is no such folder, package or hub model, or the folder lacks files that a policy needs.
     """
     if model == SMOLLM2:
         return _smollm2(note)
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise UserError(f"the model folder {folder} has no config.json: is it a Hugging Face model folder?")
-        return folder.resolve()
-    if folder.is_absolute() or model.startswith((".", "~")):
-        raise UserError(f"the model folder {folder} does not exist")
-    return _from_hub(model, note)
+    if folder.is_file():
+        raise UserError(f"the model {folder} is a file: give the Hugging Face folder that holds the model")
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith((".", "~")):
+            raise UserError(f"the model folder {folder} does not exist: give a Hugging Face folder or a hub name")
+        folder = _from_hub(model, note)
+    if lacking := _lacking(folder):
+        raise UserError(f"the model folder {folder} has no {lacking}")
+    return folder.resolve()
+
+
+def _lacking(folder: Path) -> str | None:
+    """What a folder needs to be a policy and has not, with the remedy; looks at names, reads no weights."""
+    if not (folder / _CONFIG).is_file():
+        return f"{_CONFIG}: give a Hugging Face model folder"
+    if (folder / _INDEX).is_file():
+        try:
+            shards = set(read_json(folder / _INDEX)["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"sound {_INDEX}: fetch it again"
+        if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
+            return f"{absent[0]} ({len(absent)} of the weight files that {_INDEX} names are missing): fetch them"
+    elif not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        return f"weights ({' or '.join(_WEIGHTS)}): give the folder of a whole model, not of its configuration"
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
+        return "tokenizer (no tokenizer.json or the like): copy the tokenizer's files there from the original model"
+    return None
 
 
 def _from_hub(model: str, note: Callable[[str], None]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import constants, model_info, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    note(f"model {model}: from the hub, or its local cache")
+    unknown = f"'{model}' is no local folder"
+    remedy = "give a Hugging Face folder or a hub name"
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
-        raise UserError(f"model '{model}' is neither a local folder nor to be had from the hub") from None
+        cached = Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
+        if constants.HF_HUB_OFFLINE or not _lacking(cached):
+            return cached
+    except HFValidationError:
+        raise UserError(f"{unknown}, nor can it be a hub name: {remedy}") from None
+    except LocalEntryNotFoundError:
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"{unknown}, and not in the hub's cache while HF_HUB_OFFLINE is set: {remedy} that is on this machine"
+            ) from None
+    try:
+        model_info(model, timeout=_HUB_ANSWER_S)
+        note(f"model {model}: from the hub")  # not before: a name that nobody knows ends in one line
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except Exception as error:  # noqa: BLE001 - the hub's client lets those of its HTTP library through
+        raise UserError(f"{unknown}, nor to be had from the hub ({type(error).__name__}): {remedy}") from None
 
 
 def _smollm2(note: Callable[[str], None]) -> Path:

@@ -1,13 +1,17 @@
 """Where a run gets its Ray from and whether it is large enough. Runs in the driver."""
 
+import json
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
+from oel_ray.plan import Demand, demand
 
 # Read by Ray when it is imported, so set before.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -17,24 +21,33 @@ os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What a run asks of Ray: logical CPUs and GPUs, all stages' actors at once."""
+CLUSTER_ANSWER_S = 25.0
+"""How long a cluster may take to say what it has."""
 
-    cpus: int
-    gpus: int
+_ASK = """
+import json, sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+print(json.dumps(ray.cluster_resources()))
+"""
 
 
-def demand(config: RunConfig, *, on_gpu: bool) -> Demand:
-    """Engines and players live as long as the run; extraction workers and training ranks take turns."""
-    engines = config.engines
-    taking_turns = max(config.extract.workers, config.consolidate.workers)
-    if on_gpu:
-        return Demand(
-            cpus=engines.count + config.collect.players + taking_turns,
-            gpus=engines.count * engines.tensor_parallel + config.consolidate.workers,
-        )
-    return Demand(cpus=engines.count * engines.cpu_threads + config.collect.players + taking_turns, gpus=0)
+def check_resources(config: RunConfig) -> None:
+    """Compare what a run needs with the cluster that it would join, or else with this machine. Starts no Ray.
+
+    Raises:
+        UserError: too little is there, with demand, supply and shortfall; or no Ray answers at the address.
+    """
+    if address := _address(config):
+        available = _resources_at(address)
+        _check(demand(config, on_gpu=_on_gpu(config, available.get("GPU", 0))), available, f"the cluster at {address}")
+        return
+    gpus = 0 if config.engines.device == "cpu" else _gpus_here()
+    if _on_gpu(config, gpus):
+        # Ray is started with as many logical CPUs as are needed.
+        needed = demand(config, on_gpu=True)
+        _check(needed, {"CPU": needed.cpus, "GPU": gpus}, "this machine")
+    else:
+        _check_cores(config)
 
 
 @contextmanager
@@ -52,12 +65,11 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
         "logging_level": "ERROR",
         "runtime_env": {"env_vars": _worker_environment(config)},
     }
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := _address(config):
         ray.init(address=address, **settings)
     else:
-        on_gpu = config.engines.device == "cuda" or (config.engines.device == "auto" and _gpus_here() > 0)
-        needed = demand(config, on_gpu=on_gpu)
+        gpus = 0 if config.engines.device == "cpu" else _gpus_here()
+        needed = demand(config, on_gpu=_on_gpu(config, gpus))
         ray.init(
             address="local",
             num_cpus=needed.cpus,
@@ -67,20 +79,85 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
         note(f"started Ray on this machine with {needed.cpus} logical CPUs on {os.cpu_count()} cores")
     try:
         available = ray.cluster_resources()
-        on_gpu = config.engines.device == "cuda" or (config.engines.device == "auto" and available.get("GPU", 0) > 0)
-        _check(demand(config, on_gpu=on_gpu), available)
+        on_gpu = _on_gpu(config, available.get("GPU", 0))
+        _check(demand(config, on_gpu=on_gpu), available, "the Ray cluster")
         yield on_gpu
     finally:
         ray.shutdown()
 
 
-def _check(needed: Demand, available: dict[str, float]) -> None:
-    for kind, wanted in (("CPU", needed.cpus), ("GPU", needed.gpus)):
-        there = available.get(kind, 0.0)
+def _address(config: RunConfig) -> str | None:
+    """The cluster to join; None for a Ray of our own."""
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
+
+
+def _on_gpu(config: RunConfig, gpus: float) -> bool:
+    return config.engines.device == "cuda" or (config.engines.device == "auto" and gpus > 0)
+
+
+def _resources_at(address: str) -> dict[str, float]:
+    """What the Ray cluster at an address has.
+
+    Asked in a process of its own: `ray.init` waits for a dead address for ten minutes and more.
+    """
+    if address.startswith("ray://"):
+        raise UserError(
+            f"'{address}' is an address for Ray Client, which cannot carry a run: start oel on a machine of the "
+            "cluster and give cluster.address=HOST:PORT"
+        )
+    unanswered = f"no Ray answers at '{address}'"
+    remedy = "start the cluster, or correct cluster.address or RAY_ADDRESS"
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise UserError(f"'{address}' is no address of a Ray cluster: write HOST:PORT or auto")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=4).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"{unanswered} ({error}): {remedy}") from None
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-P", "-c", _ASK, address],
+            capture_output=True,
+            text=True,
+            timeout=CLUSTER_ANSWER_S,
+            check=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{unanswered} within {CLUSTER_ANSWER_S:.0f} s: {remedy}") from None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        raise UserError(f"{unanswered} ({said[-1]}): {remedy}") from None
+    resources: dict[str, float] = json.loads(asked.stdout.splitlines()[-1])
+    return resources
+
+
+def _check(needed: Demand, available: dict[str, float], where: str) -> None:
+    for kind, wanted, keys in (
+        ("CPU", needed.cpus, "engines.count, collect.players or consolidate.workers"),
+        ("GPU", needed.gpus, "engines.count, engines.tensor_parallel or consolidate.workers"),
+    ):
+        there = available.get(kind, 0)
         if wanted > there:
+            cpu_only = ", or set engines.device=cpu" if kind == "GPU" else ""
             raise UserError(
-                f"the run needs {wanted} {kind}s and the Ray cluster has {there:.0f}: add {wanted - there:.0f}, "
-                "or lower engines.count, collect.players or consolidate.workers"
+                f"the run needs {wanted} {kind}s and {where} has {there:.0f}: add {wanted - there:.0f}, "
+                f"or lower {keys}{cpu_only}"
+            )
+
+
+def _check_cores(config: RunConfig) -> None:
+    """Engines and ranks are bound to cores; each kind has the machine to itself while it works hardest."""
+    cores, engines = len(os.sched_getaffinity(0)), config.engines
+    for what, wanted, keys in (
+        ("the engines need", engines.count * engines.cpu_threads, "engines.count or engines.cpu_threads"),
+        ("the training ranks need", config.consolidate.workers, "consolidate.workers"),
+    ):
+        if wanted > cores:
+            raise UserError(
+                f"{what} {wanted} cores and this machine has {cores}, {wanted - cores} too few: lower {keys}, "
+                "or join a larger cluster with cluster.address"
             )
 
 

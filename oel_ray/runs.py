@@ -4,6 +4,7 @@ Whoever only reads (`oel show`, `oel verify`) opens the folder without its lock.
 """
 
 import contextlib
+import os
 import shutil
 import time
 import uuid
@@ -63,9 +64,24 @@ class RunFolder:
         if not (path / RUN_FILE).is_file():
             raise UserError(f"{path} holds no run (no {RUN_FILE}): give the folder of a run")
         folder = cls(path)
-        if folder.info["version"] > SCHEMA_VERSION:
+        try:
+            version = int(folder.info["version"])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path / RUN_FILE} is damaged: give the folder of another run") from None
+        if version > SCHEMA_VERSION:
             raise UserError(f"{path} was written by a newer oel-ray: install the version that wrote it")
         return folder
+
+    @staticmethod
+    def check_new(path: Path) -> None:
+        """Whether a run can be started there, as far as can be seen without writing.
+
+        Raises:
+            UserError: the folder cannot be made or written to, holds a run already, or is not ours.
+        """
+        _refuse_unusable(path)
+        if (path / RUN_FILE).exists():
+            raise UserError(_holds_a_run(path))
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> Self:
@@ -74,19 +90,15 @@ class RunFolder:
         Raises:
             UserError: the folder is in use, holds a run already, or is not ours.
         """
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file: choose another --run-dir")
+        _refuse_unusable(path)
         try:
-            _refuse_foreign(path)
             path.mkdir(parents=True, exist_ok=True)
             lock = FolderLock.acquire(path)
         except OSError as error:
             raise UserError(f"cannot write to {path}: {error.strerror}: choose another --run-dir") from None
         try:
             if (path / RUN_FILE).exists():
-                raise UserError(
-                    f"{path} already holds a run: add --resume to go on with it, or choose another --run-dir"
-                )
+                raise UserError(_holds_a_run(path))
             _refuse_foreign(path)
             folder = cls(path, lock)
             write_atomically(path / CONFIG_FILE, config.to_yaml().encode())
@@ -105,14 +117,24 @@ class RunFolder:
         return folder
 
     @classmethod
+    def open_to_resume(cls, path: Path, config: RunConfig | None) -> Self:
+        """Open a run that is to go on with its saved configuration; one that is given must equal it. Takes no lock.
+
+        Raises:
+            UserError: no run lies there, or the configuration changed.
+        """
+        folder = cls.open(path)
+        folder.refuse_changes(config)
+        return folder
+
+    @classmethod
     def resume(cls, path: Path, config: RunConfig | None) -> Self:
-        """Go on with a run, with its saved configuration; one that is given must equal it.
+        """Go on with a run; see `open_to_resume`.
 
         Raises:
             UserError: no run lies there, another process holds it, or the configuration changed.
         """
-        folder = cls.open(path)
-        folder.refuse_changes(config)
+        folder = cls.open_to_resume(path, config)
         folder.lock = FolderLock.acquire(path)
         folder.set_status("running")
         return folder
@@ -264,6 +286,19 @@ class Stage:
         fault_point(f"{self.round}:{self.name}")
 
 
+def _refuse_unusable(path: Path) -> None:
+    try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file: choose another --run-dir")
+        _refuse_foreign(path)
+        there = next(above for above in (path, *path.absolute().parents) if above.exists())
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}: choose another --run-dir") from None
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "not writable" if there.is_dir() else "a file"
+        raise UserError(f"cannot write to {path}: {there} is {reason}: choose another --run-dir")
+
+
 def _refuse_foreign(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()} if path.exists() else set()
     own = {RUN_FILE, LOCK_FILE, TAKEOVER_FILE}
@@ -271,6 +306,10 @@ def _refuse_foreign(path: Path) -> None:
         own |= {CONFIG_FILE, f".{CONFIG_FILE}.tmp", f".{RUN_FILE}.tmp"}
     if RUN_FILE not in names and names - own:
         raise UserError(f"{path} is not empty and holds no run: choose another --run-dir (--resume goes on with a run)")
+
+
+def _holds_a_run(path: Path) -> str:
+    return f"{path} already holds a run: add --resume to go on with it, or choose another --run-dir"
 
 
 def _changes(old: RunConfig, new: RunConfig) -> list[str]:

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oel_ray import loop
-from oel_ray.chat import ChatFormat
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.imports import put_knowledge, put_trajectories, read_knowledge, read_trajectories
 from oel_ray.layout import EVALUATE, IMPORT_CONSOLIDATION, IMPORT_EXTRACTION, IMPORT_KNOWLEDGE, PREPARE, RUN_FILE
-from oel_ray.models import resolve_model
+from oel_ray.preflight import preflight, starting_at
 from oel_ray.progress import Progress
 from oel_ray.records import KnowledgeText, TrainingSplit, Trajectory
 from oel_ray.runs import RunFolder
-from oel_ray.schedule import check_ready, first_open_round
+from oel_ray.schedule import PLAYED, check_ready, first_open_round
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,8 @@ def plan_stage(
     is_new = not (path / RUN_FILE).exists()
     if is_new and settings is None:
         raise UserError(f"{path} holds no run: start one there with --config CONFIG")
+    if is_new:
+        RunFolder.check_new(path)
     committed: dict[int, set[str]] = {0: {PREPARE}}
     if not is_new:
         there = RunFolder.open(path)
@@ -85,11 +86,11 @@ def plan_stage(
     if round_number is None:
         round_number = int(name != EVALUATE) if is_new else first_open_round(settings, committed, name)
     check_ready(settings, committed, round_number, name, files.stages)
-    trajectories: dict[TrainingSplit, list[Trajectory]] = {}
-    knowledge: list[KnowledgeText] = []
-    if files.stages:
-        chat = ChatFormat.from_pretrained(resolve_model(settings.model, note), thinking=settings.thinking)
-        for split, file in files.trajectories.items():
-            trajectories[split] = read_trajectories(file, round_number, split, settings, chat)
-        knowledge = read_knowledge(files.knowledge, round_number, settings, chat)
+    checked = settings if is_new else starting_at(RunFolder.open(path), round_number)
+    chat = preflight(checked, note, plays=name in PLAYED).chat
+    trajectories = {
+        split: read_trajectories(file, round_number, split, settings, chat)
+        for split, file in files.trajectories.items()
+    }
+    knowledge = read_knowledge(files.knowledge, round_number, settings, chat)
     return SingleStage(path, settings, is_new, round_number, name, trajectories, knowledge)

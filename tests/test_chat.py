@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,3 +124,29 @@ def broken(**changes: Any) -> Any:
 def test_a_tokenizer_that_cannot_keep_the_contract_is_refused(tokenizer: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         ChatFormat(tokenizer, thinking=False)
+
+
+@pytest.mark.parametrize(
+    ("generation_prompt", "fits"),
+    [
+        ("", {False}),  # no thinking anywhere
+        ("{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}", {True, False}),  # as Qwen3
+        ("{% if enable_thinking %}<think>\n{% else %}<think></think>{% endif %}", {True, False}),
+        ("<think>\n", {True}),  # thinks in either mode
+        (
+            "{% if false %}</think>{% endif %}",
+            {True, False},
+        ),  # cuts earlier thoughts: the model may open a block itself
+        ("<think>\n\n</think>\n\n", {False}),  # an empty block in either mode
+    ],
+)
+def test_thinking_has_to_be_what_the_template_does(generation_prompt: str, fits: set[bool]) -> None:
+    tokenizer = copy.deepcopy(small_tokenizer())
+    tokenizer.chat_template = "{{ messages[0].content }}<|im_start|>assistant\n" + generation_prompt
+    for thinking in (True, False):
+        chat = ChatFormat(tokenizer, thinking=thinking)
+        if thinking in fits:
+            chat.check_thinking()
+        else:
+            with pytest.raises(UserError, match=f"set thinking={str(not thinking).lower()}"):
+                chat.check_thinking()

@@ -1,0 +1,168 @@
+"""Everything that can be known to go wrong, before a run writes its first byte. Runs in the driver.
+
+Loads configurations and tokenizers and builds games; no weights, no engine. The parts can be used by themselves: a run
+on games that were played elsewhere has a model and a context, and no environment.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from oel_ray import layout, prompts
+from oel_ray.chat import ChatFormat
+from oel_ray.config import RunConfig
+from oel_ray.envs.base import Environment
+from oel_ray.envs.registry import make
+from oel_ray.envs.splits import held_out_episodes, training_episodes
+from oel_ray.errors import UserError, one_line
+from oel_ray.models import resolve_model
+from oel_ray.plan import Reading, readings
+from oel_ray.resources import check_resources
+from oel_ray.runs import RunFolder
+from oel_ray.schedule import PLAYED, check_imports, unfinished
+
+
+class Model(NamedTuple):
+    """A policy as far as it is known without its weights."""
+
+    folder: Path
+    chat: ChatFormat
+    context: int | None
+    """Tokens that it was made for; None if it does not say."""
+
+
+def preflight(config: RunConfig, note: Callable[[str], None], *, plays: bool = True) -> Model:
+    """Check all that a run needs; an environment only if it `plays`. `note` is told what takes time.
+
+    Raises:
+        UserError: the run could not work here.
+    """
+    check_resources(config)
+    environment = check_environment(config) if plays else None
+    model = check_model(config, note)
+    check_context(config, model, environment)
+    return model
+
+
+def preflight_resumed(folder: RunFolder, note: Callable[[str], None]) -> None:
+    """The same for what is left of a run: its model is the policy that the next stage loads.
+
+    Raises:
+        UserError: the run could not go on here.
+    """
+    check_imports(folder.config, folder.committed)
+    if left := unfinished(folder.config, folder.committed):
+        preflight(starting_at(folder, left[0][0]), note, plays=any(name in PLAYED for _, name in left))
+
+
+def starting_at(folder: RunFolder, number: int) -> RunConfig:
+    """The configuration with the policy that a round starts from as its model."""
+    if layout.PREPARE not in folder.committed.get(0, ()):
+        return folder.config
+    return folder.config.model_copy(update={"model": str(folder.policy(max(number - 1, 0)))})
+
+
+def check_environment(config: RunConfig) -> Environment:
+    """One game as the run would play it.
+
+    Raises:
+        UserError: the environment cannot be built, or has too few maps for what is held out and learned on.
+    """
+    env, seed = config.env, config.seed
+    environment = make(env.id, seed, env.params)
+    if config.evaluate.enabled:
+        held_out = {episode.map_hash for episode in held_out_episodes(env, seed, config.evaluate.maps)}
+        training_episodes(env, seed, 1, "extraction", 1, held_out)
+    return environment
+
+
+def check_model(config: RunConfig, note: Callable[[str], None]) -> Model:
+    """The model, its chat format and its context.
+
+    Raises:
+        UserError: the model cannot be found, is incomplete or no chat model, or does not think as `thinking` says.
+    """
+    folder = resolve_model(config.model, note)
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # what is wrong is said here, in one line
+    try:
+        model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - any content of the file can raise anything
+        raise UserError(
+            f"{folder}/config.json cannot be used: {one_line(error, 0)}: give a model that transformers knows by itself"
+        ) from None
+    _check_architecture(folder, model)
+    try:
+        chat = ChatFormat.from_pretrained(folder, thinking=config.thinking)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - tokenizers and templates can raise anything
+        raise UserError(
+            f"the tokenizer in {folder} cannot be used: {one_line(error, 0)}: "
+            "copy its files there from the original model"
+        ) from None
+    chat.check_thinking()
+    return Model(folder, chat, _context(model.get_text_config()))
+
+
+def check_context(config: RunConfig, model: Model, environment: Environment | None) -> None:
+    """Real prompts of a first turn, with all the knowledge and the response that the configuration allows.
+
+    Without an environment there are none to look at, only the model's own limit.
+
+    Raises:
+        UserError: one of them is longer than what engines or trainer can read.
+    """
+    room = config.engines.max_model_len
+    if model.context and room > model.context:
+        raise UserError(
+            f"engines.max_model_len={room} is more than the {model.context} tokens that the model {model.folder} was "
+            f"made for (max_position_embeddings): set engines.max_model_len={model.context} or less"
+        )
+    if environment is None:
+        return
+    situation = prompts.game_situation(environment.instructions, [], environment.reset())
+    record = prompts.transcript(environment.instructions, [], "")
+    extract = config.extract
+    question = prompts.extraction_prompt(
+        record, "", structured=extract.format == "structured", show_previous=extract.show_previous
+    )
+    for reading in readings(config):
+        if reading.name == "extraction":
+            prompt = len(model.chat.message_ids(question))
+        else:
+            prompt = len(model.chat.game_ids(situation, "." if reading.knowledge else ""))
+        if reading.by_engine:
+            _check_fits(reading, prompt, room, "engines.max_model_len", "raise it")
+        elif model.context:
+            _check_fits(reading, prompt, model.context, "the model's context", "take a model with a longer one")
+
+
+def _check_fits(reading: Reading, prompt: int, room: int, limit: str, remedy: str) -> None:
+    if prompt + reading.tokens > room:
+        knowledge = f"{reading.knowledge} of knowledge and " if reading.knowledge else ""
+        raise UserError(
+            f"{reading.name}: a prompt of {prompt} tokens with {knowledge}{reading.response} of response makes "
+            f"{prompt + reading.tokens}, more than {limit}={room}: {remedy}, or lower {' or '.join(reading.keys)}"
+        )
+
+
+def _check_architecture(folder: Path, model: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    names = model.architectures or [KNOWN.get(model.model_type, "")]
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) or name == KNOWN.get(model.model_type) for name in names)
+    if model.is_encoder_decoder or model.model_type not in KNOWN or not causal:
+        kind = ", ".join(filter(None, names)) or model.model_type
+        raise UserError(f"the model {folder} ({kind}) is no decoder-only language model: give a ...ForCausalLM model")
+
+
+def _context(model: Any) -> int | None:
+    """The longest text that vLLM serves with this configuration of a text model."""
+    longest: int | None = getattr(model, "max_position_embeddings", None)
+    rope = getattr(model, "rope_parameters", None) or {}
+    if longest and rope.get("rope_type") in ("linear", "dynamic"):
+        longest = int(longest * rope.get("factor", 1))  # all other kinds of scaling are counted in it already
+    return longest

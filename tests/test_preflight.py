@@ -1,0 +1,96 @@
+"""What preflight lets pass; what it refuses is a row in `test_mistakes`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from oel_ray import preflight, resources
+from oel_ray.config import RunConfig
+from oel_ray.configure import parse_config
+from oel_ray.runs import RunFolder
+from tests import example_run
+from tests.tokenizers_for_tests import small_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    small_tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    write_config(folder)
+    return folder
+
+
+def write_config(folder: Path, **changes: object) -> None:
+    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192}
+    (folder / "config.json").write_text(json.dumps(values | changes))
+
+
+def config(model: Path, **changes: object) -> RunConfig:
+    values = {
+        "model": str(model),
+        "engines": {"device": "cpu", "max_model_len": 8192},
+        "extract": {"max_tokens": 512, "sampling": {"max_tokens": 512}},
+        "consolidate": {"workers": 1},
+        "evaluate": {"maps": 3},
+    }
+    return parse_config(values | changes)
+
+
+def test_a_sound_configuration_gives_the_models_folder(model: Path) -> None:
+    assert preflight.preflight(config(model), pytest.fail).folder == model
+
+
+@pytest.mark.parametrize(
+    ("changes", "context"),
+    [
+        ({}, 8192),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 16384),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 4096}}, 8192),
+        ({"model_type": "bloom", "architectures": ["BloomForCausalLM"], "max_position_embeddings": None}, None),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "max_position_embeddings": 1024}, 1024),
+        ({"architectures": None}, 8192),
+    ],
+)  # fmt: skip
+def test_the_context_is_what_the_engines_can_serve(
+    model: Path, changes: dict[str, object], context: int | None
+) -> None:
+    write_config(model, **changes)
+    try:
+        assert preflight.check_model(config(model), pytest.fail).context == context
+    finally:
+        write_config(model)
+
+
+def test_a_resumed_run_needs_the_policy_that_it_goes_on_with(model: Path, tmp_path: Path) -> None:
+    asked = []
+
+    def check(settings: RunConfig, note: object, *, plays: bool) -> None:
+        asked.append(settings.model)
+        assert plays
+
+    with pytest.MonkeyPatch.context() as patch, RunFolder.create(tmp_path, config(model, rounds=1)) as folder:
+        patch.setattr(preflight, "preflight", check)
+        preflight.preflight_resumed(folder, print)
+        example_run.prepare(folder.stage(0, "prepare"), Path("/recorded"))
+        preflight.preflight_resumed(folder, print)
+        for number, name in [(0, "evaluate"), (1, "collect"), (1, "extract"), (1, "evaluate_in_context")]:
+            example_run.STAGES[name](folder.stage(number, name))
+        preflight.preflight_resumed(folder, print)
+        for name in ("consolidate", "evaluate"):
+            example_run.STAGES[name](folder.stage(1, name))
+        preflight.preflight_resumed(folder, print)
+    assert asked == [str(model), "/recorded", "/recorded"]
+
+
+def test_a_cluster_that_is_joined_is_asked_what_it_has(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "_resources_at", lambda address: {"CPU": 64.0, "GPU": 8.0 * (address == "gpus:1")})
+    monkeypatch.setattr(resources, "_check_cores", lambda config: pytest.fail("this machine does not matter"))
+    monkeypatch.setenv("RAY_ADDRESS", "gpus:1")
+    many = config(model, engines={"count": 5, "device": "auto"}, consolidate={"workers": 4})
+    with pytest.raises(Exception, match="needs 9 GPUs and the cluster at gpus:1 has 8: add 1"):
+        resources.check_resources(many)
+    monkeypatch.setenv("RAY_ADDRESS", "cpus:1")
+    resources.check_resources(many)

@@ -125,7 +125,7 @@ def _take_over(path: Path, me: Holder) -> None:
                 return
             age = 0.0
         if age <= STALE_S and not (holder and _is_dead(holder)):
-            raise UserError(f"{_describe(path)}: wait for it to end, or choose another --run-dir")
+            raise UserError(f"{_describe(path)}: wait for it to end, or choose another folder")
         takeover.replace(path)
     finally:
         takeover.unlink(missing_ok=True)

@@ -95,7 +95,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             lock = FolderLock.acquire(path)
         except OSError as error:
-            raise UserError(f"cannot write to {path}: {error.strerror}: choose another --run-dir") from None
+            raise UserError(f"cannot write to {path}: {error.strerror}: choose another folder") from None
         try:
             if (path / RUN_FILE).exists():
                 raise UserError(_holds_a_run(path))
@@ -289,14 +289,14 @@ class Stage:
 def _refuse_unusable(path: Path) -> None:
     try:
         if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file: choose another --run-dir")
+            raise UserError(f"{path} is a file: choose another folder")
         _refuse_foreign(path)
         there = next(above for above in (path, *path.absolute().parents) if above.exists())
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}: choose another --run-dir") from None
+        raise UserError(f"cannot write to {path}: {error.strerror}: choose another folder") from None
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "not writable" if there.is_dir() else "a file"
-        raise UserError(f"cannot write to {path}: {there} is {reason}: choose another --run-dir")
+        raise UserError(f"cannot write to {path}: {there} is {reason}: choose another folder")
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -305,11 +305,11 @@ def _refuse_foreign(path: Path) -> None:
     if LOCK_FILE in names:  # a process that died in `create` left no more than this
         own |= {CONFIG_FILE, f".{CONFIG_FILE}.tmp", f".{RUN_FILE}.tmp"}
     if RUN_FILE not in names and names - own:
-        raise UserError(f"{path} is not empty and holds no run: choose another --run-dir (--resume goes on with a run)")
+        raise UserError(f"{path} is not empty and holds no run: choose another folder (--resume goes on with a run)")
 
 
 def _holds_a_run(path: Path) -> str:
-    return f"{path} already holds a run: add --resume to go on with it, or choose another --run-dir"
+    return f"{path} already holds a run: add --resume to go on with it, or choose another folder"
 
 
 def _changes(old: RunConfig, new: RunConfig) -> list[str]:

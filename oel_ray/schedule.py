@@ -99,7 +99,7 @@ def check_ready(
     """
     where = f"round {number}: nothing to {_verb(name)}"
     if number > config.rounds:
-        raise UserError(f"{where}: the run has {config.rounds} rounds")
+        raise UserError(f"{where}: the run has {config.rounds} rounds; choose another --round")
     if name not in planned_stages(config, number):
         planned_later = name in planned_stages(config, 1)
         reason = "round 0 is the untouched model" if planned_later else "the configuration switches it off"

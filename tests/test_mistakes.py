@@ -70,8 +70,8 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run game.yaml env.params={size:3}", "'size:3' has no value", "write e.g. 'env.params={size: 4}'"),
     ("run game.yaml 'env.params={sise: 3}'", "no parameter 'sise'", "did you mean 'size'?"),
     ("run game.yaml 'env.params={size: big}'", "parameter 'size' must be of type int", "got 'big'"),
-    ("run game.yaml evaluate.maps=100", "only 19 distinct maps, and 100 are to be held out", "lower evaluate.maps"),
-    ("run game.yaml evaluate.maps=19", "leaves no map to learn on", "lower evaluate.maps"),
+    ("run game.yaml evaluate.maps=100", "only 19 distinct maps were found, and 100 are", "lower evaluate.maps"),
+    ("run game.yaml evaluate.maps=19", "no map is left to learn on", "lower evaluate.maps"),
     # model
     ("run game.yaml model=./absent", "the model folder absent does not exist", "a Hugging Face folder or a hub name"),
     ("run game.yaml model=nobody/knows-it", "'nobody/knows-it'", "that is on this machine"),
@@ -110,11 +110,11 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run game.yaml cluster.address=ray://head:10001", "Ray Client", "start oel on a machine of the cluster"),
     ("run game.yaml cluster.address={cluster}", "needs 4 CPUs and the cluster at", "add 3, or lower engines.count"),
     # run folder
-    ("run game.yaml --run-dir game.yaml", "game.yaml is a file", "choose another --run-dir"),
-    ("run game.yaml --run-dir game.yaml/run", "game.yaml is a file", "choose another --run-dir"),
-    ("run game.yaml --run-dir /proc/run", "cannot write to /proc/run", "choose another --run-dir"),
-    ("run game.yaml --run-dir " + 300 * "x", "name too long", "choose another --run-dir"),
-    ("run game.yaml --run-dir notes", "notes is not empty and holds no run", "choose another --run-dir"),
+    ("run game.yaml --run-dir game.yaml", "game.yaml is a file", "choose another folder"),
+    ("run game.yaml --run-dir game.yaml/run", "game.yaml is a file", "choose another folder"),
+    ("run game.yaml --run-dir /proc/run", "cannot write to /proc/run", "choose another folder"),
+    ("run game.yaml --run-dir " + 300 * "x", "name too long", "choose another folder"),
+    ("run game.yaml --run-dir notes", "notes is not empty and holds no run", "choose another folder"),
     ("run game.yaml --run-dir finished", "finished already holds a run", "add --resume"),
     ("run game.yaml --resume", "--resume needs the folder of the run", "--run-dir RUN_DIR"),
     ("run --resume --run-dir absent", "absent does not exist", "give the folder of a run"),
@@ -122,6 +122,33 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run --resume --run-dir held", "held is in use by process", "wait for it to end"),
     ("run game.yaml --resume --run-dir begun", "rounds: 1 -> 2", "leave CONFIG out"),
     ("run --resume --run-dir begun", "the model folder /lost/model does not exist", "give a Hugging Face folder"),
+    # one stage
+    ("collect absent", "absent holds no run", "start one there with --config CONFIG"),
+    ("collect notes --config game.yaml", "notes is not empty and holds no run", "choose another folder"),
+    ("extract finished extract.seeds=3", "'extract.seeds=3' changes a configuration", "name one with --config"),
+    ("extract finished --config game.yaml", "the configuration differs", "leave CONFIG out"),
+    ("extract finished", "no round is left to extract", "a new run needs --config"),
+    ("evaluate finished --round 1", "round 1: nothing to evaluate: it is done", "choose another --round"),
+    ("evaluate new --config game.yaml --round 7", "the run has 2 rounds", "choose another --round"),
+    ("evaluate new --config game.yaml evaluate.enabled=false", "switches it off", "another --round or configuration"),
+    ("evaluate new --config game.yaml --knowledge long.txt", "with --in-context only", "add it, or leave --knowledge"),
+    ("extract new --config game.yaml", "no games to extract from", "give a file with --trajectories"),
+    ("consolidate new --config game.yaml --trajectories good.jsonl", "no knowledge", "give a file with --knowledge"),
+    ("extract new --config game.yaml --round 2 --trajectories good.jsonl", "round 1 has no policy", "finish it first"),
+    ("extract new --config game.yaml --trajectories bad.jsonl", "2 bad lines: line 1: Invalid JSON", "mend or remove"),
+    ("extract new --config game.yaml --trajectories bad.jsonl", "line 3: turns.0.response: Field", "mend or remove"),
+    ("extract new --config game.yaml --trajectories notes", "notes cannot be read", "give the path of a file"),
+    (
+        "consolidate new --config game.yaml --trajectories good.jsonl --knowledge long.txt",
+        "long.txt has",
+        "shorten it or raise extract.max_tokens",
+    ),
+    # environments
+    ("envs FrozenLak-v0", "'FrozenLak-v0'", "did you mean 'FrozenLake-v0'?"),
+    ("envs FrozenLake-v0 sise=3", "no parameter 'sise'", "did you mean 'size'?"),
+    ("envs size=3 FrozenLake-v0", "ID comes before 'size=3'", "oel envs lists"),
+    ("check-env", "Missing argument 'ID'", "see --help"),
+    ("check-env Wordle-v0", "Wordle-v0 needs word lists", "nltk.downloader"),
     # reading runs
     ("show absent", "absent does not exist", "give the folder of a run"),
     ("show notes", "notes holds no run", "give the folder of a run"),
@@ -179,6 +206,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "game.yaml").write_text(yaml.safe_dump(GAME))
     (folder / "broken.yaml").write_text("rounds: 2\nenv: {id\n")
     (folder / "list.yaml").write_text("- rounds\n")
+    (folder / "long.txt").write_text("word " * 1000)
+    line = json.dumps({"instructions": "Go.", "turns": [{"observation": "A door.", "response": "[open]"}]})
+    (folder / "good.jsonl").write_text(f"{line}\n")
+    (folder / "bad.jsonl").write_text(f"oops\n{line}\n{line.replace('response', 'answer')}\n")
     (folder / "notes").mkdir()
     (folder / "notes" / "todo.txt").write_text("mine")
     (folder / "damaged").mkdir()

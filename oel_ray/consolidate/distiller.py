@@ -163,7 +163,7 @@ def check_linear_head(model: Any) -> None:
     """Make sure that the model's logits are head(last hidden state), soft-capped as its configuration declares.
 
     That is how the loss computes them itself. The head's output is blown up on its way, so that a scale or another cap
-    behind it shows in a small model too; no further than where a declared cap still lets a scale before it show.
+    behind it shows in a small model too; no further than where a scale before a declared cap shows as well.
 
     Raises:
         UserError: the model does something else to get its logits.

@@ -134,6 +134,7 @@ class _ReverseKL(torch.autograd.Function):
             kl_T[chunk] = _divergence(student_CV, teacher_CV, gradient_CV, top_C1, constants.top_k, constants.tail)
             gradient_CV.mul_(factor_T1[chunk])
             if student.soft_cap is not None:
+                # 1 - tanh**2 from the capped logits, as there is no fourth buffer to keep the others in
                 tanh_CV = student_CV.mul_(constants.temperature).add_(peak_C1).div_(student.soft_cap)
                 gradient_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
             if grad_hidden_TD is not None:

@@ -3,15 +3,16 @@
 Shape suffixes: B sequences, S positions, T response tokens of a micro-batch, V vocabulary, D/E widths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from oel_ray.consolidate.loss import reverse_kl
+from oel_ray.consolidate.loss import apply_soft_cap, reverse_kl
 from oel_ray.errors import UserError
 
 
@@ -75,10 +76,21 @@ class Distiller(nn.Module):
     itself at the first access, but only inside the forward of the module that it wraps).
     """
 
-    def __init__(self, student: Any, *, temperature: float, chunk_tokens: int) -> None:
+    def __init__(
+        self, student: Any, *, temperature: float, chunk_tokens: int, top_k: int | None = None, tail: bool = True
+    ) -> None:
+        """The keywords are those of `reverse_kl`."""
         super().__init__()
         self.student = student
-        self.loss = _DistillLoss(student.get_output_embeddings(), temperature, chunk_tokens)
+        objective = partial(
+            reverse_kl,
+            temperature=temperature,
+            chunk_tokens=chunk_tokens,
+            student_soft_cap=logit_soft_cap(student),
+            top_k=top_k,
+            tail=tail,
+        )
+        self.loss = _DistillLoss(student.get_output_embeddings(), objective)
 
     def train(self, mode: bool = True) -> Self:
         """Dropout stays off: the student must be the policy that wrote the responses."""
@@ -98,21 +110,23 @@ class Distiller(nn.Module):
         teacher_head_VE: Tensor,
         weights_T: Tensor,
         teacher_bias_V: Tensor | None = None,
+        teacher_soft_cap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`reverse_kl` of the response tokens: the weighted sum, and the KL of each token."""
         hidden_TD = response_hidden(self.student, tokens_BS, mask_BS, rows_T)
-        loss, kl_T = self.loss(hidden_TD, teacher_hidden_TE, teacher_head_VE, weights_T, teacher_bias_V)
+        loss, kl_T = self.loss(
+            hidden_TD, teacher_hidden_TE, teacher_head_VE, weights_T, teacher_bias_V, teacher_soft_cap
+        )
         return loss, kl_T
 
 
 class _DistillLoss(nn.Module):
     """The loss as a module, so that ZeRO-3 gathers the head around it, forward and backward, and not for longer."""
 
-    def __init__(self, head: nn.Linear, temperature: float, chunk_tokens: int) -> None:
+    def __init__(self, head: nn.Linear, objective: Callable[..., tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self._head = [head]  # in a list, or the head would get a second name in this module tree
-        self.temperature = temperature
-        self.chunk_tokens = chunk_tokens
+        self.objective = objective
         for parameter in head.parameters():
             deepspeed.zero.register_external_parameter(self, parameter)
 
@@ -123,26 +137,33 @@ class _DistillLoss(nn.Module):
         teacher_head_VE: Tensor,
         weights_T: Tensor,
         teacher_bias_V: Tensor | None,
+        teacher_soft_cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         head = self._head[0]
-        return reverse_kl(
+        return self.objective(
             hidden_TD,
             head.weight,
             teacher_hidden_TE,
             teacher_head_VE,
             weights_T,
-            temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
             student_bias_V=head.bias,
             teacher_bias_V=teacher_bias_V,
+            teacher_soft_cap=teacher_soft_cap,
         )
+
+
+def logit_soft_cap(model: Any) -> float | None:
+    """The bound that the model's configuration declares for its logits (Gemma 2), if any."""
+    soft_cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return soft_cap
 
 
 @torch.no_grad()
 def check_linear_head(model: Any) -> None:
-    """Make sure that the model's logits are head(last hidden state), as the loss computes them itself.
+    """Make sure that the model's logits are head(last hidden state), soft-capped as its configuration declares.
 
-    The head's output is blown up on its way, so that a soft cap or a scale behind it shows in a small model too.
+    That is how the loss computes them itself. The head's output is blown up on its way, so that a scale or another cap
+    behind it shows in a small model too; no further than where a scale before a declared cap shows as well.
 
     Raises:
         UserError: the model does something else to get its logits.
@@ -151,12 +172,14 @@ def check_linear_head(model: Any) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(f"{name} has no linear output head: consolidation needs a decoder-only language model")
+    soft_cap = logit_soft_cap(model)
+    peak = 100.0 if soft_cap is None else 2.0 * soft_cap
     seen: dict[str, Tensor] = {}
 
     def amplify(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen["hidden"] = args[0]
-        seen["logits"] = output * (100.0 / output.abs().amax().clamp_min(1e-6))
-        return seen["logits"]
+        seen["head"] = output * (peak / output.abs().amax().clamp_min(1e-6))
+        return seen["head"].clone()  # the model may go on in place
 
     tokens_BS = torch.arange(1, 5, device=head.weight.device).unsqueeze(0)
     hook = head.register_forward_hook(amplify)
@@ -165,9 +188,13 @@ def check_linear_head(model: Any) -> None:
     finally:
         hook.remove()
     hidden_BSD = model.base_model(input_ids=tokens_BS, use_cache=False).last_hidden_state
-    for ours, theirs in ((hidden_BSD, seen.get("hidden")), (seen.get("logits"), logits_BSV)):
+    expected_BSV = apply_soft_cap(seen["head"], soft_cap) if seen else None
+    for ours, theirs in ((hidden_BSD, seen.get("hidden")), (expected_BSV, logits_BSV)):
         if ours is None or theirs is None or ours.shape != theirs.shape or not _close(ours, theirs):
-            raise UserError(f"{name} changes its logits behind the output head (soft cap or scale): not supported")
+            raise UserError(
+                f"{name} changes its logits behind the output head (a scale, or a soft cap that its configuration does "
+                "not declare as final_logit_softcapping): not supported"
+            )
 
 
 def _close(left: Tensor, right: Tensor) -> bool:

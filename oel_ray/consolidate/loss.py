@@ -1,12 +1,15 @@
 """Reverse KL between two language models, from their final hidden states. Training workers (Ray Train group).
 
-Shape suffixes: T response tokens, V vocabulary, D width of the student, E width of the teacher.
+Shape suffixes: T response tokens, C tokens of a chunk, V vocabulary, D width of the student, E width of the teacher,
+k words of the truncated forms.
 
 The objective is equation 2 of arXiv 2603.16856 with the token-level form of equation 4: at every response token
-KL(student || teacher), exact over the whole vocabulary. Logits exist for `chunk_tokens` tokens at a time; the
-gradient is computed in the forward pass, so nothing of size [T, V] is kept for the backward pass.
+KL(student || teacher), exact over the whole vocabulary, or from the student's likeliest words. Logits exist for
+`chunk_tokens` tokens at a time; the gradient is computed in the forward pass, so nothing of size [T, V] is kept for the
+backward pass.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,58 +30,89 @@ def reverse_kl(
     chunk_tokens: int,
     student_bias_V: Tensor | None = None,
     teacher_bias_V: Tensor | None = None,
+    student_soft_cap: float | None = None,
+    teacher_soft_cap: float | None = None,
+    top_k: int | None = None,
+    tail: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """sum_t weights_T[t] * KL(softmax(student logits / temperature) || softmax(teacher logits / temperature)).
 
-    Logits are `hidden @ head.T + bias`. They and everything behind them are float32 (float64 for float64 inputs),
-    whatever the dtype of the inputs. Gradients flow to the student's hidden states, head and bias, none to the
-    teacher or the weights; they can be taken once, not twice (`retain_graph` has no use here).
+    Logits are `hidden @ head.T + bias`, then `cap * tanh(logits / cap)` where there is a soft cap. They and everything
+    behind them are float32 (float64 for float64 inputs), whatever the dtype of the inputs. Gradients flow to the
+    student's hidden states, head and bias, none to the teacher or the weights; they can be taken once, not twice
+    (`retain_graph` has no use here).
 
     Args:
         weights_T: the factor of each token in the sum; 0 removes a token.
         temperature: divides the logits of both models.
         chunk_tokens: tokens whose logits exist at a time: three buffers of [chunk_tokens, V] in float32.
+        student_soft_cap: bound of the student's logits (`final_logit_softcapping` of Gemma 2).
+        teacher_soft_cap: bound of the teacher's logits.
+        top_k: look at the student's `top_k` likeliest words of every token only; which these are counts as constant in
+            the gradient. None, or as many as the vocabulary has, is the exact KL.
+        tail: whether all other words count as one, which gives a lower bound of the KL that is never negative. Without
+            it they are left out of the sum (official code of arXiv 2603.16856; the probabilities stay those over the
+            whole vocabulary), which is no divergence and can be negative.
 
     Returns:
-        The loss, a scalar that backward can be called on, and the detached KL in nats of every token (kl_T).
+        The loss, a scalar that backward can be called on, and the detached KL, or its truncated form, in nats of every
+        token (kl_T).
     """
     if not torch.is_grad_enabled():  # a Function sees requires_grad even here, and would compute gradients in vain
         student_hidden_TD, student_head_VD = student_hidden_TD.detach(), student_head_VD.detach()
         student_bias_V = None if student_bias_V is None else student_bias_V.detach()
-    loss, kl_T = _ReverseKL.apply(  # type: ignore[no-untyped-call]
-        student_hidden_TD,
-        student_head_VD,
-        student_bias_V,
-        teacher_hidden_TE.detach(),
-        teacher_head_VE.detach(),
-        None if teacher_bias_V is None else teacher_bias_V.detach(),
-        weights_T.detach(),
+    constants = _Constants(
+        _Head(teacher_head_VE, teacher_bias_V, teacher_soft_cap),
+        teacher_hidden_TE,
+        student_soft_cap,
+        weights_T,
         temperature,
         chunk_tokens,
+        None if top_k is None or top_k >= student_head_VD.shape[0] else top_k,
+        tail,
+    )
+    loss, kl_T = _ReverseKL.apply(  # type: ignore[no-untyped-call]
+        student_hidden_TD, student_head_VD, student_bias_V, constants
     )
     return loss, kl_T
 
 
-class _ReverseKL(torch.autograd.Function):
-    """With z the logits over T and p their softmax: dKL/dz_s = p_s * ((log p_s - log p_t) - KL)."""
+@dataclass(frozen=True, slots=True)
+class _Head:
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    soft_cap: float | None
 
+
+@dataclass(frozen=True, slots=True)
+class _Constants:
+    """The arguments of `reverse_kl` that no gradient flows to."""
+
+    teacher: _Head
+    teacher_hidden_TE: Tensor
+    student_soft_cap: float | None
+    weights_T: Tensor
+    temperature: float
+    chunk_tokens: int
+    top_k: int | None
+    tail: bool
+
+
+class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         student_hidden_TD: Tensor,
         student_head_VD: Tensor,
         student_bias_V: Tensor | None,
-        teacher_hidden_TE: Tensor,
-        teacher_head_VE: Tensor,
-        teacher_bias_V: Tensor | None,
-        weights_T: Tensor,
-        temperature: float,
-        chunk_tokens: int,
+        constants: _Constants,
     ) -> tuple[Tensor, Tensor]:
         tokens, vocabulary = student_hidden_TD.shape[0], student_head_VD.shape[0]
         exact = torch.promote_types(student_hidden_TD.dtype, torch.float32)
         device = student_hidden_TD.device
-        weights_T = weights_T.to(exact)
+        student = _Head(student_head_VD, student_bias_V, constants.student_soft_cap)
+        weights_T = constants.weights_T.to(exact)
+        factor_T1 = (weights_T / constants.temperature).unsqueeze(-1)
 
         def zeros_or_none(like: Tensor | None, needed: bool) -> Tensor | None:
             return torch.zeros(like.shape, dtype=exact, device=device) if needed and like is not None else None
@@ -89,34 +123,26 @@ class _ReverseKL(torch.autograd.Function):
         kl_T = torch.zeros(tokens, dtype=exact, device=device)
 
         # Allocated once: fresh pages for every chunk cost more on a CPU than the arithmetic on them.
-        buffers_3CV = torch.empty((3, min(chunk_tokens, tokens), vocabulary), dtype=exact, device=device)
-        for start in range(0, tokens, chunk_tokens):
-            chunk = slice(start, min(start + chunk_tokens, tokens))
-            student_CV, teacher_CV, gap_CV = buffers_3CV[:, : chunk.stop - start]
-            top_C1 = _shifted_logits(student_hidden_TD[chunk], student_head_VD, student_bias_V, temperature, student_CV)
-            _shifted_logits(teacher_hidden_TE[chunk], teacher_head_VE, teacher_bias_V, temperature, teacher_CV)
-            torch.sub(student_CV, teacher_CV, out=gap_CV)
-            # Measured from the student's likeliest token: where nearly all probability lies there, the gradient is a
-            # small difference that the plain gap would drown in rounding.
-            top_gap_C1 = gap_CV.gather(1, top_C1)
-            gap_CV.sub_(top_gap_C1)
-            student_mass_C1 = student_CV.exp_().sum(dim=-1, keepdim=True)
-            teacher_mass_C1 = teacher_CV.exp_().sum(dim=-1, keepdim=True)
-            probability_CV = student_CV.div_(student_mass_C1)
-            # KL = E_s[z_s - z_t] - log(mass_s / mass_t), and the gradient needs only the distance of each z_s - z_t
-            # from that mean, without the masses. The sum of the three parts is taken in float64.
-            mean_C1 = torch.einsum("cv,cv->c", probability_CV, gap_CV).unsqueeze(-1)
-            log_ratio_C1 = student_mass_C1.double().log() - teacher_mass_C1.double().log()
-            kl_T[chunk] = (mean_C1.double() + top_gap_C1.double() - log_ratio_C1).squeeze(-1).to(exact)
-
-            factor_C1 = (weights_T[chunk] / temperature).unsqueeze(-1)
-            grad_logits_CV = gap_CV.sub_(mean_C1).mul_(probability_CV).mul_(factor_C1)
+        buffers_3CV = torch.empty((3, min(constants.chunk_tokens, tokens), vocabulary), dtype=exact, device=device)
+        for start in range(0, tokens, constants.chunk_tokens):
+            chunk = slice(start, min(start + constants.chunk_tokens, tokens))
+            student_CV, teacher_CV, gradient_CV = buffers_3CV[:, : chunk.stop - start]
+            _write_logits(student, student_hidden_TD[chunk], student_CV)
+            _write_logits(constants.teacher, constants.teacher_hidden_TE[chunk], teacher_CV)
+            top_C1, peak_C1 = _shift(student_CV, constants.temperature)
+            _shift(teacher_CV, constants.temperature)
+            kl_T[chunk] = _divergence(student_CV, teacher_CV, gradient_CV, top_C1, constants.top_k, constants.tail)
+            gradient_CV.mul_(factor_T1[chunk])
+            if student.soft_cap is not None:
+                # 1 - tanh**2 from the capped logits, as there is no fourth buffer to keep the others in
+                tanh_CV = student_CV.mul_(constants.temperature).add_(peak_C1).div_(student.soft_cap)
+                gradient_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
             if grad_hidden_TD is not None:
-                _add_product(grad_hidden_TD[chunk], grad_logits_CV, student_head_VD)
+                _add_product(grad_hidden_TD[chunk], gradient_CV, student_head_VD)
             if grad_head_VD is not None:
-                _add_outer(grad_head_VD, grad_logits_CV, student_hidden_TD[chunk])
+                _add_outer(grad_head_VD, gradient_CV, student_hidden_TD[chunk])
             if grad_bias_V is not None:
-                grad_bias_V += grad_logits_CV.sum(dim=0)
+                grad_bias_V += gradient_CV.sum(dim=0)
 
         loss = torch.dot(weights_T.double(), kl_T.double()).to(exact)
         ctx.mark_non_differentiable(kl_T)
@@ -131,31 +157,89 @@ class _ReverseKL(torch.autograd.Function):
             None if gradient is None else gradient.mul_(grad_outputs[0]).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*student_gradients, None, None, None, None, None, None)
+        return (*student_gradients, None)
 
 
-def _shifted_logits(
-    hidden_CD: Tensor, head_VD: Tensor, bias_V: Tensor | None, temperature: float, out_CV: Tensor
+def _divergence(
+    student_CV: Tensor, teacher_CV: Tensor, gradient_CV: Tensor, top_C1: Tensor, top_k: int | None, tail: bool
 ) -> Tensor:
-    """Write (logits - their maximum) / temperature, return the place of the maximum.
+    """The divergence of every token (kl_C), from shifted logits; `top_C1` is the student's likeliest word.
 
-    Shifting before anything else keeps large logits exact.
+    Writes the derivative by the student's logits over the temperature to `gradient_CV`, and overwrites `teacher_CV`.
+
+    With p the student's probabilities and f = log p - log p_teacher: KL = E_p[f], with derivative p * (f - E_p[f]).
+    The truncated forms replace f outside the support by one number for each token, and that is all: with a tail by the
+    same log-ratio of what the two models have outside; without one by -1, which makes E_p[f] the sum over the support
+    less the student's probability outside, and the derivative that of the sum alone.
     """
-    if _accumulates_in_float32(head_VD):
-        torch.mm(hidden_CD.to(head_VD.dtype), head_VD.T, out_dtype=torch.float32, out=out_CV)
-    elif head_VD.dtype == hidden_CD.dtype == out_CV.dtype:
-        torch.mm(hidden_CD, head_VD.T, out=out_CV)
+    if top_k is not None:
+        support_Ck = student_CV.topk(top_k, sorted=False).indices
+        if tail:
+            log_tail_ratio_C1 = _log_tail(student_CV, support_Ck, gradient_CV)
+            log_tail_ratio_C1 -= _log_tail(teacher_CV, support_Ck, gradient_CV)
+    gap_CV = torch.sub(student_CV, teacher_CV, out=gradient_CV)
+    # Measured from the student's likeliest token: where nearly all probability lies there, the gradient is a
+    # small difference that the plain gap would drown in rounding.
+    top_gap_C1 = gap_CV.gather(1, top_C1)
+    gap_CV.sub_(top_gap_C1)
+    teacher_mass_C1 = teacher_CV.exp_().sum(dim=-1, keepdim=True)
+    probability_CV = torch.exp(student_CV, out=teacher_CV)
+    student_mass_C1 = probability_CV.sum(dim=-1, keepdim=True)
+    probability_CV.div_(student_mass_C1)
+    # f is this gap and a number for each token, which the derivative does not need. Those are added up in float64.
+    log_ratio_C1 = student_mass_C1.double().log() - teacher_mass_C1.double().log()
+    offset_C1 = top_gap_C1.double() - log_ratio_C1
+    value_C1 = offset_C1
+    if top_k is not None:
+        inside_Ck = gap_CV.gather(1, support_Ck)
+        outside_C1 = log_tail_ratio_C1 - top_gap_C1 if tail else -1.0 - offset_C1
+        gap_CV.copy_(outside_C1).scatter_(1, support_Ck, inside_Ck)
+        if not tail:
+            value_C1 = offset_C1 + 1.0 - probability_CV.gather(1, support_Ck).double().sum(dim=-1, keepdim=True)
+    mean_C1 = torch.einsum("cv,cv->c", probability_CV, gap_CV).unsqueeze(-1)
+    gap_CV.sub_(mean_C1).mul_(probability_CV)
+    return (value_C1 + mean_C1).squeeze(-1).to(gap_CV.dtype)
+
+
+def _log_tail(logits_CV: Tensor, support_Ck: Tensor, scratch_CV: Tensor) -> Tensor:
+    """The log of the sum of exp(logits) outside the support, in float64; exact even where all these exp underflow."""
+    scratch_CV.copy_(logits_CV).scatter_(1, support_Ck, -torch.inf)
+    peak_C1 = scratch_CV.amax(dim=-1, keepdim=True)
+    mass_C1 = scratch_CV.sub_(peak_C1).exp_().sum(dim=-1, keepdim=True)
+    return peak_C1.double() + mass_C1.double().log()
+
+
+def apply_soft_cap(logits: Tensor, soft_cap: float | None) -> Tensor:
+    """In place: soft_cap * tanh(logits / soft_cap), or nothing where there is no soft cap."""
+    return logits if soft_cap is None else logits.div_(soft_cap).tanh_().mul_(soft_cap)
+
+
+def _write_logits(head: _Head, hidden_CD: Tensor, out_CV: Tensor) -> None:
+    weight_VD = head.weight_VD
+    if _accumulates_in_float32(weight_VD):
+        torch.mm(hidden_CD.to(weight_VD.dtype), weight_VD.T, out_dtype=torch.float32, out=out_CV)
+    elif weight_VD.dtype == hidden_CD.dtype == out_CV.dtype:
+        torch.mm(hidden_CD, weight_VD.T, out=out_CV)
     else:
         wide_CD = hidden_CD.to(out_CV.dtype)
-        for rows in _row_blocks(head_VD):
-            out_CV[:, rows] = wide_CD @ head_VD[rows].to(out_CV.dtype).T
-    if bias_V is not None:
-        out_CV.add_(bias_V)
-    top_C1 = out_CV.argmax(dim=-1, keepdim=True)
-    out_CV.sub_(out_CV.gather(1, top_C1))
+        for rows in _row_blocks(weight_VD):
+            out_CV[:, rows] = wide_CD @ weight_VD[rows].to(out_CV.dtype).T
+    if head.bias_V is not None:
+        out_CV.add_(head.bias_V)
+    apply_soft_cap(out_CV, head.soft_cap)
+
+
+def _shift(logits_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """In place: (logits - their maximum) / temperature. Returns the place of the maximum, and the maximum.
+
+    Shifting before the division, and before anything else, keeps large logits exact.
+    """
+    top_C1 = logits_CV.argmax(dim=-1, keepdim=True)
+    peak_C1 = logits_CV.gather(1, top_C1)
+    logits_CV.sub_(peak_C1)
     if temperature != 1.0:
-        out_CV.mul_(1.0 / temperature)
-    return top_C1
+        logits_CV.mul_(1.0 / temperature)
+    return top_C1, peak_C1
 
 
 def _add_product(grad_CD: Tensor, grad_logits_CV: Tensor, head_VD: Tensor) -> None:

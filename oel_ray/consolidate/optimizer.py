@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from oel_ray.config import ConsolidateConfig
 from oel_ray.consolidate.batches import MicroBatch
-from oel_ray.consolidate.distiller import Distiller, check_linear_head, pad_tokens, teacher_hidden
+from oel_ray.consolidate.distiller import Distiller, check_linear_head, logit_soft_cap, pad_tokens, teacher_hidden
 
 
 def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) -> dict[str, Any]:
@@ -60,8 +60,9 @@ def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) ->
 class StepMetrics:
     """One step, the same on every rank. `applied` is False when it was skipped, and then `grad_norm` may be inf or nan.
 
-    `kl` is the mean over all response tokens in nats per token, whatever the weights in `loss`; `kl_by_sample` is the
-    mean over each response's own tokens, under the sample's id (0 for a response without a token).
+    `kl` is the mean of the configured divergence over all response tokens, in nats per token, whatever the weights in
+    `loss`; `kl_by_sample` is the mean over each response's own tokens, under the sample's id (0 for a response without
+    a token).
     """
 
     loss: float
@@ -82,7 +83,7 @@ class DistillStep:
         Both compute in `config.precision`. A float32 student gives its full precision to the masters.
 
         Raises:
-            UserError: the logits of the model are not a linear function of its last hidden state.
+            UserError: the logits of the model are not its output head's, soft-capped or as they are.
         """
         self.device = torch.device(device)
         self.world_size = dist.get_world_size()
@@ -93,7 +94,13 @@ class DistillStep:
         check_linear_head(self.teacher)
         if config.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        distiller = Distiller(student, temperature=config.temperature, chunk_tokens=config.chunk_tokens)
+        distiller = Distiller(
+            student,
+            temperature=config.temperature,
+            chunk_tokens=config.chunk_tokens,
+            top_k=None if config.divergence == "full" else config.top_k,
+            tail=config.divergence == "top_k_tail",
+        )
         trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
         # DeepSpeed takes the masters from weights that it has rounded to bfloat16 already.
         masters = {p: p.detach().clone() for p in trained if p.dtype == torch.float32 != compute_dtype}
@@ -168,6 +175,7 @@ class DistillStep:
             head.weight,
             weights_T,
             head.bias,
+            logit_soft_cap(self.teacher),
         )
         return loss, kl_T
 

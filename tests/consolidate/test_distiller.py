@@ -1,14 +1,44 @@
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from torch import Tensor, nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from oel_ray.consolidate.batches import MicroBatch, Sample, micro_batches, token_weights
-from oel_ray.consolidate.distiller import Distiller, check_linear_head, pad_tokens, teacher_hidden
+from oel_ray.consolidate.distiller import Distiller, check_linear_head, logit_soft_cap, pad_tokens, teacher_hidden
 from oel_ray.errors import UserError
-from tests.consolidate.tiny import tiny_model, tiny_samples
+from tests.consolidate.naive import divergence, soft_capped
+from tests.consolidate.tiny import VOCABULARY, tiny_model, tiny_samples
+
+
+def gemma(seed: int) -> Any:
+    """A float32 Gemma 2 whose soft cap bends its logits."""
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.5,
+        final_logit_softcapping=3.0,
+    )
+    model: Any = Gemma2ForCausalLM(config)  # type: ignore[no-untyped-call]
+    return model.eval()
 
 
 def run(distiller: Distiller, teacher: Any, batches: list[MicroBatch]) -> tuple[float, dict[str, list[float]]]:
@@ -27,6 +57,7 @@ def run(distiller: Distiller, teacher: Any, batches: list[MicroBatch]) -> tuple[
             teacher_hidden(teacher, teacher_batch),
             teacher.get_output_embeddings().weight,
             torch.tensor(weights),
+            teacher_soft_cap=logit_soft_cap(teacher),
         )
         loss.backward()
         total += loss.item()
@@ -79,14 +110,64 @@ def test_dropout_stays_off_in_training() -> None:
     assert distiller.training and not any(module.training for module in distiller.student.modules())
 
 
-def test_models_with_a_linear_head_pass_and_a_soft_cap_is_named() -> None:
+@pytest.mark.parametrize("objective", [{}, {"top_k": 9}, {"top_k": 9, "tail": False}], ids=str)
+@pytest.mark.parametrize("kind", ["gemma", "untied"])
+def test_loss_and_gradients_are_those_of_the_models_own_logits(kind: str, objective: dict[str, Any]) -> None:
+    student, teacher = (gemma(seed) if kind == "gemma" else tiny_model(kind, seed) for seed in (1, 2))
+    samples = tiny_samples(5, seed=0)
+    weights = token_weights(samples, "response")
+    expected = torch.zeros(())
+    for sample, weight in zip(samples, weights, strict=True):
+        logits = []
+        for model, prompt in ((student, sample.student_prompt_ids), (teacher, sample.teacher_prompt_ids)):
+            tokens_BS = torch.tensor([[*prompt, *sample.response_ids]])
+            logits.append(model(tokens_BS).logits[0, len(prompt) - 1 : -1] / 0.7)
+        expected = expected + weight * divergence(logits[0], logits[1].detach(), **objective).sum()
+    expected.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad.clone() for name, p in student.named_parameters()}
+
+    distiller = Distiller(student, temperature=0.7, chunk_tokens=4, **objective)
+    loss, _ = run(distiller, teacher, micro_batches(samples, 0, 1, 2))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        assert torch.allclose(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_models_with_a_linear_head_pass_also_with_a_declared_soft_cap() -> None:
     torch.manual_seed(0)
     gpt2_config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     gpt2: Any = GPT2LMHeadModel(gpt2_config)  # type: ignore[no-untyped-call]
-    for model in (tiny_model("tied", 0), tiny_model("untied", 0), tiny_model("tied", 0).bfloat16(), gpt2.eval()):
+    models = [tiny_model("tied", 0), tiny_model("untied", 0), tiny_model("tied", 0).bfloat16(), gpt2.eval()]
+    for model in (*models, gemma(0), gemma(0).bfloat16()):
         check_linear_head(model)
-    size: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    gemma_config = Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, **size)
-    gemma: Any = Gemma2ForCausalLM(gemma_config)  # type: ignore[no-untyped-call]
-    with pytest.raises(UserError, match="Gemma2ForCausalLM changes its logits"):
-        check_linear_head(gemma.eval())
+    assert logit_soft_cap(gpt2) is None and logit_soft_cap(gemma(0)) == 3.0
+
+
+class Changed(nn.Module):
+    """A model that does something to its head's output that its configuration does not tell."""
+
+    def __init__(self, model: Any, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.change = model, change
+        self.config, self.base_model = model.config, model.base_model
+
+    def get_output_embeddings(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    def forward(self, **inputs: Any) -> Any:
+        with self.get_output_embeddings().register_forward_hook(lambda _module, _args, output: self.change(output)):
+            return self.model(**inputs)
+
+
+def test_models_that_change_their_logits_otherwise_are_refused() -> None:
+    size: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    granite: Any = GraniteForCausalLM(GraniteConfig(**size, logits_scaling=4.0))  # type: ignore[no-untyped-call]
+    cohere: Any = CohereForCausalLM(CohereConfig(**size, logit_scale=0.5, pad_token_id=0, eos_token_id=1))  # type: ignore[no-untyped-call]
+    uncapped = tiny_model("tied", 0)
+    uncapped.config.final_logit_softcapping = 30.0
+    undeclared = Changed(tiny_model("tied", 0), lambda logits: soft_capped(logits, 30.0))
+    scaled = [Changed(gemma(0), lambda logits: logits.mul_(0.8)), Changed(gemma(0), lambda logits: logits * 4.0)]
+    for model in (granite.eval(), cohere.eval(), uncapped, undeclared, *scaled):
+        with pytest.raises(UserError, match="changes its logits behind the output head"):
+            check_linear_head(model)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from oel_ray.consolidate.batches import token_weights
+from tests.consolidate.naive import divergence
 from tests.consolidate.tiny import tiny_model, tiny_samples
-from tests.consolidate.worker import BFLOAT16, FLOAT32, SAMPLES, STEPS, WITHOUT_KNOWLEDGE, settings
+from tests.consolidate.worker import BFLOAT16, DIVERGENCES, FLOAT32, SAMPLES, STEPS, WITHOUT_KNOWLEDGE, settings
 
 Runs = dict[int, tuple[Path, list[dict[Any, Any]]]]
 
@@ -47,7 +48,7 @@ def launch(world_size: int, output: Path) -> tuple[Path, list[dict[Any, Any]]]:
     return output, [torch.load(output / f"rank-{r}.pt", weights_only=False) for r in range(world_size)]
 
 
-def plain_training(kind: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_training(kind: Any, **objective: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of all steps and clipped gradients of the first one: no DeepSpeed, no batches, autograd throughout."""
     config = settings(0, "float32", 1)
     student, teacher = tiny_model(kind, seed=1), tiny_model(kind, seed=1)
@@ -57,7 +58,7 @@ def plain_training(kind: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
         samples = tiny_samples(SAMPLES, seed=index)
         loss = torch.zeros(())
         for sample, weight in zip(samples, token_weights(samples, "response"), strict=True):
-            loss = loss + weight * sum_of_kl(student, teacher, sample, config.temperature)
+            loss = loss + weight * sum_of_kl(student, teacher, sample, config.temperature, **objective)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
@@ -69,17 +70,15 @@ def plain_training(kind: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, gradients
 
 
-def sum_of_kl(student: Any, teacher: Any, sample: Any, temperature: float) -> torch.Tensor:
-    def log_probs(model: Any, prompt: list[int]) -> torch.Tensor:
-        logits = model(torch.tensor([prompt + sample.response_ids])).logits[0, len(prompt) - 1 : -1]
-        log_probs_TV: torch.Tensor = (logits / temperature).log_softmax(-1)
-        return log_probs_TV
+def sum_of_kl(student: Any, teacher: Any, sample: Any, temperature: float, **objective: Any) -> torch.Tensor:
+    def scaled_logits(model: Any, prompt: list[int]) -> torch.Tensor:
+        logits_TV: torch.Tensor = model(torch.tensor([prompt + sample.response_ids])).logits[0, len(prompt) - 1 : -1]
+        return logits_TV / temperature
 
-    log_student = log_probs(student, sample.student_prompt_ids)
+    student_TV = scaled_logits(student, sample.student_prompt_ids)
     with torch.no_grad():
-        log_teacher = log_probs(teacher, sample.teacher_prompt_ids)
-    kl: torch.Tensor = (log_student.exp() * (log_student - log_teacher)).sum()
-    return kl
+        teacher_TV = scaled_logits(teacher, sample.teacher_prompt_ids)
+    return divergence(student_TV, teacher_TV, **objective).sum()
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
@@ -92,6 +91,14 @@ def test_one_rank_two_ranks_and_all_stages_train_like_plain_pytorch(runs: Runs, 
                 assert result["gradients"].keys() == gradients.keys()
                 for name, gradient in result["gradients"].items():
                     assert torch.allclose(gradient, gradients[name], rtol=1e-4, atol=1e-6), (case, name)
+
+
+@pytest.mark.parametrize("case", DIVERGENCES, ids=str)
+def test_the_configured_divergence_is_what_is_trained(runs: Runs, case: Any) -> None:
+    kind, _, name = case
+    losses, _ = plain_training(kind, top_k=9, tail=name == "top_k_tail")
+    for _, ranks in runs.values():
+        assert all(rank[case] == pytest.approx(losses, rel=1e-4) for rank in ranks)
 
 
 def test_bfloat16_follows_float32_and_is_the_same_at_every_stage(runs: Runs) -> None:

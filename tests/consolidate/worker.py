@@ -17,12 +17,13 @@ import torch.distributed as dist
 
 FLOAT32 = [(kind, stage, "float32") for kind in ("tied", "untied") for stage in (0, 2, 3)]
 BFLOAT16 = [("tied", 1, "bfloat16"), ("tied", 3, "bfloat16"), ("untied", 2, "bfloat16"), ("untied", 3, "bfloat16")]
+DIVERGENCES = [("untied", 3, "top_k"), ("tied", 2, "top_k_tail")]
 WITHOUT_KNOWLEDGE = [("tied", 3, "float32"), ("untied", 2, "bfloat16")]
 STEPS = 4
 SAMPLES = 7
 
 
-def settings(stage: int, precision: str, world_size: int) -> Any:
+def settings(stage: int, precision: str, world_size: int, divergence: str = "full") -> Any:
     from oel_ray.config import ConsolidateConfig
 
     return ConsolidateConfig.model_validate(
@@ -35,6 +36,8 @@ def settings(stage: int, precision: str, world_size: int) -> Any:
             "micro_batch": 2,
             "chunk_tokens": 5,
             "kl_temperature": 0.7,
+            "divergence": divergence,
+            "top_k": 9,
         }
     )
 
@@ -58,6 +61,9 @@ def main(store: str, rank: int, world_size: int, output: Path) -> None:
     results: dict[Any, Any] = {}
     for case in FLOAT32 + (BFLOAT16 if world_size > 1 else []):
         results[case] = run_case(*case, rank, world_size, output)
+    for kind, stage, divergence in DIVERGENCES:
+        step, batches = prepare(kind, stage, "float32", rank, world_size, divergence=divergence)
+        results[kind, stage, divergence] = [step.step(batch).loss for batch in batches]
     for case in WITHOUT_KNOWLEDGE:
         step, batches = prepare(*case, rank, world_size, knowledge=False)
         results["without knowledge", *case] = step.step(batches[0]).loss
@@ -66,12 +72,21 @@ def main(store: str, rank: int, world_size: int, output: Path) -> None:
     dist.destroy_process_group()
 
 
-def prepare(kind: Any, stage: int, precision: str, rank: int, world_size: int, *, knowledge: bool) -> tuple[Any, Any]:
+def prepare(
+    kind: Any,
+    stage: int,
+    precision: str,
+    rank: int,
+    world_size: int,
+    *,
+    knowledge: bool = True,
+    divergence: str = "full",
+) -> tuple[Any, Any]:
     from oel_ray.consolidate.batches import micro_batches
     from oel_ray.consolidate.optimizer import DistillStep
     from tests.consolidate.tiny import tiny_model, tiny_samples
 
-    config = settings(stage, precision, world_size)
+    config = settings(stage, precision, world_size, divergence)
     step = DistillStep(tiny_model(kind, seed=1), tiny_model(kind, seed=1), config, "cpu")
     samples = [tiny_samples(SAMPLES, seed=index, knowledge=knowledge) for index in range(STEPS)]
     return step, [micro_batches(batch, rank, world_size, config.micro_batch) for batch in samples]
@@ -82,7 +97,7 @@ def run_case(kind: Any, stage: int, precision: str, rank: int, world_size: int, 
     from oel_ray.consolidate.weights import FullWeights, export_policy
     from tests.consolidate.tiny import tiny_model
 
-    step, batches = prepare(kind, stage, precision, rank, world_size, knowledge=True)
+    step, batches = prepare(kind, stage, precision, rank, world_size)
 
     # A loss that is not a number on the last rank alone; all ranks have to go on as if nothing had been.
     spoilt = batches[0]

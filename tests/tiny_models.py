@@ -94,11 +94,18 @@ def family_tokenizer(family: str, *, thinking: bool) -> Any:
 
 
 def save_tiny_model(
-    folder: Path, family: str = "qwen3", *, tied: bool = True, thinking: bool = False, seed: int = 0
+    folder: Path,
+    family: str = "qwen3",
+    *,
+    tied: bool = True,
+    thinking: bool = False,
+    closes_thoughts: bool = False,
+    seed: int = 0,
 ) -> Path:
     """An HF folder with a tiny model of a family that answers anything with noise.
 
-    `thinking` gives it a chat template that can switch thinking off; the model itself never closes a thought.
+    `thinking` gives it a chat template that can switch thinking off. The model never closes a thought; one with a head
+    of its own often does if told to (with a tied head it would then say nothing else).
     """
     tokenizer = family_tokenizer(family, thinking=thinking)
     ends = [tokenizer.eos_token_id]
@@ -113,6 +120,9 @@ def save_tiny_model(
         eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
     )
+    if closes_thoughts:
+        with torch.no_grad():
+            model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids("</think>")] *= 4
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

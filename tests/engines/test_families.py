@@ -12,7 +12,7 @@ from tests.engines.served import InProcess, top_error, warm
 from tests.engines.tiny import PROMPTS, Student, engines_config
 
 LIMIT = 1e-3
-KINDS = [
+OTHERS = [
     "qwen3-tied",
     "qwen3-untied",
     "llama-tied",
@@ -20,10 +20,11 @@ KINDS = [
     "smollm3-tied",
     "smollm3-untied",
     "gemma-tied",
-    "gemma2-tied",
     "gemma3-tied",
     "gemma3-untied",
 ]
+# Soft caps, sliding windows, scaled embeddings and a head that vLLM has no layer for: the one that asks most.
+KINDS = ["gemma2-tied", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
 
 
 @pytest.fixture(autouse=True)

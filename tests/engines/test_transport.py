@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-from oel_ray.engines import transport
 from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensors
+from oel_ray.engines import transport
 from oel_ray.engines.receive import CheckedReceiver, NcclReceiver
 from oel_ray.engines.send import _alongside
 from oel_ray.engines.startup import StartLog

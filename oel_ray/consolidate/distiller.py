@@ -5,7 +5,6 @@ Shape suffixes: B sequences, S positions, T response tokens of a micro-batch, V 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import deepspeed
@@ -14,20 +13,6 @@ from torch import Tensor, nn
 
 from oel_ray.consolidate.loss import reverse_kl
 from oel_ray.errors import UserError
-
-
-def load_model(folder: Path, dtype: torch.dtype) -> Any:
-    """A policy as transformers knows it, computing what the engines compute."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    # transformers' default attention, torch's own, silently leaves out a soft cap on the attention scores (Gemma 2).
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, local_files_only=True
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from oel_ray.chat import ChatFormat
 from oel_ray.consolidate.batches import Sample, micro_batches
-from oel_ray.consolidate.distiller import load_model
 from oel_ray.consolidate.job import Job
+from oel_ray.consolidate.loading import load_model
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
 from oel_ray.consolidate.prefixes import Draw, teacher_prompt_ids
 from oel_ray.consolidate.weights import FullWeights, check_names, export_policy

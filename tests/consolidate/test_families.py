@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensors
-from oel_ray.consolidate.distiller import load_model, pad_tokens, teacher_hidden
+from oel_ray.consolidate.distiller import pad_tokens, teacher_hidden
+from oel_ray.consolidate.loading import load_model
 from oel_ray.consolidate.weights import FullWeights, check_names
 from oel_ray.errors import UserError
 from tests.tiny_models import FAMILIES, tiny_model

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oel_ray.checkpoint import checkpoint_shapes
+from oel_ray.consolidate.loading import load_model
 from oel_ray.layout import RoundFiles
-from oel_ray.records import KnowledgeText
+from oel_ray.records import EvaluationGame, KnowledgeText, read_jsonl
 from tests.e2e.test_run import SMALL, oel
 from tests.tiny_models import save_tiny_model
 
@@ -64,6 +65,18 @@ def test_a_round_changes_the_weights_and_nothing_else_of_a_policy(
         assert ("unclosed_thought" in found) == closes
         assert min(kl) > 1e-4
     assert_same_kind_of_folder(model, files.policy)
+    assert_wrote(model, RoundFiles(folder / "rounds/000").evaluation_games)
+    assert_wrote(files.policy, files.evaluation_games)
+
+
+@torch.no_grad()
+def assert_wrote(policy: Path, games: Path) -> None:
+    """Every word of a greedy player is the one that the trainer's model of the policy finds likeliest."""
+    model = load_model(policy, torch.float32)
+    for turn in (turn for game in read_jsonl(games, EvaluationGame) for turn in game.turns):
+        logits = model(torch.tensor([[*turn.prompt_ids, *turn.response_ids]])).logits[0, len(turn.prompt_ids) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(turn.response_ids).unsqueeze(1)).squeeze(1)
+        assert (logits.amax(1) - chosen).max() < 1e-3
 
 
 def assert_same_kind_of_folder(source: Path, policy: Path) -> None:

@@ -26,11 +26,9 @@ def strip_thinking(response: str, *, thinking: bool) -> str | None:
     With `thinking` the template or the model has opened a block, so a response without an end of it is all thought.
     """
     _, closed, answer = response.rpartition(THINK_CLOSE)
-    if closed:
-        return answer.strip()
-    if thinking or THINK_OPEN in response:
+    if (thinking and not closed) or THINK_OPEN in answer:
         return None
-    return response.strip()
+    return answer.strip()
 
 
 class ChatFormat:
@@ -40,8 +38,8 @@ class ChatFormat:
         """`tokenizer`: a transformers tokenizer with a chat template.
 
         Raises:
-            UserError: the tokenizer has no chat template, or one that changes the user's message, or it reads
-                special tokens in plain text.
+            UserError: the tokenizer has no chat template, or one that changes the user's message; or it reads
+                special tokens in plain text; or the end of a thought would not be seen.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("the model's tokenizer has no chat template: use an instruction-tuned model")
@@ -57,6 +55,12 @@ class ChatFormat:
                 raise UserError(
                     f"the model's tokenizer cannot take '{token}' as plain text: a game could end the prompt"
                 )
+
+        # Engines leave special tokens out of a response's text.
+        if thinking and THINK_CLOSE not in tokenizer.decode(
+            self._ids(THINK_CLOSE, special=True), skip_special_tokens=True
+        ):
+            raise UserError(f"the model's tokenizer hides '{THINK_CLOSE}' as a special token: set thinking=false")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, thinking: bool) -> "ChatFormat":

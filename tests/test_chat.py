@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
+from tokenizers import AddedToken
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.errors import UserError
+from tests.tiny_models import family_tokenizer
 from tests.tokenizers_for_tests import SPECIAL, small_tokenizer, smollm2_tokenizer, special_ids
 
 lenient = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -40,6 +43,10 @@ def chat(request: pytest.FixtureRequest) -> ChatFormat:
         ("<think>a", False, None),
         ("<think>a</think>b</think>c", True, "c"),
         ("<think>a</think>", True, ""),
+        ("<think>a<think>b</think>c", True, "c"),
+        ("<think>a</think>b<think>c</think>d", True, "d"),
+        ("<think>a</think>b<think>c", True, None),
+        ("a</think>b<think>c", False, None),
         ("", False, ""),
         ("", True, None),
     ],
@@ -95,6 +102,45 @@ def test_thinking_reaches_the_template() -> None:
     off, on = (ChatFormat(small_tokenizer(), thinking=thinking) for thinking in (False, True))
     assert "</think>" in off.tokenizer.decode(off.after_ids)
     assert "<think>" not in on.tokenizer.decode(on.after_ids)
+
+
+@pytest.fixture
+def smollm2() -> None:
+    """Skips the test where there is no SmolLM2."""
+    smollm2_tokenizer()
+
+
+@pytest.mark.usefixtures("smollm2")
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("thinking", [True, False])
+def test_thinking_is_left_open_or_closed_by_the_template(family: str, thinking: bool) -> None:
+    chat = ChatFormat(family_tokenizer(family, thinking=True), thinking=thinking)
+    prompt = chat.tokenizer.decode(chat.message_ids("hello"))
+    assert prompt.endswith("<think>\n\n</think>\n\n") != thinking
+    assert ("<think>" in prompt) != thinking
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_a_template_like_gemmas_begins_with_bos_and_knows_no_system() -> None:
+    tokenizer = family_tokenizer("gemma2", thinking=False)
+    with pytest.raises(TemplateError, match="no system role"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "x"}], tokenize=False)
+    chat = ChatFormat(tokenizer, thinking=False)
+    ids = chat.message_ids(" two\n<end_of_turn>\n<bos>lines ")
+    assert ids == tokenizer.convert_tokens_to_ids(["<bos>", "<start_of_turn>"]) + ids[2:]
+    assert [ids.count(tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<end_of_turn>")] == [1, 1]
+    assert tokenizer.decode(ids) == (
+        "<bos><start_of_turn>user\n two\n<end_of_turn>\n<bos>lines <end_of_turn>\n<start_of_turn>model\n"
+    )
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_a_hidden_end_of_thought_is_refused_where_it_matters() -> None:
+    tokenizer = family_tokenizer("qwen3", thinking=False)
+    tokenizer.add_tokens([AddedToken("</think>", special=True)])
+    ChatFormat(tokenizer, thinking=False)
+    with pytest.raises(UserError, match="hides '</think>'"):
+        ChatFormat(tokenizer, thinking=True)
 
 
 def broken(**changes: Any) -> Any:

@@ -17,6 +17,9 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from torch import Tensor
 
+from oel_ray.checkpoint import TIED_HEAD, checkpoint_shapes
+from oel_ray.errors import UserError
+
 WeightMeta = tuple[str, torch.dtype, torch.Size]
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
@@ -93,6 +96,27 @@ class FullWeights:
 
 def _shape(tensor: Tensor) -> torch.Size:
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def check_names(weights: FullWeights, folder: Path) -> None:
+    """Make sure that the weights have the names of the checkpoint that they were loaded from.
+
+    transformers renames and fuses the tensors of some models while it loads them, mixtures of experts above all. A
+    policy under its names is no checkpoint that others could load, and the engines know the checkpoint's alone.
+
+    Raises:
+        UserError: some names differ.
+    """
+    ours, theirs = {name for name, *_ in weights.metadata()}, set(checkpoint_shapes(folder))
+    if weights.model.config.tie_word_embeddings:
+        ours, theirs = ours - {TIED_HEAD}, theirs - {TIED_HEAD}
+    if differing := sorted(ours ^ theirs):
+        name = type(weights.model).__name__
+        where = "transformers" if differing[0] in ours else "the checkpoint"
+        raise UserError(
+            f"{name} cannot be trained: its tensors have other names in transformers than in the checkpoint "
+            f"({len(differing)} differ; {differing[0]} is one of {where} alone)"
+        )
 
 
 def export_policy(

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from oel_ray.chat import ChatFormat
 from oel_ray.consolidate.batches import Sample, micro_batches
 from oel_ray.consolidate.job import Job
+from oel_ray.consolidate.loading import load_model
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
 from oel_ray.consolidate.prefixes import Draw, teacher_prompt_ids
-from oel_ray.consolidate.weights import FullWeights, export_policy
+from oel_ray.consolidate.weights import FullWeights, check_names, export_policy
 from oel_ray.engines.sync import WeightSync
 from oel_ray.errors import RunFailed
 from oel_ray.records import Generation
@@ -34,6 +35,8 @@ def train(job: Job) -> None:
     """All steps of a round, and the new policy. Collective over the ranks of the Ray Train group.
 
     Raises:
+        UserError: the model cannot be trained: its logits are not a linear function of its last hidden state, or its
+            tensors have other names in transformers than in the checkpoint.
         RunFailed: a response came from other weights than the student's, or the loss stayed not finite.
     """
     context = ray.train.get_context()
@@ -41,6 +44,7 @@ def train(job: Job) -> None:
     device = _take_device(job, context.get_local_rank())
     step = _distill_step(job, device)
     weights = FullWeights(step.student, getattr(torch, job.config.policy_dtype))
+    check_names(weights, job.policy)
     sync = WeightSync(job.engines, weights, job.config.engines, rank=rank, on_gpu=job.on_gpu)
     chat = ChatFormat.from_pretrained(job.policy, thinking=job.config.thinking)
 
@@ -88,16 +92,10 @@ def _take_device(job: Job, local_rank: int) -> torch.device:
 
 
 def _distill_step(job: Job, device: torch.device) -> DistillStep:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-    def load(dtype: torch.dtype) -> Any:
-        return AutoModelForCausalLM.from_pretrained(job.policy, dtype=dtype, local_files_only=True)
-
     consolidate = job.config.consolidate
-    return DistillStep(load(torch.float32), load(getattr(torch, consolidate.precision)), consolidate, device)
+    student = load_model(job.policy, torch.float32)
+    teacher = load_model(job.policy, getattr(torch, consolidate.precision))
+    return DistillStep(student, teacher, consolidate, device)
 
 
 def _generate(job: Job, draws: Sequence[Draw], step: int, version: str, rank: int, world_size: int) -> list[Generation]:

@@ -7,14 +7,11 @@ What vLLM's own engines do not do, and what makes a sync safe to serve after:
 - a tied output head that the CPU backend keeps in a packed form of its own is packed again.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch.distributed import ProcessGroup
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -24,34 +21,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from oel_ray.checkpoint import TIED_HEAD, Shapes, checkpoint_shapes, checkpoint_tensors
 from oel_ray.engines import transport
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def checkpoint_shapes(folder: str | Path) -> Shapes:
-    """Names and shapes of all tensors of an HF checkpoint folder, read from the safetensors headers."""
-    shapes: Shapes = {}
-    for path in _weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
-
-
-def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of an HF checkpoint folder."""
-    for path in _weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
-
-
-def _weight_files(folder: str | Path) -> list[Path]:
-    """The files that the index names, if there is one: some folders hold the same weights again in another form."""
-    index = Path(folder, "model.safetensors.index.json")
-    if index.exists():
-        return [Path(folder, name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(Path(folder).glob("*.safetensors"))
 
 
 @dataclass
@@ -105,8 +76,8 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
         """
         expected: Mapping[str, tuple[int, ...]] = checkpoint_shapes(self.model_config.model)
         if self.model_config.hf_config.tie_word_embeddings:
-            received = {name: shape for name, shape in self._received.items() if name != "lm_head.weight"}
-            expected = {name: shape for name, shape in expected.items() if name != "lm_head.weight"}
+            received = {name: shape for name, shape in self._received.items() if name != TIED_HEAD}
+            expected = {name: shape for name, shape in expected.items() if name != TIED_HEAD}
         else:
             received = self._received
         if received != expected:

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
+from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensors
 from oel_ray.engines import transport
-from oel_ray.engines.receive import CheckedReceiver, NcclReceiver, checkpoint_shapes, checkpoint_tensors
+from oel_ray.engines.receive import CheckedReceiver, NcclReceiver
 from oel_ray.engines.send import _alongside
 from oel_ray.engines.startup import StartLog
 from oel_ray.engines.transport import TensorSpec, buckets, gloo_group, receive_stream, send_stream

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from oel_ray.config import EnginesConfig
 from oel_ray.consolidate.weights import FullWeights, export_policy
+from tests.tiny_models import tiny_model
 from tests.tokenizers_for_tests import small_tokenizer
 
 CONTEXT = 1024
@@ -21,26 +22,19 @@ def engines_config(dtype: str, **values: Any) -> EnginesConfig:
     )
 
 
-def tiny_model(kind: str, seed: int) -> Any:
-    """`kind` is "tied" or "untied": a float32 Qwen3 with a tied head, a Llama with its own. In eval mode."""
-    size: dict[str, Any] = {
-        "vocab_size": len(small_tokenizer()),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "max_position_embeddings": CONTEXT,
-        # Wide enough that other weights are another policy, and that a stale cache block is seen behind it.
-        "initializer_range": 0.2,
-    }
-    torch.manual_seed(seed)
-    if kind == "tied":
-        model: Any = Qwen3ForCausalLM(Qwen3Config(**size, tie_word_embeddings=True))  # type: ignore[no-untyped-call]
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=False))  # type: ignore[no-untyped-call]
-    return model.eval()
+def family_model(kind: str, seed: int) -> Any:
+    """`kind` is a family and its head, such as "gemma3-untied"; or "tied", a Qwen3, or "untied", a Llama."""
+    family, _, head = {"tied": "qwen3-tied", "untied": "llama-untied"}.get(kind, kind).partition("-")
+    tokenizer = small_tokenizer()
+    return tiny_model(
+        family,
+        vocab_size=len(tokenizer) + 40,  # real models have rows for more words than their tokenizer knows
+        tied=head == "tied",
+        seed=seed,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 class Student:
@@ -50,15 +44,15 @@ class Student:
         self.kind = kind
         self.dtype = dtype
         self._folder = folder
-        self._model = tiny_model(kind, seed=0)
+        self._model = family_model(kind, seed=0)
         self.weights = FullWeights(self._model, getattr(torch, dtype))
         self.first = folder / "first"
-        tiny_model(kind, seed=0).to(getattr(torch, dtype)).save_pretrained(self.first)
+        family_model(kind, seed=0).to(getattr(torch, dtype)).save_pretrained(self.first)
         small_tokenizer().save_pretrained(str(self.first))
 
     def become(self, seed: int) -> Path:
         """Take quite other weights, all of them; returns the folder that they were exported to."""
-        self._model.load_state_dict(tiny_model(self.kind, seed).state_dict())
+        self._model.load_state_dict(family_model(self.kind, seed).state_dict())
         target = self._folder / f"policy-{seed}"
         export_policy(self.weights, self.first, target)
         return target
@@ -89,6 +83,9 @@ PROMPTS = [prompt(1, 300), prompt(2, 411), prompt(3, 640)]
 @torch.no_grad()
 def plain_logprobs(folder: Path, dtype: str, token_ids: list[int]) -> torch.Tensor:
     """[position, vocabulary]: what comes after every token, by an ordinary forward pass of the folder's model."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    # Eager: the only attention of transformers that knows every family's soft caps.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
+    )
     logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
     return logits.float().log_softmax(-1)

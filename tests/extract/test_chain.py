@@ -116,6 +116,8 @@ def test_the_prompt_is_the_extraction_prompt_of_the_transcript(chat: ChatFormat)
         ("<think>hm", False, "unclosed_thought"),
         ("- EXPERIENCE ITEM: in the thought", True, "unclosed_thought"),
         ("<think>- EXPERIENCE ITEM: in the thought</think> nothing", True, "no_items"),
+        ("<think>a <think>b</think> - EXPERIENCE ITEM: yes</think> nothing", True, "no_items"),
+        ("<think>a</think> - EXPERIENCE ITEM: yes <think>or rather", True, "unclosed_thought"),
         ("nothing to say", False, "no_items"),
         ("- EXPERIENCE ITEM: " + "long " * 500, False, "over_long"),
     ],
@@ -129,6 +131,16 @@ def test_a_step_that_adds_nothing_says_why_and_keeps_the_rest(answer: str, think
     assert (text.steps[1].added, text.steps[1].dropped) == ([], 0)
     assert text.steps[1].response_tokens == len(generation(answer).token_ids)
     assert [item.trajectory_id for item in text.items] == ["game-0", "game-2", "game-3", "game-4"]
+
+
+@pytest.mark.parametrize("form", ["structured", "unstructured"])
+def test_a_chain_whose_thoughts_never_end_gives_an_empty_text(form: str) -> None:
+    chat = ChatFormat(small_tokenizer(), thinking=True)
+    fake = ScriptedGenerate(lambda key, index: "<think>- EXPERIENCE ITEM: perhaps")
+    text = asyncio.run(chain(chat, fake, config(format=form)))
+    assert (text.text, text.tokens, text.items) == ("", 0, [])
+    assert {step.status for step in text.steps} == {"unclosed_thought"}
+    assert all("(empty)" in prompt and "perhaps" not in prompt for prompt in shown(chat, fake))
 
 
 def test_the_oldest_items_leave_and_their_provenance_with_them(chat: ChatFormat) -> None:

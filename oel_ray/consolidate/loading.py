@@ -1,0 +1,20 @@
+"""A policy as the trainer holds it. Training workers (Ray Train group); needs no Ray itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The folder's model, set to compute what the engines compute."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # transformers' default attention, torch's own, silently leaves out a soft cap on the attention scores (Gemma 2).
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, local_files_only=True
+    )

@@ -170,6 +170,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    assert resources.CLUSTER_ANSWER_S < 30
+    if "{deaf}" in command:
+        monkeypatch.setattr(resources, "CLUSTER_ANSWER_S", 5.0)
     if "{cluster}" in command:
         ports |= {"cluster": request.getfixturevalue("cluster")}
     arguments = shlex.split(re.sub(r"{(closed|deaf|cluster)}", lambda match: ports[match[1]], command))

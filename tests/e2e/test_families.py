@@ -14,27 +14,27 @@ from oel_ray.records import EvaluationGame, KnowledgeText, read_jsonl
 from tests.e2e.test_run import SMALL, oel
 from tests.tiny_models import save_tiny_model
 
-slow = pytest.mark.slow
 PLAIN, ON, OFF = "plain", "on", "off"
 """A chat template that knows no thinking, and one that does, with thinking switched on or off."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tied", "thinking"),
     [
-        pytest.param("gemma3", False, ON),
-        pytest.param("gemma3", True, OFF, marks=slow),
-        pytest.param("gemma3", True, PLAIN, marks=slow),
-        pytest.param("gemma2", True, ON, marks=slow),
-        pytest.param("gemma2", True, OFF, marks=slow),
-        pytest.param("gemma", True, ON, marks=slow),
-        pytest.param("gemma", True, PLAIN, marks=slow),
-        pytest.param("smollm3", True, ON, marks=slow),
-        pytest.param("smollm3", False, OFF, marks=slow),
-        pytest.param("llama", True, PLAIN, marks=slow),
-        pytest.param("llama", False, ON, marks=slow),
-        pytest.param("qwen3", True, ON, marks=slow),
-        pytest.param("qwen3", False, OFF, marks=slow),
+        ("gemma3", False, ON),
+        ("gemma3", True, OFF),
+        ("gemma3", True, PLAIN),
+        ("gemma2", True, ON),
+        ("gemma2", True, OFF),
+        ("gemma", True, ON),
+        ("gemma", True, PLAIN),
+        ("smollm3", True, ON),
+        ("smollm3", False, OFF),
+        ("llama", True, PLAIN),
+        ("llama", False, ON),
+        ("qwen3", True, ON),
+        ("qwen3", False, OFF),
     ],
 )
 def test_a_round_changes_the_weights_and_nothing_else_of_a_policy(

@@ -77,11 +77,13 @@ def check_imports(config: RunConfig, committed: Committed) -> None:
 
 
 def first_open_round(config: RunConfig, committed: Committed, name: str) -> int:
-    """The first round that plans a stage and has not done it.
+    """The first round that plans a stage and has not done it; 1 if none plans it, which `check_ready` refuses.
 
     Raises:
-        UserError: every round has, or none plans it.
+        UserError: every round has done it.
     """
+    if name not in planned_stages(config, 1):
+        return 1
     for number, stage in unfinished(config, committed):
         if stage == name:
             return number

@@ -8,7 +8,7 @@ from oel_ray import loop
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.imports import put_knowledge, put_trajectories, read_knowledge, read_trajectories
-from oel_ray.layout import EVALUATE, IMPORT_CONSOLIDATION, IMPORT_EXTRACTION, IMPORT_KNOWLEDGE, PREPARE, RUN_FILE
+from oel_ray.layout import IMPORT_CONSOLIDATION, IMPORT_EXTRACTION, IMPORT_KNOWLEDGE, PREPARE, RUN_FILE
 from oel_ray.preflight import preflight, starting_at
 from oel_ray.progress import Progress
 from oel_ray.records import KnowledgeText, TrainingSplit, Trajectory
@@ -72,25 +72,21 @@ def plan_stage(
     Raises:
         UserError: something is missing or wrong.
     """
-    is_new = not (path / RUN_FILE).exists()
-    if is_new and settings is None:
-        raise UserError(f"{path} holds no run: start one there with --config CONFIG")
-    if is_new:
+    run = RunFolder.open(path) if (path / RUN_FILE).exists() else None
+    if run:
+        run.refuse_changes(settings)
+        config, committed = run.config, run.committed
+    elif settings:
         RunFolder.check_new(path)
-    committed: dict[int, set[str]] = {0: {PREPARE}}
-    if not is_new:
-        there = RunFolder.open(path)
-        there.refuse_changes(settings)
-        settings, committed = there.config, there.committed
-    assert settings is not None
-    if round_number is None:
-        round_number = int(name != EVALUATE) if is_new else first_open_round(settings, committed, name)
-    check_ready(settings, committed, round_number, name, files.stages)
-    checked = settings if is_new else starting_at(RunFolder.open(path), round_number)
-    chat = preflight(checked, note, plays=name in PLAYED).chat
+        config, committed = settings, {}
+    else:
+        raise UserError(f"{path} holds no run: start one there with --config CONFIG")
+    committed[0] = committed.get(0, set()) | {PREPARE}  # every stage makes up for it
+    number = first_open_round(config, committed, name) if round_number is None else round_number
+    check_ready(config, committed, number, name, files.stages)
+    chat = preflight(starting_at(run, number) if run else config, note, plays=name in PLAYED).chat
     trajectories = {
-        split: read_trajectories(file, round_number, split, settings, chat)
-        for split, file in files.trajectories.items()
+        split: read_trajectories(file, number, split, config, chat) for split, file in files.trajectories.items()
     }
-    knowledge = read_knowledge(files.knowledge, round_number, settings, chat)
-    return SingleStage(path, settings, is_new, round_number, name, trajectories, knowledge)
+    knowledge = read_knowledge(files.knowledge, number, config, chat)
+    return SingleStage(path, config, run is None, number, name, trajectories, knowledge)

@@ -28,6 +28,7 @@ SMALL = [
     "evaluate.sampling.max_tokens=8",
     "engines.count=1",
 ]
+MARK = "OEL_RAY_TEST_RUN_OF"
 BOUNDARIES = ["0:evaluate", "1:extract", "1:consolidate:moved"]
 ALL_BOUNDARIES = ["0:prepare", "0:evaluate", "1:collect", "1:extract", "1:evaluate_in_context", "1:consolidate:moved"]
 
@@ -47,7 +48,7 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def oel(*arguments: str, kill_after: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ} | ({"OEL_RAY_KILL_AFTER": kill_after} if kill_after else {})
+    environment = {**os.environ, MARK: str(os.getpid())} | ({"OEL_RAY_KILL_AFTER": kill_after} if kill_after else {})
     command = [sys.executable, "-m", "oel_ray", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
@@ -117,7 +118,7 @@ def test_killed_between_stages_it_goes_on_to_the_same_bytes(
     again = oel("run", "--resume", "--run-dir", str(folder))
     assert again.returncode == 0, again.stderr
     assert "evaluate" not in again.stderr, "a finished run did something again"
-    left = [p for p in psutil.process_iter() if p.pid not in before and is_ours(p)]
+    left = [process for process in psutil.process_iter() if process.pid not in before and is_ours(process)]
     assert not left, left
 
 
@@ -150,8 +151,11 @@ def stages(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def is_ours(process: psutil.Process) -> bool:
+    """Whether a process of a run is one of these tests'. Those that lost their variables count as ours."""
     try:
         title = " ".join(process.cmdline()) or process.name()
+        mark = process.environ().get(MARK, str(os.getpid()))
     except psutil.Error:
         return False
-    return any(word in title for word in ("ray::", "raylet", "gcs_server", "VLLM::", "oel_ray"))
+    named = any(word in title for word in ("ray::", "raylet", "gcs_server", "VLLM::", "oel_ray"))
+    return named and mark == str(os.getpid())

@@ -29,7 +29,7 @@ SMALL = [
     "engines.count=1",
 ]
 MARK = "OEL_RAY_TEST_RUN_OF"
-BOUNDARIES = ["0:evaluate", "1:extract", "1:consolidate:moved"]
+BOUNDARIES = ["1:consolidate:moved"]
 ALL_BOUNDARIES = ["0:prepare", "0:evaluate", "1:collect", "1:extract", "1:evaluate_in_context", "1:consolidate:moved"]
 
 

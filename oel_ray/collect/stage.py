@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from oel_ray.collect.player import player_actor
 from oel_ray.config import RunConfig
@@ -59,7 +59,7 @@ class Players:
             for reference in ready:
                 index, attempt, actor = running.pop(reference)
                 result = _result(reference, games[index], attempt)
-                if isinstance(result, RayActorError):
+                if isinstance(result, RayActorError | OutOfMemoryError):
                     free = deque(other for other in free if other != actor)
                     if not free and not running:
                         raise RunFailed(f"all players died: {str(result).splitlines()[0]}")
@@ -117,7 +117,7 @@ def _result(reference: Any, game: Game, attempt: int) -> tuple[Trajectory, bool]
     try:
         result: tuple[Trajectory, bool] = ray.get(reference)  # ready
         return result
-    except (RayTaskError, RayActorError) as error:
+    except (RayTaskError, RayActorError, OutOfMemoryError) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if attempt < _ATTEMPTS and not isinstance(cause, EngineUnavailable):
             failed: Exception = error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from oel_ray.config import EnginesConfig
 from oel_ray.engines.engine import Engine
@@ -23,6 +23,8 @@ from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
 
 POOL_NAME = "engine-pool"
+DIED = (RayActorError, OutOfMemoryError)
+"""How a call ends whose actor is gone; the second if Ray ended it to save the machine."""
 _REMEMBERED = 100_000
 _CONTROL_DEADLINE_S = 60.0
 
@@ -182,7 +184,7 @@ class PoolClient:
             return await asyncio.wait_for(self._pool.lease.remote(lease, key, tokens), _CONTROL_DEADLINE_S)
         except RayTaskError as error:
             raise _plain(error) from None
-        except (RayActorError, TimeoutError):
+        except (*DIED, TimeoutError):
             raise EngineUnavailable("the engine pool does not answer") from None
 
     async def _generate(self, engine: Any, prompt_ids: Sequence[int], sampling: Sampling, seed: int) -> Generation:
@@ -193,7 +195,7 @@ class PoolClient:
             ray.cancel(call)
             raise
         # What an engine raises reaches us as a RayTaskError that also is of the class of its cause.
-        except (RayActorError, EngineUnavailable, TimeoutError) as error:
+        except (*DIED, EngineUnavailable, TimeoutError) as error:
             raise _EngineFailed from error
         return generation
 
@@ -252,7 +254,7 @@ def _wait(reference: Any, timeout_s: float) -> Any:
         raise EngineUnavailable(f"the engine pool did not answer within {timeout_s:.0f} s") from None
     except RayTaskError as error:
         raise _plain(error) from error
-    except RayActorError as error:
+    except DIED as error:
         raise EngineUnavailable(f"the engine pool died: {_first_line(error)}") from error
 
 
@@ -263,7 +265,7 @@ def _plain(error: RayTaskError) -> RunFailed:
         return _plain(cause)
     if isinstance(cause, RunFailed):
         return cause
-    if isinstance(cause, RayActorError):
+    if isinstance(cause, DIED):
         return EngineUnavailable(f"an engine died: {_first_line(cause)}")
     return RunFailed(f"engines: {type(cause).__name__}: {_first_line(cause)}")
 

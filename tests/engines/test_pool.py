@@ -131,6 +131,20 @@ def test_a_deadline_is_kept_whatever_the_engine_does(monkeypatch: pytest.MonkeyP
         assert_no_load(pool)
 
 
+def test_a_machine_without_memory_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray ends processes when memory runs out; who waits for them is told so by an error of another kind."""
+    with two_engines() as pool:
+
+        def no_memory(reference: object, timeout: float) -> None:
+            raise ray.exceptions.OutOfMemoryError("1 worker was killed\nMemory on the node was 23 GB")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ray, "get", no_memory)
+            with pytest.raises(EngineUnavailable, match=r"^the engine pool died: 1 worker was killed$"):
+                pool.engines()
+        assert len(pool.engines()) == 2
+
+
 def test_an_error_of_the_request_itself_is_not_tried_again() -> None:
     with two_engines() as pool:
         behave("refuse", 0, 1)

@@ -20,7 +20,7 @@ from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.extract.chain import knowledge_id
-from oel_ray.layout import IMPORT_CONSOLIDATION, IMPORT_EXTRACTION, IMPORT_KNOWLEDGE
+from oel_ray.layout import IMPORT_KNOWLEDGE, IMPORT_OF
 from oel_ray.records import (
     EndedBy,
     KnowledgeItem,
@@ -71,7 +71,7 @@ class _GivenTrajectory(Record):
 
 def put_trajectories(folder: RunFolder, number: int, split: TrainingSplit, trajectories: Sequence[Trajectory]) -> None:
     """Put trajectories into a round, as what `extract` or `consolidate` reads."""
-    stage = folder.stage(number, IMPORT_EXTRACTION if split == "extraction" else IMPORT_CONSOLIDATION)
+    stage = folder.stage(number, IMPORT_OF[split])
     target = stage.begin().trajectories(split)
     stage.commit([target], {split: write_jsonl(target, trajectories)})
 
@@ -79,10 +79,8 @@ def put_trajectories(folder: RunFolder, number: int, split: TrainingSplit, traje
 def put_knowledge(folder: RunFolder, number: int, texts: Sequence[KnowledgeText]) -> None:
     """Put knowledge texts into a round, instead of extracted ones."""
     stage = folder.stage(number, IMPORT_KNOWLEDGE)
-    out = stage.begin()
-    for text in texts:
-        out.knowledge(text.seed).write_bytes(text.to_json() + b"\n")
-    stage.commit([out.knowledge(text.seed) for text in texts], {"knowledge": len(texts)})
+    stage.begin()
+    stage.commit_knowledge(texts)
 
 
 def read_knowledge(paths: Sequence[Path], number: int, config: RunConfig, chat: ChatFormat) -> list[KnowledgeText]:
@@ -112,7 +110,7 @@ def read_trajectories(
             given = _GivenTrajectory.model_validate_json(text)
             name = given.id or f"r{number:03d}-{'x' if split == 'extraction' else 'c'}-{line - 1:04d}"
             trajectory = _trajectory(given, name, number, split, config, chat)
-            problem = next(_problems(trajectory, given, ids, config, chat), None)
+            problem = next(_problems(trajectory, ids, config, chat), None)
         except ValidationError as error:
             problem = first_problem(error)
         if problem:
@@ -155,7 +153,7 @@ def _trajectory(
         seed=given.seed,
         map_hash=given.map_hash or content_hash(given.instructions, given.turns[0].observation),
         instructions=given.instructions,
-        template=prompts.GAME_TEMPLATE if config.env.show_actions else prompts.WITHOUT_ACTIONS,
+        template=prompts.game_template(show_actions=config.env.show_actions),
         turns=turns,
         outcome=given.outcome,
         ended_by=given.ended_by,
@@ -166,9 +164,7 @@ def _action(turn: _GivenTurn, chat: ChatFormat) -> str:
     return strip_thinking(turn.response, thinking=chat.thinking) or ""
 
 
-def _problems(
-    trajectory: Trajectory, given: _GivenTrajectory, ids: set[str], config: RunConfig, chat: ChatFormat
-) -> Iterator[str]:
+def _problems(trajectory: Trajectory, ids: set[str], config: RunConfig, chat: ChatFormat) -> Iterator[str]:
     if not _ID.fullmatch(trajectory.id):
         yield f"id {trajectory.id[:50]!r} has characters other than letters, digits and _.:-"
     if trajectory.id in ids:
@@ -178,9 +174,8 @@ def _problems(
             yield f"the feedback of turn {index} is not what turn {index + 1} observes"
     if trajectory.split == "consolidation":
         room = config.engines.max_model_len - config.consolidate.sampling.max_tokens
-        situation = prompts.game_situation(
-            given.instructions, trajectory.turns[:-1], trajectory.turns[-1].observation, trajectory.template
-        )
+        *before, last = trajectory.turns
+        situation = prompts.game_situation(trajectory.instructions, before, last.observation, trajectory.template)
         if (tokens := len(chat.game_ids(situation))) > room:
             yield f"its last prompt has {tokens} tokens, {room} fit beside a response in engines.max_model_len"
 

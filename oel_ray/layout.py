@@ -4,7 +4,7 @@ from pathlib import Path
 
 from oel_ray.config import RunConfig
 from oel_ray.durable import FileEntry
-from oel_ray.records import Record, Split
+from oel_ray.records import Record, Split, TrainingSplit
 
 SCHEMA_VERSION = 1
 CONFIG_FILE, RUN_FILE, STATUS_FILE, METRICS_FILE = "config.yaml", "run.json", "status.json", "metrics.jsonl"
@@ -22,7 +22,8 @@ EVALUATE = "evaluate"
 IMPORT_EXTRACTION = "import_extraction"
 IMPORT_CONSOLIDATION = "import_consolidation"
 IMPORT_KNOWLEDGE = "import_knowledge"
-IMPORTS = (IMPORT_EXTRACTION, IMPORT_CONSOLIDATION, IMPORT_KNOWLEDGE)
+IMPORT_OF: dict[TrainingSplit, str] = {"extraction": IMPORT_EXTRACTION, "consolidation": IMPORT_CONSOLIDATION}
+IMPORTS = (*IMPORT_OF.values(), IMPORT_KNOWLEDGE)
 
 
 def planned_stages(config: RunConfig, round_number: int) -> list[str]:

@@ -119,9 +119,7 @@ class Rounds:
                 self.pool.client,
                 lambda done, _: progress.update(done),
             )
-            for text in texts:
-                stage.out.knowledge(text.seed).write_bytes(text.to_json() + b"\n")
-            stage.commit([stage.out.knowledge(text.seed) for text in texts], {"knowledge": len(texts)})
+            stage.commit_knowledge(texts)
 
     def evaluate_in_context(self, number: int) -> None:
         """The teacher's view: the policy that played, with the knowledge in its prompt."""

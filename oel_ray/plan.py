@@ -59,22 +59,26 @@ class Reading(NamedTuple):
         return self.knowledge + self.response
 
 
-def readings(config: RunConfig) -> list[Reading]:
-    """The four ways in which a model reads a prompt in a run, those that it makes use of."""
-    collect, extract, evaluate = config.collect, config.extract, config.evaluate
-    # One bound for all games of a player, as in `oel_ray.collect.stage.players`.
+def play_response(config: RunConfig) -> tuple[str, int]:
+    """The longest response of a game, the one bound of all games of a player: the key that says so, and its tokens."""
     samplings = {
-        "collect.sampling": collect.sampling,
-        "collect.extraction_sampling": collect.sampling_for("extraction"),
-        "evaluate.sampling": evaluate.sampling,
+        "collect.sampling": config.collect.sampling,
+        "collect.extraction_sampling": config.collect.sampling_for("extraction"),
+        "evaluate.sampling": config.evaluate.sampling,
     }
     key, longest = max(samplings.items(), key=lambda item: item[1].max_tokens)
-    response_key = f"{key}.max_tokens"
+    return f"{key}.max_tokens", longest.max_tokens
+
+
+def readings(config: RunConfig) -> list[Reading]:
+    """The four ways in which a model reads a prompt in a run, those that it makes use of."""
+    extract, evaluate = config.extract, config.evaluate
+    response_key, response = play_response(config)
     keys: tuple[str, ...]
-    found = [Reading("play", 0, longest.max_tokens, (response_key,))]
+    found = [Reading("play", 0, response, (response_key,))]
     if evaluate.enabled and evaluate.in_context:
         keys = ("extract.max_tokens", response_key)
-        found.append(Reading("in context", extract.max_tokens, longest.max_tokens, keys))
+        found.append(Reading("in context", extract.max_tokens, response, keys))
     if extract.format != "raw":
         known = extract.max_tokens if extract.show_previous else 0
         keys = (*["extract.max_tokens"] * extract.show_previous, "extract.sampling.max_tokens")

@@ -15,6 +15,7 @@ GAME_TEMPLATE = "turns-1"
 WITHOUT_ACTIONS = "turns-1-no-actions"
 """The same wording without the player's own actions, as the official code shows Sokoban."""
 
+
 ITEM_MARKER = "- EXPERIENCE ITEM:"
 
 GAME_HEAD = (
@@ -24,6 +25,11 @@ GAME_HEAD = (
 )
 
 _QUESTION = "Which action do you take now? Finish with exactly one action in square brackets."
+
+
+def game_template(*, show_actions: bool) -> str:
+    """The name of the wording that games are played with."""
+    return GAME_TEMPLATE if show_actions else WITHOUT_ACTIONS
 
 
 def knowledge_section(knowledge: str) -> str:

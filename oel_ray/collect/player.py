@@ -37,7 +37,7 @@ async def play(
     observation = environment.reset()
     ended_by: EndedBy = "turn_limit"
     outcome = f"The game was stopped after {config.max_turns} turns."
-    template = prompts.GAME_TEMPLATE if config.show_actions else prompts.WITHOUT_ACTIONS
+    template = prompts.game_template(show_actions=config.show_actions)
     for number in range(config.max_turns):
         situation = prompts.game_situation(environment.instructions, turns, observation, template)
         prompt_ids = chat.game_ids(situation, knowledge)

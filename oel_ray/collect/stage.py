@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from oel_ray.collect.player import player_actor
 from oel_ray.config import RunConfig
+from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, RunFailed, one_line
+from oel_ray.plan import play_response
 from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
 
 PLAYER_CPUS = 1
@@ -59,7 +61,7 @@ class Players:
             for reference in ready:
                 index, attempt, actor = running.pop(reference)
                 result = _result(reference, games[index], attempt)
-                if isinstance(result, RayActorError | OutOfMemoryError):
+                if isinstance(result, DIED):
                     free = deque(other for other in free if other != actor)
                     if not free and not running:
                         raise RunFailed(f"all players died: {str(result).splitlines()[0]}")
@@ -78,8 +80,7 @@ class Players:
 def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Players]:
     """Start the player actors of a run; `policy` gives the tokenizer, which no round changes."""
     collect = config.collect
-    samplings = (collect.sampling, collect.sampling_for("extraction"), config.evaluate.sampling)
-    longest_response = max(sampling.max_tokens for sampling in samplings)
+    _, longest_response = play_response(config)
     actors: list[Any] = []
     try:
         for index in range(collect.players):
@@ -117,7 +118,7 @@ def _result(reference: Any, game: Game, attempt: int) -> tuple[Trajectory, bool]
     try:
         result: tuple[Trajectory, bool] = ray.get(reference)  # ready
         return result
-    except (RayTaskError, RayActorError, OutOfMemoryError) as error:
+    except (RayTaskError, *DIED) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if attempt < _ATTEMPTS and not isinstance(cause, EngineUnavailable):
             failed: Exception = error

@@ -1,0 +1,158 @@
+"""The worlds, demonstrations and tokenizer that the micro model is made with, and the model that comes with oel-ray."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.micro_model import demonstrations as shown
+from examples.micro_model.evaluate import GATE, PARAMS, Model, extraction, knowledge, play, renamed
+from examples.micro_model.tokenizer import END, START, build_tokenizer
+from examples.micro_model.train import build_model
+from examples.micro_model.worlds import CELLS, LETTERS, REAL, STEPS, World, make_move, neighbour, worlds
+from oel_ray.chat import ChatFormat, strip_thinking
+from oel_ray.envs import make
+from oel_ray.envs.textarena import read_action
+from oel_ray.extract.items import structured_items
+from oel_ray.models import resolve_model
+from oel_ray.prompts import GAME_HEAD, game_situation
+
+WORLDS = st.sampled_from(worlds("train"))
+SEEDS = st.integers(0, 2**32)
+TOKENIZER = build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatFormat:
+    return ChatFormat(TOKENIZER, thinking=True)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_with_the_real_letters_a_world_is_the_real_game_to_the_byte(seed: int) -> None:
+    game, rng = make("FrozenLake-v0", seed, PARAMS), random.Random(seed)
+    board = shown.parse_board(game.reset())
+    start, warned = board.player, False
+    assert board.observation() == game.reset()
+    assert game.instructions == shown.INSTRUCTIONS
+    for _ in range(12):
+        move = rng.choice(list(STEPS))
+        step = game.step(f"[{move}]")
+        happened = make_move(World(*REAL), board, start, move, warned=warned)
+        assert (happened.feedback, happened.outcome) == (step.feedback, step.outcome)
+        warned, board = happened.board.player == board.player, happened.board
+        if step.done:
+            return
+
+
+def test_the_real_letters_are_in_no_split_and_held_out_worlds_are_not_trained_on() -> None:
+    train, held_out = worlds("train"), worlds("held_out")
+    assert World(*REAL) not in train + held_out
+    assert not set(train) & set(held_out)
+    assert len(set(train)) + len(set(held_out)) == len(LETTERS) * (len(LETTERS) - 1) - 1
+    assert {letter for world in train for letter in world} == set(LETTERS)
+
+
+def test_renaming_changes_nothing_but_the_letters_of_a_board() -> None:
+    observation = make("FrozenLake-v0", 3, PARAMS).reset()
+    other = renamed(observation, World("X", "H"))
+    assert (observation.count("H  |"), observation.count("G  |")) == (other.count("X  |"), other.count("H  |"))
+    assert other.replace("  H  ", "  G  ").replace("  X  ", "  H  ") == observation
+    assert "GAME" in renamed("GAME HALL", World("X", "Y"))
+
+
+@given(WORLDS, SEEDS)
+def test_a_player_that_was_told_goes_a_shortest_way(world: World, seed: int) -> None:
+    rng = random.Random(seed)
+    told = knowledge(rng.choice(["all", "hole", "goal", "repeated", "phrased"]), world, rng)
+    played = shown.play(world, told, rng, limit=16, wander=0.0, thoughts=False)
+    assert played.stepped_on == world.goal
+
+
+@given(WORLDS, SEEDS)
+def test_a_player_says_that_it_guesses_if_and_only_if_it_was_told_nothing_of_what_it_sees(
+    world: World, seed: int
+) -> None:
+    rng = random.Random(seed)
+    state = rng.choice(["all", "hole", "goal", "none", "strangers"])
+    sampled = [shown.player_sample(world, rng, history=False) for _ in range(3)]
+    for sample in sampled:
+        assert read_action(sample.answer, moves_only=True)
+    board = shown.anywhere(world, rng)
+    held = shown.beliefs(board, knowledge(state, world, rng), rng)
+    answers = [shown.player_answer(board, held, rng) for _ in range(60)]
+    guessed = sum(shown.PUZZLED in answer for answer in answers)
+    assert (30 < guessed <= 60) if state in {"none", "strangers"} else guessed == 0
+
+
+@given(WORLDS, SEEDS)
+def test_the_listing_and_the_judgements_are_true(world: World, seed: int) -> None:
+    rng = random.Random(seed)
+    board = shown.anywhere(world, rng)
+    held = shown.Beliefs(world.hole, world.goal, frozenset({"hole", "goal"}))
+    answer = shown.player_answer(board, held, rng)
+    for cell in CELLS:
+        assert f" {board.at(cell)}{cell}" in answer
+    for move in STEPS:
+        beside = neighbour(board.player, move)
+        role = {world.hole: "hole", world.goal: "goal", ".": "free"}
+        assert (
+            f"\n{move} {'wall' if beside is None else f'{beside} {board.at(beside)} {role[board.at(beside)]}'}\n"
+            in answer
+        )
+
+
+@given(WORLDS, SEEDS)
+def test_an_extractor_writes_what_the_last_move_proves_and_nothing_else(world: World, seed: int) -> None:
+    sample = shown.extractor_sample(world, random.Random(seed))
+    items = structured_items(strip_thinking(sample.answer, thinking=True) or "")
+    lost, won = "You fell into a hole!" in sample.situation, "You reached the goal!" in sample.situation
+    assert items == [shown.item("hole", world.hole)] * lost + [shown.item("goal", world.goal)] * won
+
+
+@given(WORLDS, SEEDS)
+def test_knowledge_is_read_by_majority(world: World, seed: int) -> None:
+    rng = random.Random(seed)
+    hole, goal = shown.item("hole", world.hole, rng), shown.item("goal", world.goal, rng)
+    mistake = shown.item("hole", world.goal, rng)
+    assert shown.read_knowledge("\n".join([mistake, hole, goal, hole])) == {"hole": world.hole, "goal": world.goal}
+    assert shown.read_knowledge("\n".join([mistake, hole, goal])) == {"goal": world.goal}
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_survives_the_tokenizer(text: str) -> None:
+    tokenizer = TOKENIZER
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) == text
+
+
+def test_what_always_stands_together_is_one_token(chat: ChatFormat) -> None:
+    board = shown.anywhere(World("K", "L"), random.Random(0))
+    prompt = chat.game_ids(game_situation(shown.INSTRUCTIONS, [], board.observation()))
+    assert len(prompt) < 55
+    assert chat.count(GAME_HEAD) == 1
+    assert chat.count(shown.item("hole", "K")) == 3
+    assert not {chat.tokenizer.convert_tokens_to_ids(token) for token in (START, END)} & set(chat._ids(START + END))
+
+
+def test_the_packaged_model_is_what_its_card_says(chat: ChatFormat) -> None:
+    folder = resolve_model("micro", print)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert 2e6 <= sum(p.numel() for p in build_model(chat.tokenizer).parameters()) <= 5e6
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
+    packaged = ChatFormat.from_pretrained(folder, thinking=True)
+    packaged.check_thinking()
+    assert packaged.tokenizer.get_vocab() == chat.tokenizer.get_vocab()
+
+
+def test_the_packaged_model_passes_the_gate_and_extracts_what_is_true() -> None:
+    model, rng, world = Model(Path(resolve_model("micro", print)), seed=0), random.Random(0), World(*REAL)
+    told, _ = play(model, [(world, number, knowledge("all", world, rng)) for number in range(32)])
+    untold, _ = play(model, [(world, number, "") for number in range(32)])
+    assert sum(game.won for game in told) / 32 >= GATE["all"]
+    assert sum(game.won for game in untold) / 32 <= GATE["none"]
+    precision, recall = extraction(model, told + untold)
+    assert precision >= 0.9
+    assert recall >= 0.7

@@ -183,6 +183,17 @@ def show(
 
 
 @app.command()
+def report(
+    run_dir: RunDir,
+    out: Annotated[Path | None, typer.Option(help="Where to write it.  [RUN_DIR/report]")] = None,
+) -> None:
+    """Write a page about a run, with its figures: one HTML file that needs no network, and PNGs."""
+    from oel_ray.report.page import write_report
+
+    print(write_report(run_dir, out))
+
+
+@app.command()
 def verify(
     run_dir: RunDir,
     replay: Annotated[bool, typer.Option("--replay", help="Also play every evaluation game again.")] = False,

@@ -79,7 +79,7 @@ def next_steps(path: Path) -> str:
             last["what it learned"] = f"oel show {path} {orjson.loads(texts[0].read_bytes())['id']}"
         if CONSOLIDATE in stages:
             last["the policy"] = str(path / files.policy.relative_to(folder.path))
-    places = {"this table": lines[0], **last, "is it sound?": lines[1]}
+    places = {"this table": lines[0], "as a page": f"oel report {path}", **last, "is it sound?": lines[1]}
     width = max(map(len, places)) + 2
     return "\n".join(f"{name + ':':<{width}} {where}" for name, where in places.items())
 

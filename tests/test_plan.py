@@ -4,8 +4,8 @@ from oel_ray.configure import load_config
 from oel_ray.plan import Demand, demand, explain, headline, readings
 
 
-def test_the_sizes_of_the_quickstart() -> None:
-    config = load_config("quickstart")
+def test_the_sizes_of_a_small_run() -> None:
+    config = load_config("smollm2")
     assert explain(config) == [
         "stages       12 in rounds 0 to 2",
         "games        T = 4 and T' = 6 a round, 20 in all",
@@ -23,14 +23,14 @@ def test_the_sizes_of_the_quickstart() -> None:
 
 
 def test_without_evaluation_and_extraction() -> None:
-    config = load_config("quickstart", ["evaluate.enabled=false", "extract.format=raw"])
+    config = load_config("smollm2", ["evaluate.enabled=false", "extract.format=raw"])
     assert [reading.name for reading in readings(config)] == ["play", "teacher"]
     assert explain(config)[0] == "stages       7 in rounds 0 to 2"
     assert headline(config).endswith("0 extractions, at most 30 training samples, 0 evaluation games")
 
 
 def test_what_is_read_by_whom() -> None:
-    config = load_config("quickstart", ["extract.show_previous=false", "collect.sampling.max_tokens=99"])
+    config = load_config("smollm2", ["extract.show_previous=false", "collect.sampling.max_tokens=99"])
     assert [(reading.knowledge, reading.response) for reading in readings(config)] == [
         (0, 99),
         (192, 99),  # one bound for all games of a player
@@ -47,7 +47,7 @@ def test_what_is_read_by_whom() -> None:
 
 def test_the_demand_on_cpus_and_on_gpus() -> None:
     changes = ["engines.cpu_threads=3", "engines.tensor_parallel=2", "consolidate.workers=4", "engines.device=auto"]
-    config = load_config("quickstart", changes)
+    config = load_config("smollm2", changes)
     cpu, gpu = demand(config, on_gpu=False), demand(config, on_gpu=True)
     assert (cpu, cpu.cpus, cpu.gpus) == (Demand(6, 2, 4), 12, 0)
     assert (gpu, gpu.cpus, gpu.gpus) == (Demand(2, 2, 4, 4, 4), 8, 8)

@@ -1,8 +1,11 @@
 """What the micro model is shown: a player that thinks aloud, and an extractor. Runs in the trainer's data workers.
 
-The player lists the board cell by cell with coordinates, says what it takes the symbols to stand for, finds itself and
-the goal, judges its four neighbours and moves. What it was not told it guesses, anew every turn, and says so first.
-The extractor looks up what stood where the last move led.
+The player says what it takes the marks to stand for, lists the board by that, cell by cell with coordinates, finds
+itself and the goal, judges its four neighbours and moves. What it was not told it guesses, anew every
+turn, and says so. The extractor looks up what the last move led onto.
+
+The order matters to a model of this size. The listing stands at a fixed distance behind the board, so that a cell is
+copied by position; everything after it is found by looking for a word or a coordinate that occurred before.
 """
 
 import random
@@ -12,7 +15,6 @@ from typing import NamedTuple
 
 from examples.micro_model.worlds import (
     CELLS,
-    FREE,
     LETTERS,
     LIMIT,
     PLAYER,
@@ -36,7 +38,6 @@ INSTRUCTIONS = (
     "action with its square brackets."
 )
 
-OPENING = "The board:"
 HOLES_ARE, GOAL_IS = "Holes are marked", "The goal is marked"
 HOLE_PHRASINGS = (HOLES_ARE, "A hole is shown as", "The game is lost on", "Keep away from")
 GOAL_PHRASINGS = (GOAL_IS, "The goal is shown as", "The game is won on", "Move towards")
@@ -44,13 +45,11 @@ GOAL_PHRASINGS = (GOAL_IS, "The goal is shown as", "The game is won on", "Move t
 
 PUZZLED = (
     "Nothing I was told says what the marks on this board stand for. One may be a hole and the other the goal, or it "
-    "is the other way round. So I can only guess this time."
+    "is the other way round. So this is no more than a guess."
 )
-SO_GOAL, SO_HOLE = "So the other mark must be the goal.", "So the other mark must be a hole."
-"""How the player concludes from one of the two to the other."""
 
 UNADMITTED = 0.12
-"""Share of guesses that are stated like knowledge. Built in: on-policy distillation can only raise what is sampled."""
+"""Share of guesses that are not called so. Built in: on-policy distillation can only raise what is sampled."""
 
 
 class Beliefs(NamedTuple):
@@ -108,26 +107,21 @@ def choose_move(board: Board, held: Beliefs) -> str:
     return min(safe or list(moves), key=lambda move: way.get(moves[move], 99))
 
 
-def player_answer(board: Board, held: Beliefs, rng: random.Random) -> str:
-    """The whole response, behind the template's opening of the thinking block."""
-    rows = ["".join(f" {board.at((row, column))}({row}, {column})" for column in range(SIZE)) for row in range(SIZE)]
-    lines = [OPENING + rows[0], *rows[1:]]
-    hole, goal = f" {HOLES_ARE} {held.hole}.", f" {GOAL_IS} {held.goal}."
-    if len(held.told) == 2:
-        said = hole + goal
-    elif "hole" in held.told:
-        said = f"{hole} {SO_GOAL}{goal}"
-    elif "goal" in held.told:
-        said = f"{goal} {SO_HOLE}{hole}"
-    elif rng.random() < UNADMITTED:
-        said = hole + goal
-    else:
-        said = f" {PUZZLED}{hole}{goal}"
+def player_answer(board: Board, held: Beliefs, rng: random.Random, move: str = "") -> str:
+    """The whole response, behind the template's opening of the thinking block; `move` instead of the best one."""
+    move = move or choose_move(board, held)
+    lines = [f"{HOLES_ARE} {held.hole}. {GOAL_IS} {held.goal}."]
+    for row in range(SIZE):
+        cells = ((row, column) for column in range(SIZE))
+        lines.append("".join(f" {'me' if cell == board.player else _role(board, held, cell)}{cell}" for cell in cells))
+    puzzled = not held.told and rng.random() >= UNADMITTED
     target = nearest(board, held)
-    heading = "".join(f" {move}" for move in _towards(board.player, target))
-    lines += [f"{said} I am at {PLAYER}{board.player}, the goal at {held.goal}{target}:{heading}"]
-    lines += [f"{move} {_judged(board, held, move)}" for move in STEPS]
-    return "\n".join(lines) + f"\n</think>\n[{choose_move(board, held)}]"
+    heading = "".join(f" {towards}" for towards in _towards(board.player, target))
+    lines += [f" {PUZZLED}" * puzzled + f" I am at {board.player}, the goal at {target}:{heading}"]
+    lines += [f"{towards} {_judged(board, held, towards)}" for towards in STEPS]
+    onto = neighbour(board.player, move)
+    lines += [f"So {move}:{_named(board, held, onto) if onto else ' wall'}"]
+    return "\n".join(lines) + f"\n</think>\n[{move}]"
 
 
 def nearest(board: Board, held: Beliefs) -> Cell:
@@ -143,10 +137,17 @@ def _towards(here: Cell, there: Cell) -> list[str]:
 
 def _judged(board: Board, held: Beliefs, move: str) -> str:
     beside = neighbour(board.player, move)
-    if beside is None:
-        return "wall"
-    symbol = board.at(beside)
-    return f"{beside} {symbol} {'free' if symbol == FREE else 'hole' if symbol == held.hole else 'goal'}"
+    return f"{beside}{_named(board, held, beside)}" if beside else "wall"
+
+
+def _named(board: Board, held: Beliefs, cell: Cell) -> str:
+    """What a cell is taken for, with its mark."""
+    mark = board.marks.get(cell)
+    return f" {_role(board, held, cell)}" + (f" {mark}" if mark else "")
+
+
+def _role(board: Board, held: Beliefs, cell: Cell) -> str:
+    return {held.hole: "hole", held.goal: "goal"}.get(board.marks.get(cell, ""), "free")
 
 
 def draw_knowledge(world: World, rng: random.Random) -> str:
@@ -213,9 +214,7 @@ def play(world: World, knowledge: str, rng: random.Random, *, limit: int, wander
     while len(turns) < limit and not outcome:
         held = beliefs(board, knowledge, rng)
         move = rng.choice(list(STEPS)) if rng.random() < wander else choose_move(board, held)
-        answer = f"[{move}]"
-        if thoughts:
-            answer = player_answer(board, held, rng).rpartition("\n")[0] + f"\n[{move}]"
+        answer = player_answer(board, held, rng, move) if thoughts else f"[{move}]"
         happened = make_move(world, board, start, move, warned=warned)
         warned = happened.board.player == board.player
         turns.append(turn(observation, answer, f"[{move}]", happened.feedback))
@@ -265,12 +264,9 @@ def extractor_sample(world: World, rng: random.Random) -> Sample:
 
 
 def extractor_answer(world: World, played: Played) -> str:
-    """What the last move led to, and the one item that this proves."""
+    """What the last move led onto, and the one item that this proves."""
     if not played.stepped_on:
-        return " The last move led to no mark. It shows nothing new.\n</think>\nNothing new."
+        return "The last move led onto no mark. It shows nothing new.\n</think>\nNothing new."
     role = "hole" if played.stepped_on == world.hole else "goal"
     proof = "That was a hole." if role == "hole" else "That was the goal."
-    return (
-        f" The last move led to {played.board.player}, where {played.stepped_on} stood. {proof}\n</think>\n"
-        f"{item(role, played.stepped_on)}"
-    )
+    return f"The last move led onto {played.stepped_on}. {proof}\n</think>\n{item(role, played.stepped_on)}"

@@ -46,7 +46,7 @@ def build_tokenizer() -> Any:
 
 def _pieces() -> Iterable[str]:
     yield from string.printable
-    yield from (f" {letter}" for letter in (*LETTERS, PLAYER, "."))
+    yield from (f" {letter}" for letter in LETTERS)
     yield from (f"({row}, {column})" for row, column in CELLS)
     yield from (f"  {letter}  " for letter in (*LETTERS, PLAYER, " "))
     yield from (f" {PLAYER}/{letter} " for letter in LETTERS)
@@ -54,7 +54,14 @@ def _pieces() -> Iterable[str]:
     yield from _sentences()
     yield from _words(f" {demonstrations.PUZZLED}")
     for move in STEPS:
-        yield from (f"\n{move} ", f"\n</think>\n[{move}]", f" {move}", f" [{move}]", WALL_NOTICE.format(move=move))
+        yield from (
+            f"\n{move} ",
+            f"\nSo {move}:",
+            f"\n</think>\n[{move}]",
+            f" {move}",
+            f" [{move}]",
+            WALL_NOTICE.format(move=move),
+        )
         yield from (f"You moved {move} to position ", f"[{move}]\n\n")
         yield f"Invalid Move: You tried to move {move} but hit a wall!"
 
@@ -78,22 +85,22 @@ def _sentences() -> Iterable[str]:
     for phrase in (*demonstrations.HOLE_PHRASINGS, *demonstrations.GOAL_PHRASINGS):
         yield from (f" {phrase}", f"{ITEM_MARKER} {phrase}", f"\n{ITEM_MARKER} {phrase}")
     yield from (
-        demonstrations.OPENING,
-        " I am at",
-        f" {demonstrations.SO_GOAL}",
-        f" {demonstrations.SO_HOLE}",
-        ", the goal at",
+        demonstrations.HOLES_ARE,
+        " I am at ",
+        ", the goal at ",
         " free",
         " hole",
         " goal",
+        " me",
         "wall",
+        " wall",
     )
     yield from ("user\n", "assistant\n<think>\n", "\n</think>\n", "\n</think>\n\n", "</think>", "<think>\n")
     yield from ("You fell into a hole! Game over. You completed ", "% of the journey to the goal.")
     yield from ("Congratulations! You reached the goal!", "The game was stopped after ", " turns.")
     nothing = demonstrations.Played([], "", Board({}, (0, 0)), "", "")
     yield from re.split(r"(\n</think>\n)", demonstrations.extractor_answer(World("H", "G"), nothing))
-    yield from (" The last move led to ", ", where", " stood. That was a hole.", " stood. That was the goal.")
+    yield from ("The last move led onto", ". That was a hole.", ". That was the goal.")
     yield from (str(number) for number in range(LIMIT + 1))
 
 

@@ -13,7 +13,6 @@ from oel_ray.envs.solvers import MOVES, Cell
 
 SIZE = 4
 PLAYER = "P"
-FREE = "."
 LETTERS = tuple("ABCDEFGHIJKLMNOQRSTUVWXYZ")
 """What holes and goals may be marked with: all capitals but the player's."""
 
@@ -64,10 +63,6 @@ class Board(NamedTuple):
         """What the player is shown; `notice` says what its last move did."""
         board = f"Current Board:\n\n{self.shown()}\n\n{_ACTIONS}"
         return f"{notice}\n\n{board}" if notice else board
-
-    def at(self, cell: Cell) -> str:
-        """The symbol of a cell in the player's own notation."""
-        return PLAYER if cell == self.player else self.marks.get(cell, FREE)
 
     def _content(self, cell: Cell) -> str:
         mark = self.marks.get(cell, " ")

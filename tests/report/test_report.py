@@ -1,0 +1,129 @@
+"""`oel report` on run folders built by hand."""
+
+import re
+from pathlib import Path
+
+import orjson
+import pytest
+
+from oel_ray.errors import UserError
+from oel_ray.records import EvaluationGame, KnowledgeText
+from oel_ray.report.data import choose_pairs, read_report
+from oel_ray.report.page import write_report
+from oel_ray.runs import RunFolder
+from tests.example_run import STAGES, WON, build, games, small_config
+
+SCRIPT = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("runs") / "example")
+
+
+def test_what_is_read_are_the_numbers_of_the_files(run: Path) -> None:
+    report = read_report(run)
+    assert [data.number for data in report.rounds] == [0, 1, 2]
+    first, second, _ = report.rounds
+    assert first.policy is not None
+    assert (first.policy.pass_rate, first.policy.random, first.policy.oracle) == (0.75, 0.11, 1.0)
+    assert (first.in_context, first.kl, first.knowledge) == (None, [], [])
+    assert second.in_context is not None
+    assert second.in_context.pass_rate == sum(WON) / len(WON)
+    assert second.kl == pytest.approx([0.4, 0.2, 0.4 / 3])
+    assert [(text.id, text.read) for text in second.knowledge] == [("r001-k00", 2), ("r001-k01", 2)]
+    (item,) = second.knowledge[0].items
+    assert (item.text, item.times) == ("- EXPERIENCE ITEM: thing 1", 1)
+    assert [game.id for game in item.sources] == ["r001-extraction-0001"]
+
+
+def test_the_headline_has_both_rates_with_their_intervals(run: Path) -> None:
+    headline = read_report(run).headline
+    assert "75 ± 28 % before, 75 ± 28 % after round 2" in headline  # 1.96 * 0.1443
+    assert "1.00 times" in headline
+
+
+def test_the_games_shown_are_first_of_all_one_that_was_lost_and_is_won() -> None:
+    before, after = games(0, "policy"), games(1, "policy")
+    changed = [
+        game.model_copy(update={"success": not game.success}) if n == 5 else game for n, game in enumerate(after)
+    ]
+    before = [game.model_copy(update={"success": False}) if n == 5 else game for n, game in enumerate(before)]
+    changed[5] = changed[5].model_copy(update={"success": True})
+    pairs = choose_pairs(before, changed, 3)
+    assert (pairs[0].before.success, pairs[0].after.success) == (False, True)
+    assert all(pair.before.map_hash == pair.after.map_hash for pair in pairs)
+    assert all(pair.before.sampling_seed == pair.after.sampling_seed for pair in pairs)
+    assert len({pair.before.map_hash for pair in pairs}) == 3
+
+
+def test_equal_items_are_shown_once(tmp_path: Path) -> None:
+    run = build(tmp_path / "run")
+    file = run / "rounds/001/knowledge/seed-00.json"
+    text = KnowledgeText.from_json(file.read_bytes())
+    file.write_bytes(text.model_copy(update={"items": text.items * 5}).to_json())
+    (item,) = read_report(run).rounds[1].knowledge[0].items
+    assert (item.times, len(item.sources)) == (5, 3)
+    assert "5 times" in write_report(run).read_text()
+
+
+def test_the_page_stands_alone_and_is_the_same_every_time(run: Path, tmp_path: Path) -> None:
+    page = write_report(run, tmp_path / "a")
+    text = page.read_text()
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!#)", text), "the page loads something"
+    assert "@import" not in text
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", text)
+    assert text.count("<svg") == 4
+    again = write_report(run, tmp_path / "b")
+    assert again.read_bytes() == page.read_bytes()
+    for name in ("pass_rate", "tokens", "reverse_kl", "time"):
+        png = (tmp_path / "a" / f"{name}.png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert png == (tmp_path / "b" / f"{name}.png").read_bytes()
+
+
+def test_what_games_and_models_wrote_is_text(tmp_path: Path) -> None:
+    run = build(tmp_path / "run")
+    game_file, text_file = run / "rounds/000/evaluation.jsonl", run / "rounds/001/knowledge/seed-00.json"
+    lines = [EvaluationGame.from_json(line) for line in game_file.read_bytes().splitlines()]
+    hostile = [
+        line.turns[0].model_copy(update={"response": SCRIPT, "observation": SCRIPT, "action": SCRIPT}) for line in lines
+    ]
+    changed = [
+        line.model_copy(update={"turns": [turn], "outcome": SCRIPT}) for line, turn in zip(lines, hostile, strict=True)
+    ]
+    game_file.write_bytes(b"".join(line.to_json() + b"\n" for line in changed))
+    text = KnowledgeText.from_json(text_file.read_bytes())
+    items = [text.items[0].model_copy(update={"text": SCRIPT})]
+    text_file.write_bytes(text.model_copy(update={"items": items}).to_json())
+    page = write_report(run).read_text()
+    assert SCRIPT not in page
+    assert page.count("&lt;script&gt;") > 5
+
+
+@pytest.mark.parametrize("done", range(8))
+def test_an_unfinished_run_has_a_page_too(done: int, tmp_path: Path) -> None:
+    plan = [(0, "prepare"), (0, "evaluate"), (1, "collect"), (1, "extract")]
+    plan += [(1, "evaluate_in_context"), (1, "consolidate"), (1, "evaluate"), (2, "collect")]
+    with RunFolder.create(tmp_path / "run", small_config()) as folder:
+        for number, name in plan[:done]:
+            STAGES[name](folder.stage(number, name))
+    page = write_report(tmp_path / "run").read_text()
+    assert ("Not yet" in page) == (done < 7)
+
+
+def test_a_report_changes_nothing_else_in_the_run(run: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if "report" not in path.parts}
+    write_report(run, tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if "report" not in path.parts}
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_samples_of_a_round_are_counted(run: Path) -> None:
+    samples = (run / "rounds/001/consolidation/samples.jsonl").read_bytes().splitlines()
+    assert read_report(run).rounds[1].counts["samples"] == len([orjson.loads(line) for line in samples])

@@ -251,11 +251,11 @@ def parse_board(observation: str) -> Board:
 
 def extractor_sample(world: World, rng: random.Random) -> Sample:
     """The record of a game and what it teaches, or that it teaches nothing."""
-    knowledge = draw_knowledge(world, rng) if rng.random() < 0.3 else ""
-    limit = rng.choice([2, 3, 4, 5, LIMIT])
+    knowledge = draw_knowledge(world, rng) if rng.random() < 0.5 else ""
+    limit = rng.choice([2, 3, 4, LIMIT, LIMIT])
     while True:
         played = play(world, knowledge, rng, limit=limit, wander=rng.choice([0.1, 0.5]), thoughts=True)
-        if len(played.turns) <= 4 or rng.random() < 0.3:
+        if len(played.turns) <= 4 or rng.random() < 0.5:
             break
     outcome = played.outcome or f"The game was stopped after {len(played.turns)} turns."
     game = transcript(INSTRUCTIONS, played.turns, outcome)

@@ -41,7 +41,7 @@ def mixture(progress: float) -> Mixture:
     """Single boards first, then everything. `progress` goes from 0 to 1."""
     if progress < 0.2:
         return Mixture(0.0, 0.0)
-    return Mixture(0.2, 0.1)
+    return Mixture(0.2, 0.12)
 
 
 def build_model(tokenizer: Any, *, hidden: int = 192, layers: int = 4, heads: int = 4, mlp: int = 512) -> Any:
@@ -154,7 +154,7 @@ class Optimizers:
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the model; training goes on from what lies there.")],
-    tokens: Annotated[float, typer.Option(help="Tokens to train on, prompts and padding included.")] = 12e6,
+    tokens: Annotated[float, typer.Option(help="Tokens to train on, prompts and padding included.")] = 8e6,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the matrices (Muon).")] = 6e-3,
     budget: Annotated[int, typer.Option(help="Tokens of a batch, over all workers.")] = 8000,
     workers: Annotated[int, typer.Option(help="Processes; one per core.")] = 2,

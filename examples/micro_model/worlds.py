@@ -13,8 +13,10 @@ from oel_ray.envs.solvers import MOVES, Cell
 
 SIZE = 4
 PLAYER = "P"
-LETTERS = tuple("ABCDEFGHIJKLMNOQRSTUVWXYZ")
-"""What holes and goals may be marked with: all capitals but the player's."""
+LETTERS = tuple("ABCDEFGHJKLMNOQRSTUVWXYZbcdefghijklmnopqrstuvwxyz")
+"""What holes and goals may be marked with: not the player's letter, and no word of one letter.
+
+So many because of pairs: of a few hundred pairs a model learns by heart which goes with which."""
 
 REAL = ("H", "G")
 WALL_NOTICE = (

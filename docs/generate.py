@@ -81,8 +81,9 @@ def plain_type(kind: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if typing.get_origin(kind) in (typing.Union, UnionType):
         return " or ".join(plain_type(argument) for argument in arguments)
-    if typing.get_origin(kind) is typing.Annotated:
-        return plain_type(arguments[0])
+    if typing.get_origin(kind) in (typing.Annotated, tuple):
+        one = plain_type(arguments[0])
+        return f"list of {one}s" if typing.get_origin(kind) is tuple else one
     return "name: value pairs"
 
 
@@ -93,7 +94,7 @@ def default_of(field: FieldInfo) -> str:
         return f"`{{{changed}}}`" if changed else "as below"
     if isinstance(value, bool) or value is None:
         return f"`{str(value).lower()}`" if value is not None else "`null`"
-    return f"`{value}`"
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
 
 
 def table(model: type[BaseModel], prefix: str = "") -> str:

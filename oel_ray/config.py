@@ -140,6 +140,9 @@ class EvaluateConfig(Section):
     """Sampling seeds per map."""
     in_context: bool = True
     """Also play the teacher's view: the round's first policy with the knowledge in its prompt."""
+    accumulation_steps: tuple[Positive, ...] = ()
+    """With `in_context`: also play with the knowledge as it was after so many trajectories, e.g. `[1, 5, 10]`. With the
+    complete knowledge it plays in any case."""
     random_games: Positive = 16
     """Games of the random player per map."""
     sampling: SamplingConfig = SamplingConfig(top_p=0.8, top_k=20)
@@ -212,6 +215,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"engines.max_model_len={self.engines.max_model_len} leaves no room for a prompt beside "
                 f"{longest} tokens of knowledge and response: raise it, or lower extract.max_tokens or max_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _accumulates_so_far(self) -> Self:
+        games, last = self.collect.extraction_games, max(self.evaluate.accumulation_steps, default=0)
+        if last > games:
+            raise ValueError(
+                f"evaluate.accumulation_steps names step {last}, and an accumulation has "
+                f"collect.extraction_games={games}: leave it out, or raise collect.extraction_games"
             )
         return self
 

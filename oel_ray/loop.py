@@ -26,6 +26,7 @@ from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.evaluate.metrics import evaluation
 from oel_ray.evaluate.stage import evaluation_games
+from oel_ray.extract.items import growth
 from oel_ray.models import resolve_model
 from oel_ray.progress import Progress, StageProgress
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
@@ -123,7 +124,8 @@ class Rounds:
 
     def evaluate_in_context(self, number: int) -> None:
         """The teacher's view: the policy that played, with the knowledge in its prompt."""
-        self._evaluate(number, layout.EVALUATE_IN_CONTEXT, number - 1, self._knowledge(number))
+        knowledge = growth(self._knowledge(number), self.config.evaluate.accumulation_steps)
+        self._evaluate(number, layout.EVALUATE_IN_CONTEXT, number - 1, knowledge)
 
     def consolidate(self, number: int) -> None:
         """Distil the knowledge into the weights; writes the new policy."""
@@ -179,9 +181,10 @@ class Rounds:
         random = random_rate(self.held_out, turns, games, self.config.seed)
         return {"random": random, "oracle": oracle_rate(self.held_out, turns)}
 
-    def _evaluate(self, number: int, name: str, policy_of: int, knowledge: list[KnowledgeText]) -> None:
+    def _evaluate(self, number: int, name: str, policy_of: int, knowledge: list[list[KnowledgeText]]) -> None:
         config = self.config.evaluate
-        with self._stage(number, name, config.maps * config.seeds, "games") as (stage, progress):
+        total = config.maps * config.seeds * max(len(knowledge), 1)
+        with self._stage(number, name, total, "games") as (stage, progress):
             self._deploy(policy_of)
             games = evaluation_games(self.players, self.held_out, config, number, progress.update, knowledge)
             if name == layout.EVALUATE_IN_CONTEXT:

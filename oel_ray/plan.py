@@ -102,6 +102,7 @@ class Sizes(NamedTuple):
     def of(cls, config: RunConfig) -> "Sizes":
         """All but `stages` count for one round."""
         evaluate = config.evaluate
+        last = config.collect.extraction_games
         policy_games = evaluate.maps * evaluate.seeds if evaluate.enabled else 0
         return cls(
             stages=sum(len(planned_stages(config, number)) for number in range(config.rounds + 1)),
@@ -109,7 +110,7 @@ class Sizes(NamedTuple):
             extractions=0 if config.extract.format == "raw" else config.extract.seeds * config.collect.extraction_games,
             samples=config.consolidate.games * config.env.max_turns,
             policy_games=policy_games,
-            in_context_games=policy_games if evaluate.in_context else 0,
+            in_context_games=policy_games * len({*evaluate.accumulation_steps, last}) if evaluate.in_context else 0,
         )
 
 

@@ -104,12 +104,17 @@ class Trajectory(Episode):
 
 
 class EvaluationGame(Trajectory):
-    """A held-out game with its result. `knowledge_seed` names the text in the prompt, None for the bare policy."""
+    """A held-out game with its result.
+
+    `knowledge_seed` names the text in the prompt, `knowledge_step` says how many trajectories had been read for it (0
+    if the text is from elsewhere). Both are None for the bare policy.
+    """
 
     condition: Literal["policy", "in_context"]
     sampling_seed: int
     knowledge_seed: int | None
     success: bool
+    knowledge_step: int | None = None
 
 
 class AccumulationStep(Record):

@@ -155,6 +155,8 @@ def _show_trajectory(trajectory: Trajectory, console: Console) -> None:
         facts += ", " + ", ".join(f"{key}={value}" for key, value in trajectory.params.items())
     if isinstance(trajectory, EvaluationGame):
         knowledge = "" if trajectory.knowledge_seed is None else f", knowledge {trajectory.knowledge_seed}"
+        if trajectory.knowledge_step:
+            knowledge += f" after {trajectory.knowledge_step} trajectories"
         facts += f", {trajectory.condition}, sampling seed {trajectory.sampling_seed}{knowledge}"
     console.print(plain(facts))
     console.print(Rule("instructions", align="left", style="dim"))

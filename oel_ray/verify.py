@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from oel_ray.durable import fingerprint
 from oel_ray.errors import UserError
-from oel_ray.evaluate.metrics import Evaluation, Score, score
+from oel_ray.evaluate.metrics import Evaluation, Score, by_step, score
+from oel_ray.extract.items import growth
 from oel_ray.layout import (
     COLLECT,
     CONFIG_FILE,
@@ -86,7 +87,7 @@ class SampleRow(BaseModel):
 
 
 Row = TypeVar("Row", bound=BaseModel)
-_Games = list[tuple[EvaluationGame, bool]]
+_Games = list[EvaluationGame]
 
 
 def verify(path: Path, replay: Replay | None = None) -> list[Finding]:
@@ -167,7 +168,9 @@ class _Check:
                 check(number, files, entry)
         in_context = None
         if EVALUATE_IN_CONTEXT in stages:
-            in_context = self._games(number, files.in_context, "in_context", stages[EVALUATE_IN_CONTEXT])
+            texts = [text for file in files.knowledge_files() for text in _parsed(file, KnowledgeText)]
+            steps = [len(grown[0].steps) for grown in growth(texts, self.config.evaluate.accumulation_steps) if grown]
+            in_context = self._games(number, files.in_context, "in_context", stages[EVALUATE_IN_CONTEXT], steps)
         if EVALUATE in stages:
             games = self._games(number, files.evaluation_games, "policy", stages[EVALUATE])
             self._evaluation(files.evaluation, games, in_context)
@@ -320,21 +323,27 @@ class _Check:
         self.found(path, line, f"'{label}' is not a weight version")
         return None
 
-    def _games(self, number: int, path: Path, condition: str, entry: StageEntry) -> _Games:
-        """The games of a file, each with its success: the replayed one, where there is a replay."""
+    def _games(
+        self, number: int, path: Path, condition: str, entry: StageEntry, steps: Sequence[int | None] = (None,)
+    ) -> _Games:
+        """The games of a file, with the success that the replay gives, where there is one.
+
+        `steps` are the steps of the accumulations that are to be played, nothing for the bare policy.
+        """
         lines, settings = _lines(path), self.config.evaluate
         self._count(path, entry, path.stem, len(lines))
         planned = settings.maps * settings.seeds
-        if condition == "policy" or not lines or len(lines) % planned:
-            self._planned(path, len(lines), planned, "games")
+        self._planned(path, len(lines), planned * len(steps), "games")
         games = []
         for line, game in self._records(path, EvaluationGame):
             self._trajectory(number, path, line, game)
             if game.condition != condition or game.split != "held_out":
                 self.found(path, line, f"{game.id} says condition {game.condition}, split {game.split}")
             self.held_out.append((path, line, game))
-            games.append((game, self._replayed(path, line, game)))
-        maps = len({self._map(game) for game, _ in games})
+            if game.knowledge_step not in steps:
+                self.found(path, line, f"{game.id} says knowledge after {game.knowledge_step} steps, planned: {steps}")
+            games.append(game.model_copy(update={"success": self._replayed(path, line, game)}))
+        maps = len({self._map(game) for game in games})
         if games and maps != settings.maps:
             self.found(path, 0, f"holds {maps} distinct maps, planned were {settings.maps}")
         return games
@@ -367,14 +376,20 @@ class _Check:
         if (recorded.in_context is None) != (in_context is None):
             self.found(path, 0, "in_context and the games that were kept do not go together")
         elif recorded.in_context is not None and in_context is not None:
-            self._score(path, "in_context.", recorded.in_context, in_context)
+            *earlier, complete = by_step(in_context).items() or [(0, [])]
+            self._score(path, "in_context.", recorded.in_context, complete[1])
+            scores = {score.step: score for score in recorded.in_context_steps}
+            if list(scores) != [step for step, _ in earlier]:
+                self.found(path, 0, f"in_context_steps has {list(scores)}, the games {[step for step, _ in earlier]}")
+            for step, played in earlier:
+                if step in scores:
+                    self._score(path, f"in_context_steps.{step}.", scores[step], played)
 
     def _score(self, path: Path, name: str, recorded: Score, games: _Games) -> None:
         if not games:
             self.found(path, 0, f"{name}games is {recorded.games}, the games give 0")
             return
-        expected = score([game.model_copy(update={"success": success}) for game, success in games])
-        for key, value in expected.model_dump().items():
+        for key, value in score(games).model_dump().items():
             there = getattr(recorded, key)
             if not math.isclose(there, value, abs_tol=TOLERANCE):
                 self.found(path, 0, f"{name}{key} is {there}, the games give {value:.6g}")

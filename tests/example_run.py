@@ -26,6 +26,8 @@ from oel_ray.runs import RunFolder, Stage
 
 HELD_OUT_SEED = 100
 WON = [True, False, True, True, False, True, True, True]
+WON_EARLY = [True, False, False, True, False, False, True, False]
+EARLY_STEP, LAST_STEP = 1, 2
 BOARDS = ["S....\n.H...\n....G", ".S...\n.H...\n....G", "..S..\n.H...\n....G"]
 
 
@@ -36,7 +38,7 @@ def small_config(**changes: Any) -> RunConfig:
         "collect": {"extraction_games": 2},
         "extract": {"seeds": 2},
         "consolidate": {"steps": 3, "games_per_step": 1},
-        "evaluate": {"maps": 4, "seeds": 2},
+        "evaluate": {"maps": 4, "seeds": 2, "accumulation_steps": [EARLY_STEP]},
         "engines": {"max_model_len": 20000},
     }
     return parse_config(values | changes)
@@ -75,26 +77,36 @@ def trajectory(number: int, round_number: int, split: Split, map_name: str) -> T
     )
 
 
-def games(round_number: int, condition: str) -> list[EvaluationGame]:
+def games(round_number: int, condition: str, step: int = LAST_STEP) -> list[EvaluationGame]:
     result = []
-    for number, won in enumerate(WON):
+    for number, won in enumerate(WON if step == LAST_STEP else WON_EARLY):
         played = trajectory(number, round_number, "held_out", f"held out {number // 2}").model_dump()
-        played["id"] = f"r{round_number:03d}-{condition}-{number:04d}"
+        played["id"] = f"r{round_number:03d}-{condition}-{number:04d}" + f"-n{step}" * (step < LAST_STEP)
         played["seed"] = HELD_OUT_SEED + number // 2
         extra = {"condition": condition, "sampling_seed": number % 2, "success": won}
-        extra["knowledge_seed"] = 0 if condition == "in_context" else None
+        if condition == "in_context":
+            extra |= {"knowledge_seed": 0, "knowledge_step": step}
+        else:
+            extra |= {"knowledge_seed": None}
         result.append(EvaluationGame.model_validate(played | extra))
     return result
 
 
-RATES = {"pass_rate": 0.75, "pass_rate_se": 0.14433756729740643, "games": 8, "seeds": 2}
+RATES = {
+    "pass_rate": 0.75,
+    "pass_rate_se": 0.14433756729740643,
+    "games": 8,
+    "seeds": 2,
+    "response_tokens_per_turn": 2.0,
+}
+RATES_EARLY = RATES | {"pass_rate": 0.375, "pass_rate_se": 0.125, "step": EARLY_STEP}
 
 
 def evaluate(stage: Stage, *, in_context: bool) -> None:
     out = stage.begin()
     write_jsonl(out.evaluation_games, games(stage.round, "policy"))
-    rates = RATES | {"response_tokens_per_turn": 2.0}
-    write_json(out.evaluation, rates | {"random": 0.11, "oracle": 1.0, "in_context": rates if in_context else None})
+    seen = {"in_context": RATES if in_context else None, "in_context_steps": [RATES_EARLY] if in_context else []}
+    write_json(out.evaluation, RATES | {"random": 0.11, "oracle": 1.0} | seen)
     stage.commit([out.evaluation, out.evaluation_games], {"evaluation": 8})
 
 
@@ -150,8 +162,8 @@ def extract(stage: Stage) -> None:
 
 def evaluate_in_context(stage: Stage) -> None:
     out = stage.begin()
-    write_jsonl(out.in_context, games(stage.round, "in_context"))
-    stage.commit([out.in_context], {"in_context": 8})
+    played = [game for step in (EARLY_STEP, LAST_STEP) for game in games(stage.round, "in_context", step)]
+    stage.commit([out.in_context], {"in_context": write_jsonl(out.in_context, played)})
 
 
 def consolidate(stage: Stage) -> None:

@@ -42,7 +42,7 @@ main()
 
 SIZES = (
     "12 stages in rounds 0 to 2; a round: 5 games to learn from, 4 extractions, at most 9 training samples, "
-    "16 evaluation games\n"
+    "24 evaluation games\n"
 )
 
 

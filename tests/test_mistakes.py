@@ -65,6 +65,8 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run game.yaml consolidate.learning_rate=-1e-6", "consolidate.learning_rate:", "greater than or equal to 0"),
     ("run game.yaml consolidate.zero_stage=4", "consolidate.zero_stage:", "less than or equal to 3"),
     ("run game.yaml extract.max_tokens=9000", "engines.max_model_len=4096 leaves no room", "lower extract.max_tokens"),
+    ("run game.yaml evaluate.accumulation_steps=[1,3]", "names step 3, and an accumulation has", "or raise collect."),
+    ("run game.yaml evaluate.accumulation_steps=[0]", "evaluate.accumulation_steps.0:", "greater than or equal to 1"),
     # environment and maps
     ("run game.yaml env.id=FrozenLak-v0", "'FrozenLak-v0'", "did you mean 'FrozenLake-v0'?"),
     ("run game.yaml env.params={size:3}", "'size:3' has no value", "write e.g. 'env.params={size: 4}'"),

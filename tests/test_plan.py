@@ -29,6 +29,12 @@ def test_without_evaluation_and_extraction() -> None:
     assert headline(config).endswith("0 extractions, at most 30 training samples, 0 evaluation games")
 
 
+def test_every_step_of_the_accumulation_is_a_set_of_games_in_context() -> None:
+    config = load_config("smollm2", ["evaluate.accumulation_steps=[1, 2, 4]"])  # T = 4: the last is the complete text
+    assert explain(config)[4].endswith("16 games of the policy and 48 in context a round, 144 games in all")
+    assert headline(config).endswith(" 64 evaluation games")
+
+
 def test_what_is_read_by_whom() -> None:
     config = load_config("smollm2", ["extract.show_previous=false", "collect.sampling.max_tokens=99"])
     assert [(reading.knowledge, reading.response) for reading in readings(config)] == [

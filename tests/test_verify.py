@@ -113,7 +113,7 @@ COLLECTED_MAP = example_run.trajectory(0, 1, "extraction", "extraction 0").map_h
         ),
         (GAMES, 3, lambda x: x.update(map_hash=COLLECTED_MAP), f"{GAMES}:4: held-out map {COLLECTED_MAP} was also"),
         (GAMES, 3, lambda x: x.update(map_hash="new"), "holds 5 distinct maps, planned were 4"),
-        ("in_context.jsonl", 0, lambda x: x.update(success=False), "in_context.pass_rate is 0.75"),
+        ("in_context.jsonl", 8, lambda x: x.update(success=False), "in_context.pass_rate is 0.75"),
         ("evaluation.json", 0, lambda x: x.update(pass_rate=0.9), "pass_rate is 0.9, the games give 0.75"),
         ("evaluation.json", 0, lambda x: x.update(pass_rate_se=0.1), "pass_rate_se is 0.1, the games give 0.14"),
         ("evaluation.json", 0, lambda x: x.update(games=9), "games is 9, the games give 8"),
@@ -122,6 +122,15 @@ COLLECTED_MAP = example_run.trajectory(0, 1, "extraction", "extraction 0").map_h
         ("evaluation.json", 0, lambda x: x.update(response_tokens_per_turn=3.0), "response_tokens_per_turn is 3.0"),
         ("evaluation.json", 0, lambda x: x["in_context"].update(pass_rate_se=0.1), "in_context.pass_rate_se is 0.1"),
         ("evaluation.json", 0, lambda x: x.update(in_context=None), "in_context and the games"),
+        (
+            "evaluation.json",
+            0,
+            lambda x: x["in_context_steps"][0].update(pass_rate=0.5),
+            "in_context_steps.1.pass_rate is 0.5, the games give 0.375",
+        ),
+        ("evaluation.json", 0, lambda x: x.update(in_context_steps=[]), "in_context_steps has [], the games [1]"),
+        ("in_context.jsonl", 0, lambda x: x.update(knowledge_step=5), "says knowledge after 5 steps, planned: [1, 2]"),
+        ("in_context.jsonl", 0, lambda x: x.update(success=False), "in_context_steps.1.pass_rate is 0.375"),
     ],
 )
 def test_tampered_content(

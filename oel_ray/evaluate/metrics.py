@@ -17,16 +17,24 @@ class Score(Record):
     response_tokens_per_turn: float
 
 
+class StepScore(Score):
+    """With the knowledge as it was after so many trajectories."""
+
+    step: int
+
+
 class Evaluation(Score):
     """`evaluation.json`: the bare policy's score, and what to read it against.
 
     `random` and `oracle` are those players' pass rates on the same maps; `in_context` is the policy with knowledge in
-    its prompt. Each is null where it does not exist.
+    its prompt. Each is null where it does not exist. `in_context_steps` has the scores with the knowledge of earlier
+    steps.
     """
 
     random: float | None
     oracle: float | None
     in_context: Score | None
+    in_context_steps: tuple[StepScore, ...] = ()
 
 
 def score(games: Sequence[EvaluationGame]) -> Score:
@@ -48,12 +56,23 @@ def evaluation(
     oracle: float | None,
 ) -> Evaluation:
     """What `evaluation.json` holds; no `in_context` games give null there."""
+    steps = by_step(in_context)
+    complete = steps.pop(max(steps), None) if steps else None
     return Evaluation(
         **score(policy).model_dump(),
         random=random,
         oracle=oracle,
-        in_context=score(in_context) if in_context else None,
+        in_context=score(complete) if complete else None,
+        in_context_steps=tuple(StepScore(step=step, **score(games).model_dump()) for step, games in steps.items()),
     )
+
+
+def by_step(in_context: Sequence[EvaluationGame]) -> dict[int, list[EvaluationGame]]:
+    """Games by how many trajectories had been read for the text in their prompt, in order: complete texts come last."""
+    steps: dict[int, list[EvaluationGame]] = defaultdict(list)
+    for game in in_context:
+        steps[game.knowledge_step or 0].append(game)
+    return dict(sorted(steps.items()))
 
 
 def pass_rate(games: Sequence[EvaluationGame]) -> float:

@@ -13,21 +13,24 @@ def evaluation_games(
     config: EvaluateConfig,
     round_number: int,
     on_progress: Callable[[int], None],
-    knowledge: Sequence[KnowledgeText] = (),
+    knowledge: Sequence[Sequence[KnowledgeText]] = (),
 ) -> list[EvaluationGame]:
     """Play every held-out map with every sampling seed.
 
-    With `knowledge` this is the teacher's view: the texts take turns over maps and seeds, so that each is read on about
-    as many games as any other.
+    With `knowledge` this is the teacher's view: every game once with each of these sets of texts, the last of which is
+    complete (see `growth`). The texts of a set take turns over maps and seeds, so that each is read on about as many
+    games as any other.
     """
     condition = "in_context" if knowledge else "policy"
     games = []
-    for number, episode in enumerate(held_out):
-        for seed in range(config.seeds):
-            name = f"r{round_number:03d}-{'k' if knowledge else 'p'}-{episode.id}-s{seed}"
-            this = episode.model_copy(update={"id": name, "round": round_number})
-            text = knowledge[(number + seed) % len(knowledge)] if knowledge else None
-            games.append(Game(this, config.sampling.sampling(), text, seed))
+    for texts in knowledge or [()]:
+        step = f"-n{len(texts[0].steps)}" if texts and texts is not knowledge[-1] else ""
+        for number, episode in enumerate(held_out):
+            for seed in range(config.seeds):
+                name = f"r{round_number:03d}-{'k' if texts else 'p'}-{episode.id}-s{seed}{step}"
+                this = episode.model_copy(update={"id": name, "round": round_number})
+                text = texts[(number + seed) % len(texts)] if texts else None
+                games.append(Game(this, config.sampling.sampling(), text, seed))
     played = players.play(games, on_progress)
     return [
         EvaluationGame(
@@ -35,6 +38,7 @@ def evaluation_games(
             condition=condition,
             sampling_seed=game.sampling_seed,
             knowledge_seed=game.knowledge.seed if game.knowledge else None,
+            knowledge_step=len(game.knowledge.steps) if game.knowledge else None,
             success=success,
         )
         for game, (trajectory, success) in zip(games, played, strict=True)

@@ -1,12 +1,13 @@
-"""Experience items: read from an extractor's answer, kept within a token budget. Pure; runs in extraction workers.
+"""Experience items: read from an extractor's answer, kept within a token budget. Pure; any process.
 
 An item is the text that it contributes to the knowledge text; a structured item carries its marker. The knowledge
 text is always `join` of its items, for every format.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from oel_ray.prompts import ITEM_MARKER
+from oel_ray.records import KnowledgeItem, KnowledgeText
 
 
 def structured_items(answer: str) -> list[str]:
@@ -40,3 +41,24 @@ def fit(items: Sequence[str], max_tokens: int, count: Callable[[str], int]) -> t
     while dropped < len(items) and count(join(items[dropped:])) > max_tokens:
         dropped += 1
     return list(items[dropped:]), dropped
+
+
+def text_after(knowledge: KnowledgeText, steps: int) -> KnowledgeText:
+    """A knowledge text as it was after the first `steps` trajectories that its accumulation read."""
+    items: list[KnowledgeItem] = []
+    for step in knowledge.steps[:steps]:
+        items += [KnowledgeItem(text=item, trajectory_id=step.trajectory_id) for item in step.added]
+        items = items[step.dropped :]
+    done = knowledge.steps[:steps]
+    text, tokens = join([item.text for item in items]), done[-1].knowledge_tokens if done else 0
+    return knowledge.model_copy(update={"text": text, "tokens": tokens, "items": items, "steps": done})
+
+
+def growth(knowledge: Sequence[KnowledgeText], steps: Iterable[int]) -> list[list[KnowledgeText]]:
+    """The knowledge texts of a round after each of these steps, in order, and at last as they are.
+
+    Steps that the accumulations did not go beyond are left out: texts from elsewhere have none.
+    """
+    end = min((len(text.steps) for text in knowledge), default=0)
+    earlier = [step for step in sorted(set(steps)) if step < end]
+    return [*([text_after(text, step) for text in knowledge] for step in earlier), list(knowledge)]

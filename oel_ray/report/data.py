@@ -8,7 +8,7 @@ from typing import NamedTuple
 import orjson
 
 from oel_ray.durable import read_json
-from oel_ray.evaluate.metrics import Evaluation, Score, score
+from oel_ray.evaluate.metrics import Evaluation, Score, by_step, score
 from oel_ray.layout import COLLECT, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE, RoundFiles
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, read_jsonl
 from oel_ray.runs import RunFolder
@@ -149,7 +149,7 @@ def _round(folder: RunFolder, number: int) -> RoundData:
     return RoundData(
         number=number,
         policy=Evaluation.from_json(files.evaluation.read_bytes()) if EVALUATE in stages else None,
-        in_context=score(played) if played else None,
+        in_context=score(list(by_step(played).values())[-1]) if played else None,
         kl=kl,
         seconds={name: entry.wall_s for name, entry in stages.items()},
         counts=counts,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oel_ray.evaluate.metrics import evaluation, pass_rate, pass_rate_se, response_tokens_per_turn, score
+from oel_ray.evaluate.metrics import Evaluation, evaluation, pass_rate, pass_rate_se, response_tokens_per_turn, score
 from oel_ray.records import EvaluationGame, Turn
 
 
@@ -68,8 +68,21 @@ def test_score_and_evaluation() -> None:
     assert whole.in_context == score(games[:1])
     assert list(whole.model_dump()) == [
         "pass_rate", "pass_rate_se", "games", "seeds", "response_tokens_per_turn", "random", "oracle", "in_context",
+        "in_context_steps",
     ]  # fmt: skip
-    assert evaluation(games, [], random=None, oracle=None).in_context is None
+    without = evaluation(games, [], random=None, oracle=None)
+    assert (without.in_context, without.in_context_steps) == (None, ())
+
+
+def test_earlier_knowledge_has_scores_of_its_own() -> None:
+    def read(step: int, won: bool) -> EvaluationGame:
+        return game("a", 0, won).model_copy(update={"condition": "in_context", "knowledge_step": step})
+
+    played = [read(7, True), read(7, True), read(4, True), read(1, False), read(4, False)]
+    whole = evaluation([game("a", 0, False)], played, random=None, oracle=None)
+    assert whole.in_context == score(played[:2])
+    assert [(part.step, part.pass_rate, part.games) for part in whole.in_context_steps] == [(1, 0.0, 1), (4, 0.5, 2)]
+    assert Evaluation.from_json(whole.to_json()) == whole
 
 
 def test_games_without_turns_have_no_length() -> None:

@@ -2,12 +2,15 @@ import asyncio
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
 from oel_ray.config import ExtractConfig, SamplingConfig
 from oel_ray.extract.chain import accumulate, extraction_prompt_ids, reading_order
-from oel_ray.extract.items import join
+from oel_ray.extract.items import join, text_after
+from oel_ray.prompts import ITEM_MARKER
 from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
 from oel_ray.seeds import derive_seed
 from tests.extract.fakes import AllMustAsk
@@ -15,6 +18,7 @@ from tests.scripted import ScriptedGenerate, generation, item
 from tests.tokenizers_for_tests import small_tokenizer
 from tests.trajectories_for_tests import make_trajectory
 
+FORMATS = ["structured", "unstructured", "raw"]
 GAMES = [make_trajectory(f"game-{number}") for number in range(5)]
 
 
@@ -196,6 +200,21 @@ def test_raw_keeps_the_newest_transcripts_without_a_model(chat: ChatFormat) -> N
     assert text.text == join(records[3:])
     assert [item.trajectory_id for item in text.items] == ["game-3", "game-4"]
     assert {(step.status, step.response_tokens, step.weight_version) for step in text.steps} == {("added", 0, "")}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 3), min_size=5, max_size=5), st.integers(10, 200), st.sampled_from(FORMATS))
+def test_a_text_can_be_had_as_it_was_after_any_step(written: list[int], budget: int, form: str) -> None:
+    chat = ChatFormat(small_tokenizer(), thinking=False)
+    answers = [
+        "\n".join(f"{ITEM_MARKER} {index}.{n} {'x ' * 5 * n}" for n in range(k)) for index, k in enumerate(written)
+    ]
+    extract = config(format=form, max_tokens=budget)
+    whole = asyncio.run(chain(chat, ScriptedGenerate(answers), extract))
+    assert text_after(whole, len(GAMES)) == whole
+    for step in range(len(GAMES)):
+        so_far = asyncio.run(chain(chat, ScriptedGenerate(answers), extract, games=GAMES[:step]))
+        assert text_after(whole, step) == so_far
 
 
 def test_accumulations_run_at_the_same_time(chat: ChatFormat) -> None:

@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oel_ray.extract.items import fit, join, structured_items, unstructured_items, within
+from oel_ray.extract.items import fit, growth, join, structured_items, unstructured_items, within
 from oel_ray.prompts import ITEM_MARKER
+from tests import example_run
 
 M = ITEM_MARKER
 
@@ -69,3 +70,13 @@ def test_an_item_that_is_too_long_never_empties_the_store(items: list[str], budg
     kept, _ = fit(store, budget, words)
     assert bool(kept) == bool(store)
     assert kept[-1:] == store[-1:]
+
+
+def test_growth_ends_with_the_complete_texts_and_leaves_out_what_was_never_read() -> None:
+    texts = [example_run.knowledge_text(1, seed) for seed in range(2)]
+    early, complete = growth(texts, [9, 1, 2, 1])
+    assert [text.text for text in early] == ["- EXPERIENCE ITEM: thing 0"] * 2
+    assert [(text.id, len(text.steps)) for text in early] == [("r001-k00", 1), ("r001-k01", 1)]
+    assert complete == texts
+    elsewhere = [text.model_copy(update={"steps": []}) for text in texts]
+    assert growth(elsewhere, [1]) == [elsewhere]

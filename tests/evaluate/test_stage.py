@@ -1,0 +1,49 @@
+"""Which games an evaluation plays, with players that need no engine."""
+
+from collections.abc import Callable, Sequence
+
+from oel_ray.collect.stage import Game, Players
+from oel_ray.config import EvaluateConfig
+from oel_ray.evaluate.stage import evaluation_games
+from oel_ray.extract.items import growth
+from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory
+from tests import example_run
+
+
+class KnowingPlayers(Players):
+    """Wins with knowledge in the prompt; remembers what was in it."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def play(self, games: Sequence[Game], on_progress: Callable[[int], None]) -> list[tuple[Trajectory, bool]]:
+        end = {"instructions": "", "template": "", "turns": [], "outcome": "", "ended_by": "environment"}
+        self.prompts = [game.knowledge.text if game.knowledge else "" for game in games]
+        return [(Trajectory(**game.episode.model_dump(), **end), bool(game.knowledge)) for game in games]
+
+
+def evaluate(knowledge: Sequence[Sequence[KnowledgeText]]) -> tuple[list[EvaluationGame], list[str]]:
+    players = KnowingPlayers()
+    maps = [
+        Episode(id=f"h-{n}", round=0, split="held_out", env="e", params={}, seed=n, map_hash=f"m{n}") for n in range(2)
+    ]
+    games = evaluation_games(players, maps, EvaluateConfig(seeds=2), 1, lambda _: None, knowledge)
+    return games, players.prompts
+
+
+def test_the_bare_policy_plays_every_map_with_every_seed() -> None:
+    games, prompts = evaluate([])
+    assert [game.id for game in games] == ["r001-p-h-0-s0", "r001-p-h-0-s1", "r001-p-h-1-s0", "r001-p-h-1-s1"]
+    assert {(game.condition, game.knowledge_seed, game.knowledge_step) for game in games} == {("policy", None, None)}
+    assert set(prompts) == {""}
+
+
+def test_knowledge_is_played_as_it_was_at_every_step_and_complete() -> None:
+    texts = [example_run.knowledge_text(1, seed) for seed in range(2)]
+    games, prompts = evaluate(growth(texts, [1]))
+    assert len({game.id for game in games}) == len(games) == 8
+    assert [game.id for game in games][3:5] == ["r001-k-h-1-s1-n1", "r001-k-h-0-s0"]
+    assert [game.knowledge_step for game in games] == [1] * 4 + [2] * 4
+    assert [game.knowledge_seed for game in games] == [0, 1, 1, 0] * 2
+    assert prompts == ["- EXPERIENCE ITEM: thing 0"] * 4 + ["- EXPERIENCE ITEM: thing 1"] * 4
+    assert {game.condition for game in games} == {"in_context"}

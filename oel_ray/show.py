@@ -106,12 +106,11 @@ def _row(folder: RunFolder, number: int) -> list[str]:
         _number(evaluation.get("response_tokens_per_turn")),
         f"{sum(len(text.items) for text in texts) / len(texts):.1f}" if texts else ABSENT,
         "→".join(f"{value:.2g}" for value in kl) or ABSENT,
-        "\n".join(f"{_SHORT.get(name, name):<11} {_clock(entry.wall_s):>5}" for name, entry in stages.items())
-        or ABSENT,
+        "\n".join(f"{_SHORT.get(name, name):<11} {clock(entry.wall_s):>5}" for name, entry in stages.items()) or ABSENT,
     ]
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -134,14 +133,16 @@ def _number(value: float | None) -> str:
 
 def _show_run(folder: RunFolder, console: Console) -> None:
     config, status = folder.config, read_json(folder.path / STATUS_FILE)
-    state = status["state"] if status["state"] == "finished" else _stopped_at(status)
-    console.print(plain(f"run {folder.run_id} in {folder.path}: {state}"), soft_wrap=True)
+    console.print(plain(f"run {folder.run_id} in {folder.path}: {state_of(status)}"), soft_wrap=True)
     console.print(plain(f"{config.model} plays {config.env.id}, {config.rounds} rounds"), soft_wrap=True)
     console.print(summary_table(folder.path))
     console.print(plain(next_steps(folder.path)), soft_wrap=True)
 
 
-def _stopped_at(status: dict[str, Any]) -> str:
+def state_of(status: dict[str, Any]) -> str:
+    """What `status.json` says, in words: for a run that has not finished, how far it has come."""
+    if status["state"] == "finished":
+        return "finished"
     where = ""
     if "stage" in status:
         where = f" in round {status['round']}, {status['stage']} {status['done']}/{status['total']}"

@@ -76,6 +76,7 @@ def test_a_run_ends_with_its_table(folder: Path) -> None:
     (run,) = (folder / "runs").iterdir()
     assert run.name.startswith("game-20")
     assert "75.0±14.4" in output
+    assert f"oel report runs/{run.name}\n" in output
     assert f"oel verify runs/{run.name} --replay" in output
     begun = SIZES.replace("12 stages in rounds 0 to 2", "7 stages in rounds 0 to 1") + "the loop began\n"
     assert errors == begun
@@ -134,8 +135,10 @@ def test_config_prints_what_it_resolves_to(folder: Path) -> None:
 
 
 def test_what_only_prints_is_light() -> None:
-    heavy = "{'ray', 'torch', 'vllm', 'transformers', 'deepspeed', 'textarena'}"
-    modules = "oel_ray.cli, oel_ray.plan, oel_ray.resources, oel_ray.runs, oel_ray.verify, oel_ray.show"
+    heavy = "{'ray', 'torch', 'vllm', 'transformers', 'deepspeed', 'textarena', 'matplotlib', 'jinja2'}"
+    modules = (
+        "oel_ray.cli, oel_ray.plan, oel_ray.resources, oel_ray.runs, oel_ray.verify, oel_ray.show, oel_ray.report.page"
+    )
     code = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout == "set()\n"

@@ -156,6 +156,10 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("show notes", "notes holds no run", "give the folder of a run"),
     ("show damaged", "damaged/run.json is damaged", "give the folder of another run"),
     ("show finished r009-k00", "r009-k00", "r001-"),
+    ("report absent", "absent does not exist", "give the folder of a run"),
+    ("report notes", "notes holds no run", "give the folder of a run"),
+    ("report finished --out game.yaml", "cannot write to game.yaml", "choose another folder with --out"),
+    ("report finished --out game.yaml/page", "cannot write to game.yaml/page", "choose another folder with --out"),
     ("verify absent --replay", "absent does not exist", "give the folder of a run"),
     ("verify notes", "notes holds no run", "give the folder of a run"),
 ]

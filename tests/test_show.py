@@ -75,5 +75,6 @@ def test_an_unknown_id_names_near_ones(run: Path) -> None:
 def test_next_steps_name_places_that_exist(run: Path) -> None:
     places = dict(line.split(":", 1) for line in next_steps(run).splitlines())
     assert Path(places["the policy"].strip()).is_dir()
+    assert places["as a page"].split() == ["oel", "report", str(run)]
     rendered(run, places["a game"].split()[-1])
     rendered(run, places["what it learned"].split()[-1])

@@ -1,6 +1,6 @@
 """What the report shows, read from a run folder. Any process; imports no Ray, torch or vLLM."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,23 +9,31 @@ import orjson
 
 from oel_ray.durable import read_json
 from oel_ray.evaluate.metrics import Evaluation, Score, by_step, score
-from oel_ray.layout import COLLECT, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE, RoundFiles
+from oel_ray.layout import (
+    COLLECT,
+    CONSOLIDATE,
+    EVALUATE,
+    EVALUATE_IN_CONTEXT,
+    EXTRACT,
+    IMPORT_EXTRACTION,
+    IMPORT_KNOWLEDGE,
+    STATUS_FILE,
+)
+from oel_ray.prompts import ITEM_MARKER
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, read_jsonl
 from oel_ray.runs import RunFolder
+from oel_ray.show import state_of
 
 Z = 1.96
 """Standard errors on either side of a 95 % interval."""
 
-SOURCES = 3
-"""Trajectories that are shown behind an item; the others are counted."""
-
 
 class Item(NamedTuple):
-    """A statement of a knowledge text: how often it was written, and the first trajectories that it came from."""
+    """A statement of a knowledge text: how often it was written, and the trajectories that it came from."""
 
     text: str
     times: int
-    sources: list[Trajectory]
+    sources: list[str]
 
 
 class Knowledge(NamedTuple):
@@ -36,17 +44,36 @@ class Knowledge(NamedTuple):
     tokens: int
     items: list[Item]
 
+    @property
+    def length(self) -> int:
+        """Items, equal ones counted as often as they are written."""
+        return sum(item.times for item in self.items)
+
 
 class RoundData(NamedTuple):
-    """What a round left behind so far. `policy` is how the round's last policy plays; None is "not yet"."""
+    """What a round left behind so far. `policy` is how the round's last policy plays; None is "not yet".
+
+    `in_context` has the scores of the policy before, with knowledge from so many trajectories in its prompt: the last
+    one is with the complete knowledge. `read` are the trajectories that its knowledge came from.
+    """
 
     number: int
     policy: Evaluation | None
-    in_context: Score | None
+    in_context: dict[int, Score]
     kl: list[float]
     seconds: dict[str, float]
     counts: dict[str, int]
     knowledge: list[Knowledge]
+    read: dict[str, Trajectory]
+
+    @property
+    def with_all_knowledge(self) -> Score | None:
+        return self.in_context[max(self.in_context)] if self.in_context else None
+
+    @property
+    def items_per_text(self) -> float | None:
+        texts = self.knowledge
+        return sum(text.length for text in texts) / len(texts) if texts else None
 
 
 class Pair(NamedTuple):
@@ -75,22 +102,36 @@ class Report(NamedTuple):
     @property
     def headline(self) -> str:
         """What the run did to the policy, in a sentence or two."""
-        if len(self.evaluated) < 2:
-            return "There are not two evaluations to compare yet."
-        (_, first), (number, last) = self.evaluated[0], self.evaluated[-1]
+        if not self.evaluated:
+            return "No policy has been evaluated yet."
+        (start, first), (end, last) = self.evaluated[0], self.evaluated[-1]
+        players = [
+            f"{name} {100 * rate:.0f} %"
+            for name, rate in (("a random player", last.random), ("a perfect one", last.oracle))
+            if rate is not None
+        ]
+        beside = "; ".join(["95 % interval", *filter(None, [", ".join(players)])])
+        if start == end:
+            return f"The policy wins {interval(first)} of the held-out games {when(start)} ({beside})."
         text = (
-            f"Pass rate on held-out games: {interval(first)} before, {interval(last)} after round {number} "
-            "(95 % intervals, clustered by map)."
+            f"The policy wins {interval(first)} of the held-out games {when(start)} and {interval(last)} {when(end)} "
+            f"({beside.replace('interval', 'intervals', 1)})."
         )
-        if first.response_tokens_per_turn:
-            ratio = last.response_tokens_per_turn / first.response_tokens_per_turn
-            text += f" Responses have {ratio:.2f} times the tokens that they had."
+        before, after = first.response_tokens_per_turn, last.response_tokens_per_turn
+        if before:
+            text += f" Its responses have {before:.1f} tokens per turn {when(start)} and {after:.1f} {when(end)}, "
+            text += f"{after / before:.2f} times as many."
         return text
 
 
 def interval(value: Score) -> str:
     """A pass rate with its 95 % interval, e.g. "42 ± 6 %"."""
     return f"{100 * value.pass_rate:.0f} ± {100 * Z * value.pass_rate_se:.0f} %"
+
+
+def when(number: int) -> str:
+    """The moment at which a round's policy is there."""
+    return f"after round {number}" if number else "before"
 
 
 def read_report(path: Path, pairs: int = 3) -> Report:
@@ -104,15 +145,17 @@ def read_report(path: Path, pairs: int = 3) -> Report:
     config = folder.config
     params = ", ".join(f"{key}={value}" for key, value in config.env.params.items())
     evaluated = [data.number for data in rounds if data.policy]
-    games = [read_jsonl(folder.files(number).evaluation_games, EvaluationGame) for number in evaluated]
+    games = [
+        read_jsonl(folder.files(number).evaluation_games, EvaluationGame) for number in evaluated[:1] + evaluated[-1:]
+    ]
     return Report(
         run=folder.path.resolve().name,
         model=config.model,
         environment=f"{config.env.id} ({params})" if params else config.env.id,
-        state=str(read_json(folder.path / STATUS_FILE)["state"]),
+        state=state_of(read_json(folder.path / STATUS_FILE)),
         planned_rounds=config.rounds,
         rounds=rounds,
-        pairs=choose_pairs(games[0], games[-1], pairs) if len(games) > 1 else [],
+        pairs=choose_pairs(games[0], games[-1], pairs) if len(evaluated) > 1 else [],
     )
 
 
@@ -138,38 +181,29 @@ def choose_pairs(before: Sequence[EvaluationGame], after: Sequence[EvaluationGam
 
 def _round(folder: RunFolder, number: int) -> RoundData:
     files, stages = folder.files(number), folder.manifest(number).stages
-    kl, played = [], []
-    if CONSOLIDATE in stages:
-        kl = [
-            float(orjson.loads(line)["kl_per_token"]) for line in files.consolidation_metrics.read_bytes().splitlines()
-        ]
-    if EVALUATE_IN_CONTEXT in stages:
-        played = read_jsonl(files.in_context, EvaluationGame)
-    counts = {name: count for entry in stages.values() for name, count in entry.counts.items()}
+    steps = files.consolidation_metrics.read_bytes().splitlines() if CONSOLIDATE in stages else []
+    played = read_jsonl(files.in_context, EvaluationGame) if EVALUATE_IN_CONTEXT in stages else []
+    texts = files.knowledge_files() if {EXTRACT, IMPORT_KNOWLEDGE} & set(stages) else []
+    has_games = {COLLECT, IMPORT_EXTRACTION} & set(stages)
+    read = read_jsonl(files.trajectories("extraction"), Trajectory) if has_games else []
     return RoundData(
         number=number,
         policy=Evaluation.from_json(files.evaluation.read_bytes()) if EVALUATE in stages else None,
-        in_context=score(list(by_step(played).values())[-1]) if played else None,
-        kl=kl,
+        in_context={step: score(games) for step, games in by_step(played).items()},
+        kl=[float(orjson.loads(line)["kl_per_token"]) for line in steps],
         seconds={name: entry.wall_s for name, entry in stages.items()},
-        counts=counts,
-        knowledge=_knowledge(files, collected=COLLECT in stages) if EXTRACT in stages else [],
+        counts={name: count for entry in stages.values() for name, count in entry.counts.items()},
+        knowledge=[_knowledge(KnowledgeText.from_json(file.read_bytes())) for file in texts],
+        read={game.id: game for game in read},
     )
 
 
-def _knowledge(files: RoundFiles, *, collected: bool) -> list[Knowledge]:
-    games = read_jsonl(files.trajectories("extraction"), Trajectory) if collected else []
-    known = {game.id: game for game in games}
-    texts = [KnowledgeText.from_json(file.read_bytes()) for file in files.knowledge_files()]
-    return [Knowledge(text.id, len(text.steps), text.tokens, _items(text, known)) for text in texts]
-
-
-def _items(text: KnowledgeText, known: dict[str, Trajectory]) -> list[Item]:
-    counts = Counter(item.text for item in text.items)
-    behind = {
-        statement: [
-            known[item.trajectory_id] for item in text.items if item.text == statement and item.trajectory_id in known
-        ]
-        for statement in counts
-    }
-    return [Item(statement, count, behind[statement][:SOURCES]) for statement, count in counts.most_common()]
+def _knowledge(text: KnowledgeText) -> Knowledge:
+    sources: dict[str, list[str]] = defaultdict(list)
+    for item in text.items:
+        sources[item.text].append(item.trajectory_id)
+    items = [
+        Item(statement.removeprefix(ITEM_MARKER).strip(), len(ids), list(dict.fromkeys(ids)))
+        for statement, ids in sorted(sources.items(), key=lambda entry: -len(entry[1]))
+    ]
+    return Knowledge(text.id, len(text.steps), text.tokens, items)

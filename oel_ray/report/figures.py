@@ -1,12 +1,12 @@
 """The report's figures, each as SVG for the page and as PNG beside it. Any process; needs matplotlib."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from oel_ray.evaluate.metrics import Score
-from oel_ray.report.data import Report, RoundData, Z
+from oel_ray.report.data import Report, RoundData, Z, when
 
 POLICY, CONTEXT, RANDOM, ORACLE, INK, FAINT = "#1f6f8b", "#d9822b", "#9a9a9a", "#5a8f4e", "#2b2b2b", "#dddddd"
 STAGES = {
@@ -29,44 +29,50 @@ STYLE = {
     "figure.facecolor": "white",
     "legend.frameon": False,
 }
-_STEPS_WIDTH = 1.0
-"""Width of a round's accumulation axis, where the distance between two policies is one too."""
+UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+_WHOLE, _HALF = (8.6, 4.0), (5.4, 3.6)
+"""Inches of a wide figure, and of one that shares a row with another."""
+_SPELLED = 6
+"""Up to so many policies have their names in words below an axis."""
 
 
 class Figure(NamedTuple):
-    """A figure in both forms. `caption` says what is to be seen, in a sentence or two."""
+    """A figure in both forms. `caption` says what is to be seen; a `wide` one takes a row of the page for itself."""
 
     name: str
     title: str
     caption: str
     svg: str
     png: bytes
+    wide: bool
 
 
 def figures(report: Report) -> list[Figure]:
     """The figures that the run has data for."""
     drawn = []
-    for name, title, caption, has_data, draw in _FIGURES:
-        if has_data(report):
-            with _figure() as (canvas, axes):
-                draw(report, axes)
-                drawn.append(Figure(name, title, caption, *_rendered(canvas)))
+    for it in _DRAWINGS:
+        if it.has_data(report):
+            with _figure(wide=it.wide) as (canvas, axes):
+                it.draw(report, axes)
+                drawn.append(Figure(it.name, it.title, it.caption, *_rendered(canvas), wide=it.wide))
     return drawn
 
 
 @contextmanager
-def _figure() -> Iterator[tuple[Any, Any]]:
+def _figure(*, wide: bool) -> Iterator[tuple[Any, Any]]:
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
-    with mpl.rc_context(STYLE):
-        canvas = Canvas(figsize=(7.2, 3.6), layout="constrained")
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever matplotlibrc the machine has
+        mpl.rcParams.update(STYLE)
+        canvas = Canvas(figsize=_WHOLE if wide else _HALF, layout="constrained")
         yield canvas, canvas.add_subplot()
 
 
 def _rendered(canvas: Any) -> tuple[str, bytes]:
     svg, png = io.StringIO(), io.BytesIO()
-    canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     canvas.savefig(png, format="png", dpi=160, metadata={"Software": None})
     text = svg.getvalue()
     return text[text.index("<svg") :], png.getvalue()
@@ -74,96 +80,97 @@ def _rendered(canvas: Any) -> tuple[str, bytes]:
 
 def _pass_rate(report: Report, axes: Any) -> None:
     """Figure 4 of the paper: up a round's accumulation, then the policy that it was distilled into."""
-    axes.plot(*_policy_line(report, lambda value: value.pass_rate), color=POLICY, lw=1.2, zorder=2)
-    _points(axes, [(number, value) for number, value in report.evaluated], POLICY, "o", "policy, nothing in its prompt")
-    _climbs(axes, report)
+    _curves(report, axes, lambda value: value.pass_rate, lambda value: Z * value.pass_rate_se)
     for name, color in (("random", RANDOM), ("oracle", ORACLE)):
-        rate = next((getattr(value, name) for _, value in report.evaluated if getattr(value, name) is not None), None)
-        if rate is not None:
-            axes.axhline(rate, color=color, lw=1.2, ls=(0, (5, 3)), label=f"{name} player", zorder=1)
-    axes.set(ylim=(-0.02, 1.04), ylabel="games won")
+        rates = [rate for _, value in report.evaluated if (rate := getattr(value, name)) is not None]
+        if rates:
+            label = {"random": "random player", "oracle": "perfect player"}[name]
+            axes.axhline(rates[-1], color=color, lw=1.4, ls=(0, (5, 3)), label=label, zorder=1)
+    axes.set(ylim=(-0.02, 1.04), ylabel="pass rate (games won)")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    _rounds_axis(report, axes)
     _legend(axes)
-
-
-def _climbs(axes: Any, report: Report) -> None:
-    """From the policy before, without knowledge, to the same policy with all of it in its prompt."""
-    before = dict(report.evaluated)
-    reached = [(data.number - 1 + _STEPS_WIDTH / 2, data.in_context) for data in report.rounds if data.in_context]
-    for place, value in reached:
-        if start := before.get(int(place)):
-            axes.plot([int(place), place], [start.pass_rate, value.pass_rate], color=CONTEXT, lw=1.2, ls=":", zorder=2)
-    _points(axes, reached, CONTEXT, "D", "the policy before, with the knowledge in its prompt")
-    for data in report.rounds:
-        if data.in_context and data.knowledge:
-            read = max(text.read for text in data.knowledge)
-            axes.annotate(
-                f"{read} games read",
-                (data.number - 0.5, data.in_context.pass_rate),
-                textcoords="offset points",
-                xytext=(0, -16 if data.in_context.pass_rate > 0.5 else 12),
-                ha="center",
-                fontsize=8,
-                color=CONTEXT,
-            )
 
 
 def _tokens(report: Report, axes: Any) -> None:
-    """Figure 5 of the paper."""
-    axes.plot(*_policy_line(report, lambda value: value.response_tokens_per_turn), "o-", color=POLICY, label="policy")
-    seen = [(data.number - 0.5, data.in_context) for data in report.rounds if data.in_context]
-    if seen:
-        places, values = zip(*seen, strict=True)
-        lengths = [value.response_tokens_per_turn for value in values]
-        axes.plot(places, lengths, "D", color=CONTEXT, label="with the knowledge in its prompt")
-    axes.set(ylabel="tokens of a response")
+    """Figure 5 of the paper, with the accumulations' steps."""
+    _curves(report, axes, lambda value: value.response_tokens_per_turn)
+    axes.set(ylabel="response tokens per turn")
     axes.set_ylim(bottom=0)
-    _rounds_axis(report, axes)
-    _legend(axes)
+    _legend(axes, columns=1)
+
+
+def _curves(
+    report: Report, axes: Any, value: Callable[[Score], float], error: Callable[[Score], float] | None = None
+) -> None:
+    """The bare policies at whole numbers; between two of them knowledge grows in the prompt of the first."""
+
+    def draw(points: Mapping[float, Score], color: str, marker: str, label: str) -> None:
+        errors = [error(score) for score in points.values()] if error else None
+        rates = [value(score) for score in points.values()]
+        axes.errorbar(list(points), rates, yerr=errors, fmt=marker, color=color, ms=5, capsize=2.5, lw=1.2, label=label)
+
+    bare = {float(number): score for number, score in report.evaluated}
+    axes.plot(list(bare), [value(score) for score in bare.values()], color=POLICY, lw=1.4, zorder=2)
+    draw(bare, POLICY, "o", "bare policy")
+    grown: dict[float, Score] = {}
+    for data in report.rounds:
+        start = data.number - 1
+        places = [start + (index + 1) / (len(data.in_context) + 1) for index in range(len(data.in_context))]
+        climb = dict(zip(places, data.in_context.values(), strict=True))
+        from_bare = {float(start): bare[start], **climb} if start in bare else climb
+        axes.plot(list(from_bare), [value(score) for score in from_bare.values()], color=CONTEXT, lw=1.2, ls=":")
+        grown |= climb
+    if grown:
+        draw(grown, CONTEXT, "D", "the same policy with knowledge in its prompt, from so many games")
+    steps = [str(step or "all") for data in report.rounds for step in data.in_context]
+    axes.set_xticks(list(grown), steps, minor=True)
+    axes.tick_params(axis="x", which="minor", labelsize=7.5, labelcolor=CONTEXT, color=CONTEXT, length=3, pad=2)
+    _rounds_axis(report, axes, below=bool(grown))
 
 
 def _kl(report: Report, axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     start = 0
     for data in report.rounds:
         if data.kl:
-            axes.plot(range(start + 1, start + len(data.kl) + 1), data.kl, "o-", ms=3, lw=1.2, color=POLICY)
-            axes.axvline(start + 0.5, color=RANDOM, lw=0.8)
-            axes.text(
-                start + 0.7, 0.98, f"round {data.number}", transform=axes.get_xaxis_transform(), fontsize=8, va="top"
-            )
-            start += len(data.kl)
-    axes.set(xlabel="optimizer step", ylabel="reverse KL per token (nats)", xlim=(0.5, start + 0.5))
-    axes.set_ylim(bottom=0)
+            end = start + len(data.kl)
+            axes.plot(range(start + 1, end + 1), data.kl, "o-", ms=3, lw=1.4, color=POLICY)
+            if start:
+                axes.axvline(start + 0.5, color=RANDOM, lw=0.8)
+            middle = (start + end + 1) / 2
+            place = axes.get_xaxis_transform()
+            axes.text(middle, 1.02, f"round {data.number}", transform=place, fontsize=8.5, ha="center", va="bottom")
+            start = end
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="optimizer step, over all rounds", ylabel="reverse KL (nats per token)", xlim=(0.5, start + 0.5))
+    axes.set_ylim(bottom=min(0.0, *(min(data.kl, default=0.0) for data in report.rounds)))
 
 
 def _time(report: Report, axes: Any) -> None:
+    longest = max(sum(data.seconds.get(stage, 0.0) for stage in STAGES) for data in report.rounds)
+    unit, seconds = next(pair for pair in UNITS if longest >= 3 * pair[1] or pair[1] == 1)
     left = dict.fromkeys((data.number for data in report.rounds), 0.0)
     for stage, color in STAGES.items():
-        widths = [data.seconds.get(stage, 0.0) for data in report.rounds]
+        widths = [data.seconds.get(stage, 0.0) / seconds for data in report.rounds]
         axes.barh(list(left), widths, left=list(left.values()), color=color, label=stage.replace("_", " "), height=0.6)
         left = {number: left[number] + width for number, width in zip(left, widths, strict=True)}
-    axes.set(xlabel="seconds", yticks=list(left), yticklabels=[f"round {number}" for number in left])
+    names = [f"round {number}" if number else "before" for number in left]
+    axes.set(xlabel=f"wall time ({unit})", yticks=list(left), yticklabels=names)
+    axes.figure.set_figheight(1.2 + 0.4 * len(left))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     _legend(axes, columns=len(STAGES))
 
 
-def _policy_line(report: Report, value: Callable[[Score], float]) -> tuple[list[int], list[float]]:
-    return [number for number, _ in report.evaluated], [value(score) for _, score in report.evaluated]
-
-
-def _points(axes: Any, points: list[tuple[Any, Any]], color: str, marker: str, label: str) -> None:
-    if points:
-        places, scores = zip(*points, strict=True)
-        rates, errors = [x.pass_rate for x in scores], [Z * x.pass_rate_se for x in scores]
-        axes.errorbar(places, rates, yerr=errors, fmt=marker, color=color, capsize=3, label=label, zorder=3)
-
-
-def _rounds_axis(report: Report, axes: Any) -> None:
+def _rounds_axis(report: Report, axes: Any, *, below: bool) -> None:
+    """A tick for every policy; `below` leaves room for the accumulations' steps."""
     numbers = [data.number for data in report.rounds]
-    axes.set(xticks=numbers, xlim=(-0.3, max(numbers, default=0) + 0.3))
-    axes.set_xticklabels(["before" if number == 0 else f"after round {number}" for number in numbers])
+    spelled = len(numbers) <= _SPELLED
+    names = [when(number) if spelled else str(number) for number in numbers]
+    axes.set_xticks(numbers, names)
+    axes.tick_params(axis="x", which="major", pad=13 if below else 4)
+    axes.set(xlim=(-0.3, max(numbers) + 0.3), xlabel="" if spelled else "after round")
     axes.grid(visible=False, axis="x")
 
 
@@ -177,35 +184,48 @@ def _any_in(report: Report, part: Callable[[RoundData], Any]) -> bool:
     return any(part(data) for data in report.rounds)
 
 
-_FIGURES: list[tuple[str, str, str, Callable[[Report], bool], Callable[[Report, Any], None]]] = [
-    (
+class _Drawing(NamedTuple):
+    """How a figure is made, and whether the run has anything to show in it."""
+
+    name: str
+    title: str
+    caption: str
+    has_data: Callable[[Report], bool]
+    draw: Callable[[Report, Any], None]
+    wide: bool = False
+
+
+_DRAWINGS = [
+    _Drawing(
         "pass_rate",
         "Pass rate",
-        "On held-out games, with 95 % intervals clustered by map. Between two rounds: what the policy before reaches "
-        "with that round's knowledge in its prompt; consolidation has to bring the bare policy there. (Figure 4 of the "
-        "paper.)",
+        "On held-out games, with 95 % intervals clustered by map. From one bare policy to the next: what it wins with "
+        "the round's knowledge in its prompt, after so many games had been read for it (small numbers). Consolidation "
+        "is to bring the bare policy there. (Figure 4 of the paper.)",
         lambda report: bool(report.evaluated),
         _pass_rate,
+        wide=True,
     ),
-    (
+    _Drawing(
         "tokens",
         "Length of responses",
-        "Tokens per turn on held-out games, thinking included. (Figure 5 of the paper.)",
+        "On held-out games, thinking included; read like the figure above. (Figure 5 of the paper.)",
         lambda report: bool(report.evaluated),
         _tokens,
     ),
-    (
+    _Drawing(
         "reverse_kl",
         "Reverse KL",
         "Of the student to the teacher that reads the knowledge, on responses that the student has just written.",
         lambda report: _any_in(report, lambda data: data.kl),
         _kl,
     ),
-    (
+    _Drawing(
         "time",
         "Wall time",
-        "Seconds that each stage took.",
-        lambda report: _any_in(report, lambda data: data.seconds),
+        "What each stage of a round took.",
+        lambda report: _any_in(report, lambda data: STAGES.keys() & data.seconds.keys()),
         _time,
+        wide=True,
     ),
 ]

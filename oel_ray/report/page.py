@@ -1,11 +1,12 @@
 """Writes the report: one HTML file without references to anything outside it, and a PNG per figure. Any process."""
 
 from pathlib import Path
-from typing import Any
 
+from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import Score
-from oel_ray.report.data import Report, interval, read_report
+from oel_ray.report.data import Report, interval, read_report, when
 from oel_ray.report.figures import Figure, figures
+from oel_ray.show import ABSENT, clock
 
 PAGE = "report.html"
 
@@ -14,16 +15,19 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the report of a run into `out` (the run's own `report` folder); returns the page.
 
     Raises:
-        UserError: no run lies at `run`.
+        UserError: no run lies at `run`, or `out` cannot be written to.
     """
     report = read_report(run)
     drawn = figures(report)
     target = out or run / "report"
-    target.mkdir(parents=True, exist_ok=True)
-    for figure in drawn:
-        (target / f"{figure.name}.png").write_bytes(figure.png)
     page = target / PAGE
-    page.write_text(render(report, drawn), encoding="utf-8")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for figure in drawn:
+            (target / f"{figure.name}.png").write_bytes(figure.png)
+        page.write_text(render(report, drawn), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {target}: {error.strerror}: choose another folder with --out") from None
     return page
 
 
@@ -38,18 +42,17 @@ def render(report: Report, drawn: list[Figure]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"rate": _rate, "interval": _interval, "clock": _clock}
-    return environment.get_template("page.html.j2").render(report=report, figures=drawn)
+    environment.filters |= {"rate": _rate, "interval": _interval, "number": _number, "clock": clock, "when": when}
+    return environment.get_template("page.html.j2").render(report=report, figures=drawn, absent=ABSENT)
 
 
 def _rate(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+    return ABSENT if value is None else f"{100 * value:.0f} %"
 
 
 def _interval(value: Score | None) -> str:
-    return "-" if value is None else interval(value)
+    return ABSENT if value is None else interval(value)
 
 
-def _clock(seconds: Any) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+def _number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.1f}"

@@ -1,6 +1,9 @@
 """`oel report` on run folders built by hand."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import orjson
@@ -11,7 +14,7 @@ from oel_ray.records import EvaluationGame, KnowledgeText
 from oel_ray.report.data import choose_pairs, read_report
 from oel_ray.report.page import write_report
 from oel_ray.runs import RunFolder
-from tests.example_run import STAGES, WON, build, games, small_config
+from tests.example_run import STAGES, build, edit_json, games, small_config
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -27,20 +30,37 @@ def test_what_is_read_are_the_numbers_of_the_files(run: Path) -> None:
     first, second, _ = report.rounds
     assert first.policy is not None
     assert (first.policy.pass_rate, first.policy.random, first.policy.oracle) == (0.75, 0.11, 1.0)
-    assert (first.in_context, first.kl, first.knowledge) == (None, [], [])
-    assert second.in_context is not None
-    assert second.in_context.pass_rate == sum(WON) / len(WON)
+    assert (first.in_context, first.kl, first.knowledge) == ({}, [], [])
+    assert {step: value.pass_rate for step, value in second.in_context.items()} == {1: 3 / 8, 2: 6 / 8}
+    assert second.in_context[1].pass_rate_se == 0.125  # maps won in 1/2, 1/2, 0 and 1/2 of their games
+    assert second.with_all_knowledge == second.in_context[2]
     assert second.kl == pytest.approx([0.4, 0.2, 0.4 / 3])
     assert [(text.id, text.read) for text in second.knowledge] == [("r001-k00", 2), ("r001-k01", 2)]
     (item,) = second.knowledge[0].items
-    assert (item.text, item.times) == ("- EXPERIENCE ITEM: thing 1", 1)
-    assert [game.id for game in item.sources] == ["r001-extraction-0001"]
+    assert item == ("thing 1", 1, ["r001-extraction-0001"])
+    assert list(second.read) == ["r001-extraction-0000", "r001-extraction-0001"]
+    assert second.items_per_text == 1
 
 
 def test_the_headline_has_both_rates_with_their_intervals(run: Path) -> None:
     headline = read_report(run).headline
-    assert "75 ± 28 % before, 75 ± 28 % after round 2" in headline  # 1.96 * 0.1443
-    assert "1.00 times" in headline
+    assert "wins 75 ± 28 % of the held-out games before and 75 ± 28 % after round 2" in headline  # 1.96 * 0.1443
+    assert "(95 % intervals; a random player 11 %, a perfect one 100 %)" in headline
+    assert "2.0 tokens per turn before and 2.0 after round 2, 1.00 times as many" in headline
+
+
+def test_the_headline_of_a_run_with_one_evaluation_or_none(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", small_config()) as folder:
+        assert read_report(folder.path).headline == "No policy has been evaluated yet."
+        for name in ("prepare", "evaluate"):
+            STAGES[name](folder.stage(0, name))
+        assert read_report(folder.path).headline == (
+            "The policy wins 75 ± 28 % of the held-out games before "
+            "(95 % interval; a random player 11 %, a perfect one 100 %)."
+        )
+        assert "running in round" not in write_report(folder.path).read_text()
+        folder.set_status("running", round=1, stage="collect", done=3, total=5)
+        assert "running in round 1, collect 3/5" in write_report(folder.path).read_text()
 
 
 def test_the_games_shown_are_first_of_all_one_that_was_lost_and_is_won() -> None:
@@ -61,10 +81,38 @@ def test_equal_items_are_shown_once(tmp_path: Path) -> None:
     run = build(tmp_path / "run")
     file = run / "rounds/001/knowledge/seed-00.json"
     text = KnowledgeText.from_json(file.read_bytes())
-    file.write_bytes(text.model_copy(update={"items": text.items * 5}).to_json())
-    (item,) = read_report(run).rounds[1].knowledge[0].items
-    assert (item.times, len(item.sources)) == (5, 3)
-    assert "5 times" in write_report(run).read_text()
+    (said,) = text.items
+    rare = said.model_copy(update={"text": "- EXPERIENCE ITEM: said once"})
+    earlier = said.model_copy(update={"trajectory_id": "r001-extraction-0000"})
+    file.write_bytes(text.model_copy(update={"items": [rare, said, earlier, said]}).to_json())
+    items = read_report(run).rounds[1].knowledge[0].items
+    assert items == [
+        ("thing 1", 3, ["r001-extraction-0001", "r001-extraction-0000"]),
+        ("said once", 1, ["r001-extraction-0001"]),
+    ]
+    assert "3</b>" in write_report(run).read_text()
+
+
+def test_every_item_leads_to_the_games_behind_it(run: Path, tmp_path: Path) -> None:
+    page = write_report(run, tmp_path).read_text()
+    targets = set(re.findall(r'<a href="#([^"]+)"', page))
+    assert targets == {"r001-extraction-0001", "r002-extraction-0001"}
+    assert all(page.count(f'id="{target}"') == 1 for target in targets)
+
+
+def test_knowledge_from_elsewhere_names_its_source(tmp_path: Path) -> None:
+    run = build(tmp_path / "run")
+    edit_json(run / "rounds/001/MANIFEST.json", lambda manifest: as_import(manifest["stages"]))
+    file = run / "rounds/001/knowledge/seed-00.json"
+    edit_json(file, lambda text: text["items"][0].update(trajectory_id="elsewhere"))
+    data = read_report(run).rounds[1]
+    assert (data.knowledge[0].items[0].sources, data.read) == (["elsewhere"], {})
+    assert '<div class="quiet">from elsewhere</div>' in write_report(run).read_text()
+
+
+def as_import(stages: dict[str, object]) -> None:
+    stages["import_knowledge"] = stages.pop("extract")
+    del stages["collect"]
 
 
 def test_the_page_stands_alone_and_is_the_same_every_time(run: Path, tmp_path: Path) -> None:
@@ -74,8 +122,13 @@ def test_the_page_stands_alone_and_is_the_same_every_time(run: Path, tmp_path: P
     assert "@import" not in text
     assert "url(" not in re.sub(r"url\(#\w+\)", "", text)
     assert text.count("<svg") == 4
-    again = write_report(run, tmp_path / "b")
-    assert again.read_bytes() == page.read_bytes()
+    assert "<script" not in text
+    assert "default-src 'none'" in text
+    command = [sys.executable, "-m", "oel_ray", "report", str(run), "--out", str(tmp_path / "b")]
+    environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"}
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (again.stdout, again.stderr) == (f"{tmp_path / 'b' / 'report.html'}\n", "")
+    assert Path(again.stdout.strip()).read_bytes() == page.read_bytes()
     for name in ("pass_rate", "tokens", "reverse_kl", "time"):
         png = (tmp_path / "a" / f"{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG")
@@ -110,6 +163,15 @@ def test_an_unfinished_run_has_a_page_too(done: int, tmp_path: Path) -> None:
             STAGES[name](folder.stage(number, name))
     page = write_report(tmp_path / "run").read_text()
     assert ("Not yet" in page) == (done < 7)
+
+
+def test_games_kept_before_their_evaluation_are_shown(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", small_config()) as folder:
+        for number, name in [(0, "prepare"), (1, "collect"), (1, "extract"), (1, "evaluate_in_context")]:
+            STAGES[name](folder.stage(number, name))
+    assert read_report(tmp_path / "run").evaluated == []
+    page = write_report(tmp_path / "run").read_text()
+    assert "75 ± 28 %" in page and "not yet" in page
 
 
 def test_a_report_changes_nothing_else_in_the_run(run: Path, tmp_path: Path) -> None:

@@ -151,9 +151,9 @@ def _role(board: Board, held: Beliefs, cell: Cell) -> str:
 
 
 def draw_knowledge(world: World, rng: random.Random) -> str:
-    """A knowledge text of one of the kinds: none, all, a part, repeated, contradicting, of another world, mixed."""
+    """A knowledge text of one of the kinds: none, all, a part, repeated, contradicting, wrong, of another world."""
     kind = rng.choices(
-        ["none", "all", "hole", "goal", "repeated", "contradicting", "strangers"], [26, 25, 8, 8, 22, 6, 5]
+        ["none", "all", "hole", "goal", "repeated", "contradicting", "wrong", "strangers"], [22, 22, 8, 8, 20, 6, 8, 6]
     )[0]
     stranger = World(*rng.sample([letter for letter in LETTERS if letter not in world], 2))
     hole, goal = [("hole", world.hole)], [("goal", world.goal)]
@@ -165,6 +165,7 @@ def draw_knowledge(world: World, rng: random.Random) -> str:
         "goal": goal * rng.choice([1, 1, 2, 4]),
         "strangers": [("hole", stranger.hole), ("goal", stranger.goal)] * rng.choice([1, 2]),
         "repeated": hole * rng.randint(1, 16) + goal * rng.randint(1, 16),
+        "wrong": [("hole", world.goal), ("goal", world.hole)] * rng.choice([1, 1, 3]),
         "contradicting": hole * rng.randint(3, 8)
         + goal * rng.randint(3, 8)
         + [("hole", world.goal)] * rng.randint(0, 1)

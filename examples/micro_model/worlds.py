@@ -94,14 +94,19 @@ def draw_board(world: World, rng: random.Random, *, holes: int = 3) -> Board:
 
 
 def anywhere(world: World, rng: random.Random) -> Board:
-    """A position for practice: of a game that is going on, or one that no game has, the goal anywhere on the board."""
-    if rng.random() < 0.4:
+    """A position for practice: of a game that is going on, or one that no game has.
+
+    In the latter there are as many goals as holes on average, anywhere on the board: in the game itself the goal is the
+    mark that occurs once, in a corner, and a model would go by that and not by what it is told.
+    """
+    if rng.random() < 0.3:
         board = draw_board(world, rng, holes=rng.choice([2, 3, 3, 3, 4]))
     else:
-        goal, *holes = rng.sample(CELLS, rng.randint(2, 7))
-        board = Board(dict.fromkeys(holes, world.hole) | {goal: world.goal}, goal)
-    goal = next(cell for cell, mark in board.marks.items() if mark == world.goal)
-    starts = [cell for cell in distances(board.marks, world.hole, [goal]) if cell != goal]
+        cells = rng.sample(CELLS, rng.randint(2, 7))
+        cut = rng.randint(1, len(cells) - 1)
+        board = Board(dict.fromkeys(cells[:cut], world.hole) | dict.fromkeys(cells[cut:], world.goal), cells[0])
+    goals = [cell for cell, mark in board.marks.items() if mark == world.goal]
+    starts = [cell for cell in distances(board.marks, world.hole, goals) if cell not in goals]
     return board._replace(player=rng.choice(starts)) if starts else anywhere(world, rng)
 
 

@@ -14,14 +14,10 @@ from tests.tiny_models import save_tiny_model
 
 SMALL = [
     "rounds=1",
-    "thinking=false",
-    "env.params={size: 3, num_holes: 2, randomize_start_goal: true}",
     "env.max_turns=4",
     "collect.extraction_games=3",
     "collect.sampling.max_tokens=8",
     "extract.seeds=2",
-    "extract.format=unstructured",
-    "extract.show_previous=true",
     "extract.max_tokens=64",
     "extract.sampling.max_tokens=24",
     "consolidate.steps=2",
@@ -29,7 +25,6 @@ SMALL = [
     "consolidate.learning_rate=1e-3",
     "consolidate.sampling.max_tokens=8",
     "evaluate.maps=3",
-    "evaluate.seeds=2",
     "evaluate.sampling.max_tokens=8",
     "engines.count=1",
 ]

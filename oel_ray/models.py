@@ -9,6 +9,7 @@ from pathlib import Path
 from oel_ray.durable import read_json
 from oel_ray.errors import UserError
 
+MICRO = "micro"
 SMOLLM2 = "smollm2-135m"
 
 _CONFIG = "config.json"
@@ -31,6 +32,8 @@ def resolve_model(model: str, note: Callable[[str], None]) -> Path:
     Raises:
         UserError: there is no such folder, package or hub model, or the folder lacks files that a policy needs.
     """
+    if model == MICRO:
+        return Path(__file__).parent / "micro"
     if model == SMOLLM2:
         return _smollm2(note)
     folder = Path(model).expanduser()

@@ -4,8 +4,8 @@ from oel_ray.configure import load_config
 from oel_ray.plan import Demand, demand, explain, headline, readings
 
 
-def test_the_sizes_of_the_quickstart() -> None:
-    config = load_config("quickstart")
+def test_the_sizes_of_a_preset() -> None:
+    config = load_config("smollm2")
     assert explain(config) == [
         "stages       12 in rounds 0 to 2",
         "games        T = 4 and T' = 6 a round, 20 in all",
@@ -23,22 +23,20 @@ def test_the_sizes_of_the_quickstart() -> None:
 
 
 def test_without_evaluation_and_extraction() -> None:
-    config = load_config("quickstart", ["evaluate.enabled=false", "extract.format=raw"])
+    config = load_config("smollm2", ["evaluate.enabled=false", "extract.format=raw"])
     assert [reading.name for reading in readings(config)] == ["play", "teacher"]
     assert explain(config)[0] == "stages       7 in rounds 0 to 2"
     assert headline(config).endswith("0 extractions, at most 30 training samples, 0 evaluation games")
 
 
 def test_every_step_of_the_accumulation_is_a_set_of_games_in_context() -> None:
-    config = load_config(
-        "quickstart", ["evaluate.accumulation_steps=[1, 2, 4]"]
-    )  # T = 4: the last is the complete text
+    config = load_config("smollm2", ["evaluate.accumulation_steps=[1, 2, 4]"])  # T = 4: the last is the complete text
     assert explain(config)[4].endswith("16 games of the policy and 48 in context a round, 144 games in all")
     assert headline(config).endswith(" 64 evaluation games")
 
 
 def test_what_is_read_by_whom() -> None:
-    config = load_config("quickstart", ["extract.show_previous=false", "collect.sampling.max_tokens=99"])
+    config = load_config("smollm2", ["extract.show_previous=false", "collect.sampling.max_tokens=99"])
     assert [(reading.knowledge, reading.response) for reading in readings(config)] == [
         (0, 99),
         (192, 99),  # one bound for all games of a player
@@ -55,7 +53,7 @@ def test_what_is_read_by_whom() -> None:
 
 def test_the_demand_on_cpus_and_on_gpus() -> None:
     changes = ["engines.cpu_threads=3", "engines.tensor_parallel=2", "consolidate.workers=4", "engines.device=auto"]
-    config = load_config("quickstart", changes)
+    config = load_config("smollm2", changes)
     cpu, gpu = demand(config, on_gpu=False), demand(config, on_gpu=True)
     assert (cpu, cpu.cpus, cpu.gpus) == (Demand(6, 2, 4), 12, 0)
     assert (gpu, gpu.cpus, gpu.gpus) == (Demand(2, 2, 4, 4, 4), 8, 8)

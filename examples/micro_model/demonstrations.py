@@ -1,11 +1,12 @@
 """What the micro model is shown: a player that thinks aloud, and an extractor. Runs in the trainer's data workers.
 
-The player says what it takes the marks to stand for, lists the board by that, cell by cell with coordinates, finds
-itself and the goal, judges its four neighbours and moves. What it was not told it guesses, anew every
-turn, and says so. The extractor looks up what the last move led onto.
+The player says what it takes the marks to stand for, lists the board cell by cell with coordinates, finds itself and
+the goal, judges its four neighbours and moves. What it was not told it guesses, anew every turn, and says so. The
+extractor looks up what the last move led onto.
 
 The order matters to a model of this size. The listing stands at a fixed distance behind the board, so that a cell is
-copied by position; everything after it is found by looking for a word or a coordinate that occurred before.
+copied by position; everything else stands before or behind the same word earlier: a letter behind its phrase, a role
+before its letter or its coordinate, a coordinate behind its role.
 """
 
 import random
@@ -38,6 +39,8 @@ INSTRUCTIONS = (
     "action with its square brackets."
 )
 
+NO_MARK = "-"
+OPENING = "I go by this:"
 HOLES_ARE, GOAL_IS = "Holes are marked", "The goal is marked"
 HOLE_PHRASINGS = (HOLES_ARE, "A hole is shown as", "The game is lost on", "Keep away from")
 GOAL_PHRASINGS = (GOAL_IS, "The goal is shown as", "The game is won on", "Move towards")
@@ -99,9 +102,8 @@ def beliefs(board: Board, knowledge: str, rng: random.Random) -> Beliefs:
 
 
 def choose_move(board: Board, held: Beliefs) -> str:
-    """The first of a shortest way to the nearest believed goal; of two, the vertical one."""
-    targets = [cell for cell, mark in board.marks.items() if mark == held.goal]
-    way = distances(board.marks, held.hole, targets)
+    """The first of a shortest way to the believed goal; of two, the vertical one."""
+    way = distances(board.marks, held.hole, [target(board, held)])
     moves = {move: beside for move in STEPS if (beside := neighbour(board.player, move)) is not None}
     safe = [move for move, beside in moves.items() if board.marks.get(beside) != held.hole]
     return min(safe or list(moves), key=lambda move: way.get(moves[move], 99))
@@ -110,24 +112,23 @@ def choose_move(board: Board, held: Beliefs) -> str:
 def player_answer(board: Board, held: Beliefs, rng: random.Random, move: str = "") -> str:
     """The whole response, behind the template's opening of the thinking block; `move` instead of the best one."""
     move = move or choose_move(board, held)
-    lines = [f"{HOLES_ARE} {held.hole}. {GOAL_IS} {held.goal}."]
+    lines = [f"{OPENING} {HOLES_ARE} {held.hole}. {GOAL_IS} {held.goal}."]
     for row in range(SIZE):
         cells = ((row, column) for column in range(SIZE))
-        lines.append("".join(f" {'me' if cell == board.player else _role(board, held, cell)}{cell}" for cell in cells))
+        lines.append("".join(f" {_shown(board, cell)} {_role(board, held, cell)}{cell}" for cell in cells))
     puzzled = not held.told and rng.random() >= UNADMITTED
-    target = nearest(board, held)
-    heading = "".join(f" {towards}" for towards in _towards(board.player, target))
-    lines += [f" {PUZZLED}" * puzzled + f" I am at {board.player}, the goal at {target}:{heading}"]
+    there = target(board, held)
+    heading = "".join(f" {towards}" for towards in _towards(board.player, there))
+    lines += [f" {PUZZLED}" * puzzled + f" I am at {board.player}, the goal at {there}:{heading}"]
     lines += [f"{towards} {_judged(board, held, towards)}" for towards in STEPS]
     onto = neighbour(board.player, move)
-    lines += [f"So {move}:{_named(board, held, onto) if onto else ' wall'}"]
+    lines += [f"So {move}: {_role(board, held, onto) if onto else 'wall'}"]
     return "\n".join(lines) + f"\n</think>\n[{move}]"
 
 
-def nearest(board: Board, held: Beliefs) -> Cell:
-    """The believed goal that the player names: the closest, the first in reading order among equals."""
-    targets = [cell for cell in CELLS if board.marks.get(cell) == held.goal]
-    return min(targets, key=lambda cell: abs(cell[0] - board.player[0]) + abs(cell[1] - board.player[1]))
+def target(board: Board, held: Beliefs) -> Cell:
+    """The believed goal that the player goes for: the first in reading order."""
+    return next(cell for cell in CELLS if board.marks.get(cell) == held.goal)
 
 
 def _towards(here: Cell, there: Cell) -> list[str]:
@@ -137,23 +138,28 @@ def _towards(here: Cell, there: Cell) -> list[str]:
 
 def _judged(board: Board, held: Beliefs, move: str) -> str:
     beside = neighbour(board.player, move)
-    return f"{beside}{_named(board, held, beside)}" if beside else "wall"
+    return f"{beside} {_role(board, held, beside)}" if beside else "wall"
 
 
-def _named(board: Board, held: Beliefs, cell: Cell) -> str:
-    """What a cell is taken for, with its mark."""
-    mark = board.marks.get(cell)
-    return f" {_role(board, held, cell)}" + (f" {mark}" if mark else "")
+def _shown(board: Board, cell: Cell) -> str:
+    return PLAYER if cell == board.player else board.marks.get(cell, NO_MARK)
 
 
 def _role(board: Board, held: Beliefs, cell: Cell) -> str:
-    return {held.hole: "hole", held.goal: "goal"}.get(board.marks.get(cell, ""), "free")
+    return {PLAYER: "me", NO_MARK: "free", held.hole: "hole", held.goal: "goal"}[_shown(board, cell)]
 
 
-def draw_knowledge(world: World, rng: random.Random) -> str:
-    """A knowledge text of one of the kinds: none, all, a part, repeated, contradicting, wrong, of another world."""
+def draw_knowledge(world: World, rng: random.Random, *, plain: bool = False) -> str:
+    """A knowledge text of one of the kinds: none, all, a part, repeated, contradicting, wrong, of another world.
+
+    A `plain` one says both things, in the extractor's own words.
+    """
+    if plain:
+        facts = [("hole", world.hole), ("goal", world.goal)]
+        rng.shuffle(facts)
+        return "\n".join(item(role, letter) for role, letter in facts)
     kind = rng.choices(
-        ["none", "all", "hole", "goal", "repeated", "contradicting", "wrong", "strangers"], [22, 22, 8, 8, 20, 6, 8, 6]
+        ["none", "all", "hole", "goal", "repeated", "contradicting", "wrong", "strangers"], [20, 20, 8, 8, 18, 6, 12, 8]
     )[0]
     stranger = World(*rng.sample([letter for letter in LETTERS if letter not in world], 2))
     hole, goal = [("hole", world.hole)], [("goal", world.goal)]
@@ -224,9 +230,13 @@ def play(world: World, knowledge: str, rng: random.Random, *, limit: int, wander
     return Played(turns, outcome, board, observation, stepped_on)
 
 
-def player_sample(world: World, rng: random.Random, *, history: bool) -> Sample:
-    """A game prompt, with earlier turns or without, and the player's response."""
-    knowledge = draw_knowledge(world, rng)
+def player_samples(world: World, rng: random.Random, *, history: bool, plain: bool = False) -> list[Sample]:
+    """A game prompt, with earlier turns or without, and the player's response. `plain`: with plain knowledge.
+
+    Where the player has to guess there are two samples, one for each guess. With one of them at random the model would
+    learn by heart which letters were guessed to be what, and be prejudiced for or against the real game's.
+    """
+    knowledge = draw_knowledge(world, rng, plain=plain)
     turns: Sequence[Turn] = []
     if history:
         played = play(world, knowledge, rng, limit=rng.randint(1, LIMIT - 1), wander=0.3, thoughts=False)
@@ -239,7 +249,9 @@ def player_sample(world: World, rng: random.Random, *, history: bool) -> Sample:
         board = anywhere(world, rng)
         observation = board.observation()
     situation = game_situation(INSTRUCTIONS, turns, observation)
-    return Sample(situation, knowledge, player_answer(board, beliefs(board, knowledge, rng), rng))
+    held = beliefs(board, knowledge, rng)
+    guesses = [held] if held.told else [held, Beliefs(held.goal, held.hole, held.told)]
+    return [Sample(situation, knowledge, player_answer(board, guess, rng)) for guess in guesses]
 
 
 def parse_board(observation: str) -> Board:
@@ -252,11 +264,12 @@ def parse_board(observation: str) -> Board:
 
 def extractor_sample(world: World, rng: random.Random) -> Sample:
     """The record of a game and what it teaches, or that it teaches nothing."""
-    knowledge = draw_knowledge(world, rng) if rng.random() < 0.5 else ""
-    limit = rng.choice([2, 3, 4, LIMIT, LIMIT])
+    shown = rng.choices([world.hole, world.goal, ""], [4, 4, 2])[0]
     while True:
+        knowledge = draw_knowledge(world, rng) if rng.random() < 0.5 else ""
+        limit = rng.choice([2, 3, 4, LIMIT, LIMIT])
         played = play(world, knowledge, rng, limit=limit, wander=rng.choice([0.1, 0.5]), thoughts=True)
-        if len(played.turns) <= 4 or rng.random() < 0.5:
+        if played.stepped_on == shown and (len(played.turns) <= 4 or rng.random() < 0.5):
             break
     outcome = played.outcome or f"The game was stopped after {len(played.turns)} turns."
     game = transcript(INSTRUCTIONS, played.turns, outcome)

@@ -48,7 +48,7 @@ def _pieces() -> Iterable[str]:
     yield from string.printable
     yield from (f" {letter}" for letter in LETTERS)
     yield from (f"({row}, {column})" for row, column in CELLS)
-    yield from (f"  {letter}  " for letter in (*LETTERS, PLAYER, " "))
+    yield from ("  ", *(f"  {letter}" for letter in (*LETTERS, PLAYER, " ")))
     yield from (f" {PLAYER}/{letter} " for letter in LETTERS)
     yield from _board_frames()
     yield from _sentences()
@@ -83,11 +83,15 @@ def _sentences() -> Iterable[str]:
         for part in text.split(_MARK):
             yield from re.split(r"(\d+)", part)
     for phrase in (*demonstrations.HOLE_PHRASINGS, *demonstrations.GOAL_PHRASINGS):
-        yield from (f" {phrase}", f"{ITEM_MARKER} {phrase}", f"\n{ITEM_MARKER} {phrase}")
+        yield f" {phrase}"
     yield from (
-        demonstrations.HOLES_ARE,
+        demonstrations.OPENING,
+        ITEM_MARKER,
+        f"\n{ITEM_MARKER}",
         " I am at ",
         ", the goal at ",
+        f" {demonstrations.NO_MARK}",
+        f" {PLAYER}",
         " free",
         " hole",
         " goal",

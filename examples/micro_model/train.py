@@ -7,8 +7,10 @@ and taken up again from the output folder.
 import multiprocessing
 import os
 import random
+import re
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -17,31 +19,55 @@ import torch.distributed as dist
 import typer
 from torch import nn
 
-from examples.micro_model.demonstrations import extractor_sample, player_sample
+from examples.micro_model.demonstrations import extractor_sample, player_samples
 from examples.micro_model.tokenizer import END, PAD, build_tokenizer
-from examples.micro_model.worlds import World, worlds
+from examples.micro_model.worlds import LETTERS, World, worlds
 from oel_ray.chat import ChatFormat
 
 STATE = "training.pt"
 POOL = 256
 """Samples that are drawn at a time and sorted by length."""
 
+EMPHASIS = 8.0
+"""Weight of the tokens of an answer's first line, and of what follows a letter. There it says what letters stand for:
+few choices among seventy tokens, and a model of this size finds all other clues before those."""
+
 ADAM_LR = 3e-3
 """Peak learning rate of embeddings and norms; matrices have `--lr`."""
 
 
 class Mixture(NamedTuple):
-    """Shares of samples with earlier turns and of extractions; the rest are single boards."""
+    """Shares of samples with earlier turns, of extractions, and of plain knowledge; the rest are single boards."""
 
     history: float
     extraction: float
+    plain: float
 
 
-def mixture(progress: float) -> Mixture:
-    """Single boards first, then everything. `progress` goes from 0 to 1."""
-    if progress < 0.2:
-        return Mixture(0.0, 0.0)
-    return Mixture(0.2, 0.12)
+FIRST_LESSONS = Mixture(0.0, 0.0, 0.95)
+LESSONS = Mixture(0.2, 0.15, 0.2)
+LEARNED = 0.98
+"""Share of the tokens under `EMPHASIS` that are right when the first lessons end. The look-up behind it comes suddenly,
+after one or two million tokens; what is taught before it comes is done by other clues."""
+
+
+class Progress:
+    """Tokens seen so far, and when the first lessons ended. `tokens`: how many come after them."""
+
+    def __init__(self, tokens: float, done: int = 0, first: int | None = None) -> None:
+        self.tokens, self.done, self.first = tokens, done, first
+
+    @property
+    def mixture(self) -> Mixture:
+        return FIRST_LESSONS if self.first is None else LESSONS
+
+    @property
+    def left(self) -> float:
+        return self.tokens if self.first is None else self.first + self.tokens - self.done
+
+    def learning_rate(self, *, warmup: float = 60e3, cooldown: float = 0.4) -> float:
+        """Share of the peak: up over `warmup` tokens, flat, and down to nothing over the last `cooldown`."""
+        return min(1.0, self.done / warmup, self.left / (cooldown * self.tokens))
 
 
 def build_model(tokenizer: Any, *, hidden: int = 192, layers: int = 4, heads: int = 4, mlp: int = 512) -> Any:
@@ -69,32 +95,43 @@ def build_model(tokenizer: Any, *, hidden: int = 192, layers: int = 4, heads: in
 
 
 class Encoded(NamedTuple):
-    """A sample as ids; the answer, which is learned, starts at `start`."""
+    """A sample as ids, and the weight of each as a target."""
 
     ids: list[int]
-    start: int
+    weights: list[float]
 
 
-def draw(rng: random.Random, known: list[World], chat: ChatFormat, mixed: Mixture) -> Encoded:
-    """One sample of the mixture."""
+def draw(rng: random.Random, known: list[World], chat: ChatFormat, mixed: Mixture) -> list[Encoded]:
+    """A sample of the mixture, or two of the same prompt."""
     world, kind = rng.choice(known), rng.random()
     if kind < mixed.extraction:
         sample = extractor_sample(world, rng)
-        prompt = chat.message_ids(sample.situation)
-    else:
-        sample = player_sample(world, rng, history=kind < mixed.extraction + mixed.history)
-        prompt = chat.game_ids(sample.situation, sample.knowledge or "")
-    answer: list[int] = chat.tokenizer(sample.answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return Encoded([*prompt, *answer, chat.tokenizer.eos_token_id], len(prompt))
+        return [_encoded(chat, chat.message_ids(sample.situation), sample.answer)]
+    history, plain = kind < mixed.extraction + mixed.history, rng.random() < mixed.plain
+    samples = player_samples(world, rng, history=history, plain=plain)
+    prompt = chat.game_ids(samples[0].situation, samples[0].knowledge or "")
+    return [_encoded(chat, prompt, sample.answer) for sample in samples]
+
+
+def _encoded(chat: ChatFormat, prompt: list[int], answer: str) -> Encoded:
+    first, after = (
+        chat.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for text in re.split(r"(?=\n)", answer, maxsplit=1)
+    )
+    letters = set(chat.tokenizer.convert_tokens_to_ids([f" {letter}" for letter in LETTERS]))
+    behind = [EMPHASIS if before in letters else 1.0 for before in [0, *after]]
+    ids = [*prompt, *first, *after, chat.tokenizer.eos_token_id]
+    return Encoded(ids, [0.0] * len(prompt) + [EMPHASIS] * len(first) + behind)
 
 
 def batches(
-    rng: random.Random, chat: ChatFormat, budget: int, progress: Any
+    rng: random.Random, chat: ChatFormat, budget: int, progress: Progress
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of at most `budget` tokens with padding: ids [B, T] and a mask [B, T] of what is learned."""
+    """Endless batches of at most `budget` tokens with padding: ids [B, T] and the weight [B, T] of each as a target."""
     known = worlds("train")
     while True:
-        pool = sorted((draw(rng, known, chat, mixture(progress())) for _ in range(POOL)), key=lambda x: len(x.ids))
+        drawn = chain.from_iterable(draw(rng, known, chat, progress.mixture) for _ in range(POOL))
+        pool = sorted(drawn, key=lambda x: len(x.ids))
         cuts: list[list[Encoded]] = [[]]
         for sample in pool:
             if (len(cuts[-1]) + 1) * len(sample.ids) > budget:
@@ -107,29 +144,35 @@ def batches(
 def _padded(samples: list[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(len(sample.ids) for sample in samples)
     ids_BT = torch.tensor([sample.ids + [pad] * (longest - len(sample.ids)) for sample in samples])
-    mask_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
+    weights_BT = torch.zeros(ids_BT.shape)
     for row, sample in enumerate(samples):
-        mask_BT[row, sample.start : len(sample.ids)] = True
-    return ids_BT, mask_BT
+        weights_BT[row, : len(sample.ids)] = torch.tensor(sample.weights)
+    return ids_BT, weights_BT
 
 
-def loss_of(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the answers' tokens, in nats, and the share that is predicted right.
+class Tally(NamedTuple):
+    """The loss, and the shares of all tokens and of those that weigh more that are predicted right."""
+
+    loss: float
+    right: float
+    right_heavy: float
+
+
+def loss_of(model: Any, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple[torch.Tensor, Tally]:
+    """Weighted mean of the cross-entropy of the answers' tokens, in nats, and what is predicted right.
 
     Padding stands on the right, where causal attention never looks: no attention mask is needed.
     """
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden_BTD = model.model(input_ids=ids_BT).last_hidden_state
-        hidden_ND = hidden_BTD[:, :-1][mask_BT[:, 1:]]
+        learned_BT = weights_BT[:, 1:] > 0
+        hidden_ND = hidden_BTD[:, :-1][learned_BT]
         logits_NV = model.lm_head(hidden_ND).float()
-    targets_N = ids_BT[:, 1:][mask_BT[:, 1:]]
-    right = (logits_NV.argmax(-1) == targets_N).float().mean()
-    return nn.functional.cross_entropy(logits_NV, targets_N), right
-
-
-def learning_rate(progress: float, *, warmup: float = 0.01, cooldown: float = 0.3) -> float:
-    """Share of the peak: up, flat, and down to nothing over the last `cooldown`."""
-    return min(1.0, progress / warmup, (1 - progress) / cooldown)
+    targets_N, weights_N = ids_BT[:, 1:][learned_BT], weights_BT[:, 1:][learned_BT]
+    losses_N = nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    right_N = (logits_NV.argmax(-1) == targets_N).float()
+    loss = torch.dot(losses_N, weights_N) / weights_N.sum()
+    return loss, Tally(loss.item(), right_N.mean().item(), right_N[weights_N > 1].mean().item())
 
 
 class Optimizers:
@@ -154,9 +197,11 @@ class Optimizers:
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the model; training goes on from what lies there.")],
-    tokens: Annotated[float, typer.Option(help="Tokens to train on, prompts and padding included.")] = 8e6,
+    tokens: Annotated[
+        float, typer.Option(help="Tokens to train on after the first lessons, prompts and padding included.")
+    ] = 4.5e6,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the matrices (Muon).")] = 6e-3,
-    budget: Annotated[int, typer.Option(help="Tokens of a batch, over all workers.")] = 8000,
+    budget: Annotated[int, typer.Option(help="Tokens of a batch, over all workers.")] = 6000,
     workers: Annotated[int, typer.Option(help="Processes; one per core.")] = 2,
     seed: Annotated[int, typer.Option(help="Of weights and samples.")] = 0,
     minutes: Annotated[float, typer.Option(help="Stop and save after so long.")] = 110.0,
@@ -183,66 +228,69 @@ def _worker(
     chat = ChatFormat(build_tokenizer(), thinking=True)
     model = build_model(chat.tokenizer)
     optimizers = Optimizers(model, lr)
-    done, step = _load(out, model, optimizers)
+    progress, step = _load(out, model, optimizers, tokens)
     parameters = list(model.parameters())
     rng = random.Random(f"{seed} {rank} {step}")
-    stream = batches(rng, chat, budget // workers, lambda: done / tokens)
-    began, since, counted, losses, rights = time.monotonic(), time.monotonic(), 0, 0.0, 0.0
-    saved = began
-    while done < tokens:
-        ids_BT, mask_BT = next(stream)
-        loss, right = loss_of(model, ids_BT, mask_BT)
+    stream = batches(rng, chat, budget // workers, progress)
+    began = since = saved = time.monotonic()
+    counted, sums = 0, [0.0] * len(Tally._fields)
+    while progress.left > 0:
+        ids_BT, weights_BT = next(stream)
+        loss, tally = loss_of(model, ids_BT, weights_BT)
         torch.autograd.backward(loss)
-        flat = torch.cat(
-            [p.grad.flatten() for p in parameters] + [torch.tensor([ids_BT.numel(), loss.detach(), right])]
-        )
+        flat = torch.cat([p.grad.flatten() for p in parameters] + [torch.tensor([ids_BT.numel(), *tally])])
         dist.all_reduce(flat)
-        size, loss_sum, right_sum = flat[-3:].tolist()
+        size, *tallies = flat[-1 - len(tally) :].tolist()
         offset = 0
         for p in parameters:
             p.grad.copy_((flat[offset : offset + p.numel()] / workers).view_as(p))
             offset += p.numel()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizers.step(learning_rate(done / tokens))
-        done, step, counted = done + int(size), step + 1, counted + int(size)
-        losses, rights = losses + loss_sum / workers, rights + right_sum / workers
+        optimizers.step(progress.learning_rate())
+        progress.done, step, counted = progress.done + int(size), step + 1, counted + int(size)
+        sums = [before + new / workers for before, new in zip(sums, tallies, strict=True)]
         if step % 50 == 0:
-            now = time.monotonic()
+            now, mean = time.monotonic(), Tally(*(value / 50 for value in sums))
             if rank == 0:
                 print(
-                    f"step {step}  {done / 1e6:.2f}M tokens  {counted / (now - since):.0f}/s  "
-                    f"loss {losses / 50:.4f}  right {rights / 50:.4f}",
+                    f"step {step}  {progress.done / 1e6:.2f}M tokens  {counted / (now - since):.0f}/s  "
+                    f"loss {mean.loss:.4f}  right {mean.right:.4f}  heavy {mean.right_heavy:.4f}",
                     flush=True,
                 )
-            since, counted, losses, rights = now, 0, 0.0, 0.0
+            if progress.first is None and mean.right_heavy >= LEARNED:
+                progress.first = progress.done
+            since, counted, sums = now, 0, [0.0] * len(sums)
             stop = torch.tensor([float(now - began > minutes * 60), float(now - saved > 240)])
             dist.broadcast(stop, 0)
-            if stop.any() or done >= tokens:
+            if stop.any():
                 saved = now
-                _save(rank, out, model, optimizers, chat, done, step)
+                _save(rank, out, model, optimizers, chat, progress, step)
             if stop[0]:
                 break
-    _save(rank, out, model, optimizers, chat, done, step)
+    _save(rank, out, model, optimizers, chat, progress, step)
     dist.destroy_process_group()
 
 
-def _load(out: Path, model: Any, optimizers: Optimizers) -> tuple[int, int]:
+def _load(out: Path, model: Any, optimizers: Optimizers, tokens: float) -> tuple[Progress, int]:
     if not (out / STATE).exists():
-        return 0, 0
+        return Progress(tokens), 0
     state = torch.load(out / STATE, weights_only=True)
     model.load_state_dict(state["model"])
     for optimizer, values in zip(optimizers.all, state["optimizers"], strict=True):
         optimizer.load_state_dict(values)
-    return state["tokens"], state["step"]
+    return Progress(tokens, state["tokens"], state["first"]), state["step"]
 
 
-def _save(rank: int, out: Path, model: Any, optimizers: Optimizers, chat: ChatFormat, done: int, step: int) -> None:
+def _save(
+    rank: int, out: Path, model: Any, optimizers: Optimizers, chat: ChatFormat, progress: Progress, step: int
+) -> None:
     if rank:
         return
     state = {
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers.all],
-        "tokens": done,
+        "tokens": progress.done,
+        "first": progress.first,
         "step": step,
     }
     torch.save(state, out / f"{STATE}.new")

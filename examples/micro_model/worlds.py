@@ -1,12 +1,13 @@
 """Synthetic worlds: Frozen Lake with other symbols. Runs in the trainer's data workers; pure functions of a `Random`.
 
 A world says which letter marks holes and which the goal. In its texts it is the real game with other letters, to the
-byte (tests compare the two). The real assignment, H for holes and G for the goal, is in neither split.
+byte (tests compare the two). The real game's letters, H for holes and G for the goal, make a pair in neither split.
 """
 
 import random
 from collections import deque
 from collections.abc import Mapping
+from itertools import combinations, permutations
 from typing import Literal, NamedTuple
 
 from oel_ray.envs.solvers import MOVES, Cell
@@ -40,11 +41,16 @@ class World(NamedTuple):
 
 
 def worlds(split: Literal["train", "held_out"]) -> list[World]:
-    """All worlds of a split. About one in eight is held out; the real one belongs to neither."""
-    pairs = [World(hole, goal) for hole in LETTERS for goal in LETTERS if hole != goal and (hole, goal) != REAL]
+    """All worlds of a split. About one in eight is held out; the real one belongs to neither.
+
+    Two letters are in one split whichever way round: who has seen G and H exchanged is not ignorant of the real game,
+    but prejudiced against it.
+    """
+    pairs = [pair for pair in combinations(LETTERS, 2) if set(pair) != set(REAL)]
     random.Random(8).shuffle(pairs)
     cut = len(pairs) // 8
-    return pairs[:cut] if split == "held_out" else pairs[cut:]
+    chosen = pairs[:cut] if split == "held_out" else pairs[cut:]
+    return [World(*ordered) for pair in chosen for ordered in permutations(pair)]
 
 
 class Board(NamedTuple):
@@ -96,13 +102,14 @@ def draw_board(world: World, rng: random.Random, *, holes: int = 3) -> Board:
 def anywhere(world: World, rng: random.Random) -> Board:
     """A position for practice: of a game that is going on, or one that no game has.
 
-    In the latter there are as many goals as holes on average, anywhere on the board: in the game itself the goal is the
-    mark that occurs once, in a corner, and a model would go by that and not by what it is told.
+    In the latter there are as many goals as holes on average, mostly one of each, anywhere on the board: in the game
+    itself the goal is the mark that occurs once, in a corner, and a model would go by that and not by what it is told.
     """
-    if rng.random() < 0.3:
+    kind = rng.random()
+    if kind < 0.25:
         board = draw_board(world, rng, holes=rng.choice([2, 3, 3, 3, 4]))
     else:
-        cells = rng.sample(CELLS, rng.randint(2, 7))
+        cells = rng.sample(CELLS, rng.randint(3, 7) if kind < 0.75 else 2)
         cut = rng.randint(1, len(cells) - 1)
         board = Board(dict.fromkeys(cells[:cut], world.hole) | dict.fromkeys(cells[cut:], world.goal), cells[0])
     goals = [cell for cell, mark in board.marks.items() if mark == world.goal]

@@ -1,4 +1,7 @@
-"""One vLLM replica. Runs as a Ray actor on the node of its CPUs or GPUs; vLLM starts two more processes below it."""
+"""One vLLM replica. Runs as a Ray actor on the node of its CPUs or GPUs.
+
+vLLM starts its engine core in a process below it, which runs the model; with tensor parallelism one more per rank.
+"""
 
 import asyncio
 import os
@@ -28,7 +31,7 @@ class Engine:
         self._sync_failed = False
         self._vllm_args = _engine_args(config, policy, on_gpu=on_gpu) | vllm_args
         if not on_gpu:
-            _bind_cpu(index, config.cpu_threads)
+            _prepare_cpu(index, config)
 
     async def start(self) -> None:
         """Load the policy and get ready to serve.
@@ -200,16 +203,24 @@ def _engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[st
         "kv_cache_memory_bytes": config.cpu_kv_cache_gib * 2**30,
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(config.max_model_len, 4096),
+        # The smallest that CPU attention is fast with: games grow by less than vLLM's 128 tokens a turn.
+        "block_size": 32,
     }
 
 
-def _bind_cpu(index: int, threads: int) -> None:
-    """Give this engine's worker cores of its own. vLLM's "auto" puts every engine of a node on the same core."""
-    cores = sorted(os.sched_getaffinity(0))
-    mine = [cores[(index * threads + offset) % len(cores)] for offset in range(min(threads, len(cores)))]
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
-    # The spawned processes must see these before they load torch.
+def _prepare_cpu(index: int, config: EnginesConfig) -> None:
+    """Set what vLLM's processes read from the environment before they load torch."""
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.exists() and "LD_PRELOAD" not in os.environ:
         os.environ["LD_PRELOAD"] = str(openmp)
+    if config.tensor_parallel == 1:
+        # The model in vLLM's scheduler process: with one of its own the two wait for each other by spinning, and take
+        # half of the cores that they share.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
+        return
+    # Cores of this engine's own. vLLM's "auto" puts every engine of a node on the same ones.
+    cores, threads = sorted(os.sched_getaffinity(0)), config.cpu_threads
+    mine = [cores[(index * threads + offset) % len(cores)] for offset in range(min(threads, len(cores)))]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))

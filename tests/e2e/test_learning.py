@@ -1,7 +1,4 @@
-"""That learning happens, and stops when a condition of it is taken away: the micro model and its game, smaller.
-
-The model is not part of this repository yet: OEL_RAY_MICRO names a folder that `examples.micro_model.train` made.
-"""
+"""That learning happens, and stops when a condition of it is taken away: the quickstart, smaller."""
 
 import json
 import os
@@ -16,19 +13,9 @@ from oel_ray.layout import RoundFiles
 from oel_ray.records import KnowledgeText, Trajectory, read_jsonl
 from tests.e2e.test_run import oel
 
-CONFIG = "examples/micro_model/learn.yaml"
 SMALLER = ["rounds=1", "consolidate.steps=8", "evaluate.maps=48", "evaluate.seeds=1", "evaluate.in_context=false"]
 TRUE = {"- EXPERIENCE ITEM: Holes are marked H.", "- EXPERIENCE ITEM: The goal is marked G."}
 PROOF = {"Holes are marked": "You fell into a hole!", "The goal is marked": "You reached the goal!"}
-
-
-pytestmark = pytest.mark.slow
-
-
-def model() -> list[str]:
-    if "OEL_RAY_MICRO" not in os.environ:
-        pytest.skip("OEL_RAY_MICRO names no micro model")
-    return [f"model={os.environ['OEL_RAY_MICRO']}"]
 
 
 def pass_rate(folder: Path, number: int) -> float:
@@ -43,7 +30,7 @@ def tokens(folder: Path, number: int) -> float:
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "learned"
-    finished = oel("run", CONFIG, *model(), *SMALLER, "--run-dir", str(folder))
+    finished = oel("run", "quickstart", *SMALLER, "--run-dir", str(folder))
     assert finished.returncode == 0, finished.stderr
     return folder
 
@@ -68,6 +55,7 @@ def test_what_was_learned_is_true_and_each_item_is_proved_by_its_game(learned: P
 # The other way round: the same round with one thing taken away. What is left must not do better than chance allows.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knowledge",
     [
@@ -81,7 +69,7 @@ def test_nothing_is_learned_from_a_teacher_that_knows_nothing_of_this_game(knowl
     folder, text = tmp_path / "run", tmp_path / "knowledge.txt"
     text.write_text(knowledge)
     for command in (
-        ["evaluate", str(folder), "--config", CONFIG, *model(), *SMALLER],
+        ["evaluate", str(folder), "--config", "quickstart", *SMALLER],
         ["collect", str(folder)],
         ["consolidate", str(folder), "--knowledge", str(text)],
         ["evaluate", str(folder), "--round", "1"],
@@ -91,6 +79,7 @@ def test_nothing_is_learned_from_a_teacher_that_knows_nothing_of_this_game(knowl
     assert pass_rate(folder, 1) <= pass_rate(folder, 0) + 0.15
 
 
+@pytest.mark.slow
 def test_nothing_is_learned_if_the_weights_never_reach_the_engines(tmp_path: Path) -> None:
     """A patch that every process loads at its start makes engines take a new version without new weights."""
     patches = tmp_path / "patches"
@@ -98,7 +87,7 @@ def test_nothing_is_learned_if_the_weights_never_reach_the_engines(tmp_path: Pat
     shutil.copy(Path(__file__).with_name("stale_engines.py"), patches / "sitecustomize.py")
     folder = tmp_path / "run"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(patches), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "oel_ray", "run", CONFIG, *model(), *SMALLER, "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "oel_ray", "run", "quickstart", *SMALLER, "--run-dir", str(folder)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert finished.returncode == 0, finished.stderr
     assert pass_rate(folder, 1) <= pass_rate(folder, 0) + 0.15

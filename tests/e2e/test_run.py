@@ -14,9 +14,14 @@ from tests.tiny_models import save_tiny_model
 
 SMALL = [
     "rounds=1",
+    "thinking=false",
+    "env.params.size=3",
+    "env.params.num_holes=2",
     "env.max_turns=4",
     "collect.extraction_games=3",
     "collect.sampling.max_tokens=8",
+    "extract.format=unstructured",
+    "extract.show_previous=true",
     "extract.seeds=2",
     "extract.max_tokens=64",
     "extract.sampling.max_tokens=24",
@@ -25,6 +30,7 @@ SMALL = [
     "consolidate.learning_rate=1e-3",
     "consolidate.sampling.max_tokens=8",
     "evaluate.maps=3",
+    "evaluate.seeds=2",
     "evaluate.sampling.max_tokens=8",
     "engines.count=1",
 ]

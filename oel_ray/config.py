@@ -167,7 +167,7 @@ class EnginesConfig(Section):
     cpu_kv_cache_gib: Positive = 1
     """Memory of one engine's key/value cache (CPU engines)."""
     cpu_threads: Positive = 1
-    """Cores that one engine is bound to (CPU engines)."""
+    """Threads that one engine computes with (CPU engines)."""
     start_deadline_s: Seconds = 600.0
     """Seconds until all engines must answer."""
     generate_deadline_s: Seconds = 600.0

@@ -148,7 +148,7 @@ def _check(needed: Demand, available: dict[str, float], where: str) -> None:
 
 
 def _check_cores(config: RunConfig) -> None:
-    """Engines and ranks are bound to cores; each kind has the machine to itself while it works hardest."""
+    """A core for every thread of an engine and for every rank; each kind has the machine to itself while it works."""
     cores, engines = len(os.sched_getaffinity(0)), config.engines
     for what, wanted, keys in (
         ("the engines need", engines.count * engines.cpu_threads, "engines.count or engines.cpu_threads"),

@@ -68,15 +68,17 @@ def transient_bytes(setup: str, device: str, arguments: dict[str, Any]) -> int:
     """
     task = json.dumps({"setup": setup, "device": device, "arguments": arguments})
     command = [sys.executable, "-m", "benchmarks.harness", task]
-    child = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    # glibc gives back what it has mapped for one block alone: with its own threshold that is only blocks of 32 MiB.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    child = subprocess.run(command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return int(child.stdout.splitlines()[-1])
 
 
 def rise(function: Callable[[], object], device: str) -> int:
     """How far this process's peak memory rises above what it holds, during one call; on a GPU, that of its tensors.
 
-    On a CPU it is resident memory, where blocks that were freed and not given back come for nothing: that is why
-    `transient_bytes` asks a fresh process. It is not `ru_maxrss`, which a child process inherits from its parent.
+    On a CPU it is resident memory, where blocks that were freed and not given back come for nothing, or stay on top:
+    that is why `transient_bytes` asks a fresh process. It is not `ru_maxrss`, which a child inherits from its parent.
     """
     gc.collect()
     if device == "cuda":

@@ -1,6 +1,6 @@
 """`python -m benchmarks.loss_memory`: transient memory of the loss with its backward pass, naive / ours.
 
-Every measure has a process of its own. The naive way needs about six tensors of [tokens, vocabulary].
+Every measure has a process of its own. The naive way needs five tensors of [tokens, vocabulary].
 """
 
 from collections.abc import Callable

@@ -100,9 +100,10 @@ class ConsolidateConfig(Section):
     """The largest norm of a step's gradient; a larger one is scaled down to it."""
     kl_temperature: Annotated[float, Field(gt=0)] | None = None
     """Divides student and teacher logits; null takes the sampling temperature (1 if that is greedy)."""
-    divergence: Literal["full", "top_k_tail", "top_k"] = "full"
+    divergence: Literal["full", "top_k_tail", "top_k", "forward"] = "full"
     """Reverse KL over the whole vocabulary; over the student's `top_k` words and one bucket for all others; or the bare
-    sum over the `top_k` words (official code), which is no divergence and can be negative."""
+    sum over the `top_k` words (official code), which is no divergence and can be negative; or forward KL, from the
+    teacher's side, over the whole vocabulary."""
     top_k: Positive = 256
     """Words that the truncated divergences look at, for each token those that the student finds likeliest."""
     loss_mean: Literal["response", "token"] = "response"

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from oel_ray.consolidate.loss import apply_soft_cap, reverse_kl
 from oel_ray.errors import UserError
 
+Divergence = Callable[..., tuple[Tensor, Tensor]]
+"""`reverse_kl` or `forward_kl`, with or without some of the arguments bound."""
+
 
 @dataclass(frozen=True, slots=True)
 class PaddedTokens:
@@ -77,18 +80,16 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, student: Any, *, temperature: float, chunk_tokens: int, top_k: int | None = None, tail: bool = True
+        self, student: Any, *, temperature: float, chunk_tokens: int, divergence: Divergence = reverse_kl
     ) -> None:
-        """The keywords are those of `reverse_kl`."""
+        """`divergence` is `reverse_kl` with its options bound, or `forward_kl`; the other keywords are theirs."""
         super().__init__()
         self.student = student
         objective = partial(
-            reverse_kl,
+            divergence,
             temperature=temperature,
             chunk_tokens=chunk_tokens,
             student_soft_cap=logit_soft_cap(student),
-            top_k=top_k,
-            tail=tail,
         )
         self.loss = _DistillLoss(student.get_output_embeddings(), objective)
 
@@ -112,7 +113,7 @@ class Distiller(nn.Module):
         teacher_bias_V: Tensor | None = None,
         teacher_soft_cap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`reverse_kl` of the response tokens: the weighted sum, and the KL of each token."""
+        """The divergence of the response tokens: the weighted sum, and that of each token."""
         hidden_TD = response_hidden(self.student, tokens_BS, mask_BS, rows_T)
         loss, kl_T = self.loss(
             hidden_TD, teacher_hidden_TE, teacher_head_VE, weights_T, teacher_bias_V, teacher_soft_cap
@@ -123,7 +124,7 @@ class Distiller(nn.Module):
 class _DistillLoss(nn.Module):
     """The loss as a module, so that ZeRO-3 gathers the head around it, forward and backward, and not for longer."""
 
-    def __init__(self, head: nn.Linear, objective: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, head: nn.Linear, objective: Divergence) -> None:
         super().__init__()
         self._head = [head]  # in a list, or the head would get a second name in this module tree
         self.objective = objective

@@ -1,15 +1,18 @@
-"""Reverse KL between two language models, from their final hidden states. Training workers (Ray Train group).
+"""KL divergences of two language models, from their final hidden states. Training workers (Ray Train group).
 
 Shape suffixes: T response tokens, C tokens of a chunk, V vocabulary, D width of the student, E width of the teacher,
 k words of the truncated forms.
 
 The objective is equation 2 of arXiv 2603.16856 with the token-level form of equation 4: at every response token
-KL(student || teacher), exact over the whole vocabulary, or from the student's likeliest words. Logits exist for
-`chunk_tokens` tokens at a time; the gradient is computed in the forward pass, so nothing of size [T, V] is kept for the
-backward pass.
+KL(student || teacher), exact over the whole vocabulary, or from the student's likeliest words; or the other way round,
+KL(teacher || student). A divergence is a function of the two models' logits, shifted so that the likeliest word has 0.
+Everything else is shared: logits exist for `chunk_tokens` tokens at a time; the gradient is computed in the forward
+pass, so nothing of size [T, V] is kept for the backward pass.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,47 +61,86 @@ def reverse_kl(
         The loss, a scalar that backward can be called on, and the detached KL, or its truncated form, in nats of every
         token (kl_T).
     """
-    if not torch.is_grad_enabled():  # a Function sees requires_grad even here, and would compute gradients in vain
-        student_hidden_TD, student_head_VD = student_hidden_TD.detach(), student_head_VD.detach()
-        student_bias_V = None if student_bias_V is None else student_bias_V.detach()
-    constants = _Constants(
-        _Head(teacher_head_VE, teacher_bias_V, teacher_soft_cap),
-        teacher_hidden_TE,
-        student_soft_cap,
-        weights_T,
-        temperature,
-        chunk_tokens,
-        None if top_k is None or top_k >= student_head_VD.shape[0] else top_k,
-        tail,
-    )
-    loss, kl_T = _ReverseKL.apply(  # type: ignore[no-untyped-call]
-        student_hidden_TD, student_head_VD, student_bias_V, constants
-    )
-    return loss, kl_T
+    truncated = None if top_k is None or top_k >= student_head_VD.shape[0] else top_k
+    divergence = partial(_reverse, top_k=truncated, tail=tail)
+    teacher = _Model(teacher_hidden_TE, teacher_head_VE, teacher_bias_V, teacher_soft_cap)
+    constants = _Constants(divergence, student_soft_cap, teacher, weights_T, temperature, chunk_tokens)
+    return _weighted_sum(student_hidden_TD, student_head_VD, student_bias_V, constants)
+
+
+def forward_kl(
+    student_hidden_TD: Tensor,
+    student_head_VD: Tensor,
+    teacher_hidden_TE: Tensor,
+    teacher_head_VE: Tensor,
+    weights_T: Tensor,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
+    student_soft_cap: float | None = None,
+    teacher_soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum_t weights_T[t] * KL(softmax(teacher logits / temperature) || softmax(student logits / temperature)).
+
+    Always exact over the vocabulary. Arguments, precision, gradients and results are those of `reverse_kl`.
+    """
+    teacher = _Model(teacher_hidden_TE, teacher_head_VE, teacher_bias_V, teacher_soft_cap)
+    constants = _Constants(_forward, student_soft_cap, teacher, weights_T, temperature, chunk_tokens)
+    return _weighted_sum(student_hidden_TD, student_head_VD, student_bias_V, constants)
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
-    weight_VD: Tensor
+class _Model:
+    """What a model's logits are made of."""
+
+    hidden_TD: Tensor
+    head_VD: Tensor
     bias_V: Tensor | None
     soft_cap: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Constants:
-    """The arguments of `reverse_kl` that no gradient flows to."""
+class _Shifted:
+    """(logits - their maximum) / temperature; `peak_C1` is the maximum, `top_C1` the word that has it."""
 
-    teacher: _Head
-    teacher_hidden_TE: Tensor
+    logits_CV: Tensor
+    top_C1: Tensor
+    peak_C1: Tensor
+
+
+_Divergence = Callable[[_Shifted, _Shifted, Tensor], Tensor]
+"""(student, teacher, gradient_CV) -> the divergence of every token.
+
+Writes the derivative by the student's logits over the temperature to `gradient_CV`. May overwrite the teacher's logits,
+and must leave the student's.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Constants:
+    """The arguments that no gradient flows to."""
+
+    divergence: _Divergence
     student_soft_cap: float | None
+    teacher: _Model
     weights_T: Tensor
     temperature: float
     chunk_tokens: int
-    top_k: int | None
-    tail: bool
 
 
-class _ReverseKL(torch.autograd.Function):
+def _weighted_sum(
+    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, constants: _Constants
+) -> tuple[Tensor, Tensor]:
+    """Of the student's tensors: the sum over tokens of weight times divergence, and the divergence of every token."""
+    if not torch.is_grad_enabled():  # a Function sees requires_grad even here, and would compute gradients in vain
+        hidden_TD, head_VD, bias_V = hidden_TD.detach(), head_VD.detach(), None if bias_V is None else bias_V.detach()
+    loss, kl_T = _WeightedSum.apply(hidden_TD, head_VD, bias_V, constants)  # type: ignore[no-untyped-call]
+    return loss, kl_T
+
+
+class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -110,7 +152,7 @@ class _ReverseKL(torch.autograd.Function):
         tokens, vocabulary = student_hidden_TD.shape[0], student_head_VD.shape[0]
         exact = torch.promote_types(student_hidden_TD.dtype, torch.float32)
         device = student_hidden_TD.device
-        student = _Head(student_head_VD, student_bias_V, constants.student_soft_cap)
+        student = _Model(student_hidden_TD, student_head_VD, student_bias_V, constants.student_soft_cap)
         weights_T = constants.weights_T.to(exact)
         factor_T1 = (weights_T / constants.temperature).unsqueeze(-1)
 
@@ -127,15 +169,13 @@ class _ReverseKL(torch.autograd.Function):
         for start in range(0, tokens, constants.chunk_tokens):
             chunk = slice(start, min(start + constants.chunk_tokens, tokens))
             student_CV, teacher_CV, gradient_CV = buffers_3CV[:, : chunk.stop - start]
-            _write_logits(student, student_hidden_TD[chunk], student_CV)
-            _write_logits(constants.teacher, constants.teacher_hidden_TE[chunk], teacher_CV)
-            top_C1, peak_C1 = _shift(student_CV, constants.temperature)
-            _shift(teacher_CV, constants.temperature)
-            kl_T[chunk] = _divergence(student_CV, teacher_CV, gradient_CV, top_C1, constants.top_k, constants.tail)
+            shifted = _shifted_logits(student, chunk, constants.temperature, student_CV)
+            teacher = _shifted_logits(constants.teacher, chunk, constants.temperature, teacher_CV)
+            kl_T[chunk] = constants.divergence(shifted, teacher, gradient_CV)
             gradient_CV.mul_(factor_T1[chunk])
             if student.soft_cap is not None:
                 # 1 - tanh**2 from the capped logits, as there is no fourth buffer to keep the others in
-                tanh_CV = student_CV.mul_(constants.temperature).add_(peak_C1).div_(student.soft_cap)
+                tanh_CV = student_CV.mul_(constants.temperature).add_(shifted.peak_C1).div_(student.soft_cap)
                 gradient_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
             if grad_hidden_TD is not None:
                 _add_product(grad_hidden_TD[chunk], gradient_CV, student_head_VD)
@@ -160,12 +200,8 @@ class _ReverseKL(torch.autograd.Function):
         return (*student_gradients, None)
 
 
-def _divergence(
-    student_CV: Tensor, teacher_CV: Tensor, gradient_CV: Tensor, top_C1: Tensor, top_k: int | None, tail: bool
-) -> Tensor:
-    """The divergence of every token (kl_C), from shifted logits; `top_C1` is the student's likeliest word.
-
-    Writes the derivative by the student's logits over the temperature to `gradient_CV`, and overwrites `teacher_CV`.
+def _reverse(student: _Shifted, teacher: _Shifted, gradient_CV: Tensor, *, top_k: int | None, tail: bool) -> Tensor:
+    """KL(student || teacher), or a truncated form of it: a `_Divergence`.
 
     With p the student's probabilities and f = log p - log p_teacher: KL = E_p[f], with derivative p * (f - E_p[f]).
     The truncated forms replace f outside the support by one number for each token, and that is all: with a tail by the
@@ -173,22 +209,17 @@ def _divergence(
     less the student's probability outside, and the derivative that of the sum alone.
     """
     if top_k is not None:
-        support_Ck = student_CV.topk(top_k, sorted=False).indices
+        support_Ck = student.logits_CV.topk(top_k, sorted=False).indices
         if tail:
-            log_tail_ratio_C1 = _log_tail(student_CV, support_Ck, gradient_CV)
-            log_tail_ratio_C1 -= _log_tail(teacher_CV, support_Ck, gradient_CV)
-    gap_CV = torch.sub(student_CV, teacher_CV, out=gradient_CV)
-    # Measured from the student's likeliest token: where nearly all probability lies there, the gradient is a
-    # small difference that the plain gap would drown in rounding.
-    top_gap_C1 = gap_CV.gather(1, top_C1)
-    gap_CV.sub_(top_gap_C1)
-    teacher_mass_C1 = teacher_CV.exp_().sum(dim=-1, keepdim=True)
-    probability_CV = torch.exp(student_CV, out=teacher_CV)
+            log_tail_ratio_C1 = _log_tail(student.logits_CV, support_Ck, gradient_CV)
+            log_tail_ratio_C1 -= _log_tail(teacher.logits_CV, support_Ck, gradient_CV)
+    # f is this gap and a number for each token, which the derivative does not need.
+    gap_CV, top_gap_C1 = _gap(student, teacher, gradient_CV)
+    teacher_mass_C1 = teacher.logits_CV.exp_().sum(dim=-1, keepdim=True)
+    probability_CV = torch.exp(student.logits_CV, out=teacher.logits_CV)
     student_mass_C1 = probability_CV.sum(dim=-1, keepdim=True)
     probability_CV.div_(student_mass_C1)
-    # f is this gap and a number for each token, which the derivative does not need. Those are added up in float64.
-    log_ratio_C1 = student_mass_C1.double().log() - teacher_mass_C1.double().log()
-    offset_C1 = top_gap_C1.double() - log_ratio_C1
+    offset_C1 = _offset(top_gap_C1, student_mass_C1, teacher_mass_C1)
     value_C1 = offset_C1
     if top_k is not None:
         inside_Ck = gap_CV.gather(1, support_Ck)
@@ -199,6 +230,40 @@ def _divergence(
     mean_C1 = torch.einsum("cv,cv->c", probability_CV, gap_CV).unsqueeze(-1)
     gap_CV.sub_(mean_C1).mul_(probability_CV)
     return (value_C1 + mean_C1).squeeze(-1).to(gap_CV.dtype)
+
+
+def _forward(student: _Shifted, teacher: _Shifted, gradient_CV: Tensor) -> Tensor:
+    """KL(teacher || student): a `_Divergence`.
+
+    With q the teacher's probabilities and f = log q - log p: KL = E_q[f], with derivative p - q.
+    """
+    gap_CV, top_gap_C1 = _gap(teacher, student, gradient_CV)
+    teacher_CV = teacher.logits_CV.exp_()
+    teacher_mass_C1 = teacher_CV.sum(dim=-1, keepdim=True)
+    teacher_CV.div_(teacher_mass_C1)
+    mean_C1 = torch.einsum("cv,cv->c", teacher_CV, gap_CV).unsqueeze(-1)
+    student_CV = torch.exp(student.logits_CV, out=gradient_CV)
+    student_mass_C1 = student_CV.sum(dim=-1, keepdim=True)
+    student_CV.div_(student_mass_C1).sub_(teacher_CV)
+    value_C1 = _offset(top_gap_C1, teacher_mass_C1, student_mass_C1) + mean_C1
+    return value_C1.squeeze(-1).to(gradient_CV.dtype)
+
+
+def _gap(first: _Shifted, second: _Shifted, out_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """In `out_CV`: the first logits less the second, less the same at the first's likeliest word, which comes back too.
+
+    Where nearly all probability lies there, the gradient is a small difference that the plain gap would drown in
+    rounding.
+    """
+    gap_CV = torch.sub(first.logits_CV, second.logits_CV, out=out_CV)
+    top_gap_C1 = gap_CV.gather(1, first.top_C1)
+    return gap_CV.sub_(top_gap_C1), top_gap_C1
+
+
+def _offset(top_gap_C1: Tensor, first_mass_C1: Tensor, second_mass_C1: Tensor) -> Tensor:
+    """What the gap lacks of log(first probability / second probability). One number a token, added up in float64."""
+    log_ratio_C1 = first_mass_C1.double().log() - second_mass_C1.double().log()
+    return top_gap_C1.double() - log_ratio_C1
 
 
 def _log_tail(logits_CV: Tensor, support_Ck: Tensor, scratch_CV: Tensor) -> Tensor:
@@ -214,32 +279,33 @@ def apply_soft_cap(logits: Tensor, soft_cap: float | None) -> Tensor:
     return logits if soft_cap is None else logits.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
-def _write_logits(head: _Head, hidden_CD: Tensor, out_CV: Tensor) -> None:
-    weight_VD = head.weight_VD
-    if _accumulates_in_float32(weight_VD):
-        torch.mm(hidden_CD.to(weight_VD.dtype), weight_VD.T, out_dtype=torch.float32, out=out_CV)
-    elif weight_VD.dtype == hidden_CD.dtype == out_CV.dtype:
-        torch.mm(hidden_CD, weight_VD.T, out=out_CV)
-    else:
-        wide_CD = hidden_CD.to(out_CV.dtype)
-        for rows in _row_blocks(weight_VD):
-            out_CV[:, rows] = wide_CD @ weight_VD[rows].to(out_CV.dtype).T
-    if head.bias_V is not None:
-        out_CV.add_(head.bias_V)
-    apply_soft_cap(out_CV, head.soft_cap)
-
-
-def _shift(logits_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """In place: (logits - their maximum) / temperature. Returns the place of the maximum, and the maximum.
+def _shifted_logits(model: _Model, chunk: slice, temperature: float, out_CV: Tensor) -> _Shifted:
+    """Of the chunk's tokens, written to `out_CV`.
 
     Shifting before the division, and before anything else, keeps large logits exact.
     """
-    top_C1 = logits_CV.argmax(dim=-1, keepdim=True)
-    peak_C1 = logits_CV.gather(1, top_C1)
-    logits_CV.sub_(peak_C1)
+    _write_product(model.hidden_TD[chunk], model.head_VD, out_CV)
+    if model.bias_V is not None:
+        out_CV.add_(model.bias_V)
+    apply_soft_cap(out_CV, model.soft_cap)
+    top_C1 = out_CV.argmax(dim=-1, keepdim=True)
+    peak_C1 = out_CV.gather(1, top_C1)
+    out_CV.sub_(peak_C1)
     if temperature != 1.0:
-        logits_CV.mul_(1.0 / temperature)
-    return top_C1, peak_C1
+        out_CV.mul_(1.0 / temperature)
+    return _Shifted(out_CV, top_C1, peak_C1)
+
+
+def _write_product(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
+    """out_CV = hidden_CD @ head_VD.T."""
+    if _accumulates_in_float32(head_VD):
+        torch.mm(hidden_CD.to(head_VD.dtype), head_VD.T, out_dtype=torch.float32, out=out_CV)
+    elif head_VD.dtype == hidden_CD.dtype == out_CV.dtype:
+        torch.mm(hidden_CD, head_VD.T, out=out_CV)
+    else:
+        wide_CD = hidden_CD.to(out_CV.dtype)
+        for rows in _row_blocks(head_VD):
+            out_CV[:, rows] = wide_CD @ head_VD[rows].to(out_CV.dtype).T
 
 
 def _add_product(grad_CD: Tensor, grad_logits_CV: Tensor, head_VD: Tensor) -> None:

@@ -6,6 +6,7 @@ Needs an initialised torch.distributed process group, also with one rank.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -16,7 +17,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from oel_ray.config import ConsolidateConfig
 from oel_ray.consolidate.batches import MicroBatch
-from oel_ray.consolidate.distiller import Distiller, check_linear_head, logit_soft_cap, pad_tokens, teacher_hidden
+from oel_ray.consolidate.distiller import (
+    Distiller,
+    Divergence,
+    check_linear_head,
+    logit_soft_cap,
+    pad_tokens,
+    teacher_hidden,
+)
+from oel_ray.consolidate.loss import forward_kl, reverse_kl
 
 
 def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) -> dict[str, Any]:
@@ -54,6 +63,14 @@ def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) ->
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     return settings
+
+
+def divergence(config: ConsolidateConfig) -> Divergence:
+    """The configured divergence."""
+    if config.divergence == "forward":
+        return forward_kl
+    top_k = None if config.divergence == "full" else config.top_k
+    return partial(reverse_kl, top_k=top_k, tail=config.divergence == "top_k_tail")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +115,7 @@ class DistillStep:
             student,
             temperature=config.temperature,
             chunk_tokens=config.chunk_tokens,
-            top_k=None if config.divergence == "full" else config.top_k,
-            tail=config.divergence == "top_k_tail",
+            divergence=divergence(config),
         )
         trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
         # DeepSpeed takes the masters from weights that it has rounded to bfloat16 already.

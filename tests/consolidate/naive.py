@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 
 
-def divergence(student_TV: Tensor, teacher_TV: Tensor, top_k: int | None = None, tail: bool = True) -> Tensor:
+def divergence(
+    student_TV: Tensor, teacher_TV: Tensor, top_k: int | None = None, tail: bool = True, forward: bool = False
+) -> Tensor:
     """The divergence of every token (kl_T), from logits over the temperature."""
+    if forward:
+        return divergence(teacher_TV, student_TV)
     log_student, log_teacher = student_TV.log_softmax(-1), teacher_TV.log_softmax(-1)
     terms_TV = log_student.exp() * (log_student - log_teacher)
     if top_k is None or top_k >= student_TV.shape[-1]:

@@ -1,5 +1,6 @@
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 
 from oel_ray.consolidate.batches import MicroBatch, Sample, micro_batches, token_weights
 from oel_ray.consolidate.distiller import Distiller, check_linear_head, logit_soft_cap, pad_tokens, teacher_hidden
+from oel_ray.consolidate.loss import forward_kl, reverse_kl
 from oel_ray.errors import UserError
 from tests.consolidate.naive import divergence, soft_capped
 from tests.consolidate.tiny import VOCABULARY, tiny_model, tiny_samples
@@ -110,7 +112,7 @@ def test_dropout_stays_off_in_training() -> None:
     assert distiller.training and not any(module.training for module in distiller.student.modules())
 
 
-@pytest.mark.parametrize("objective", [{}, {"top_k": 9}, {"top_k": 9, "tail": False}], ids=str)
+@pytest.mark.parametrize("objective", [{}, {"forward": True}, {"top_k": 9}, {"top_k": 9, "tail": False}], ids=str)
 @pytest.mark.parametrize("kind", ["gemma", "untied"])
 def test_loss_and_gradients_are_those_of_the_models_own_logits(kind: str, objective: dict[str, Any]) -> None:
     student, teacher = (gemma(seed) if kind == "gemma" else tiny_model(kind, seed) for seed in (1, 2))
@@ -126,7 +128,8 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(kind: str, object
     expected.backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad.clone() for name, p in student.named_parameters()}
 
-    distiller = Distiller(student, temperature=0.7, chunk_tokens=4, **objective)
+    configured = forward_kl if objective.get("forward") else partial(reverse_kl, **objective)
+    distiller = Distiller(student, temperature=0.7, chunk_tokens=4, divergence=configured)
     loss, _ = run(distiller, teacher, micro_batches(samples, 0, 1, 2))
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in student.named_parameters():

@@ -96,7 +96,8 @@ def test_one_rank_two_ranks_and_all_stages_train_like_plain_pytorch(runs: Runs, 
 @pytest.mark.parametrize("case", DIVERGENCES, ids=str)
 def test_the_configured_divergence_is_what_is_trained(runs: Runs, case: Any) -> None:
     kind, _, name = case
-    losses, _ = plain_training(kind, top_k=9, tail=name == "top_k_tail")
+    objective = {"forward": True} if name == "forward" else {"top_k": 9, "tail": name == "top_k_tail"}
+    losses, _ = plain_training(kind, **objective)
     for _, ranks in runs.values():
         assert all(rank[case] == pytest.approx(losses, rel=1e-4) for rank in ranks)
 

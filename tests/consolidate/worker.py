@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 FLOAT32 = [(kind, stage, "float32") for kind in ("tied", "untied") for stage in (0, 2, 3)]
 BFLOAT16 = [("tied", 1, "bfloat16"), ("tied", 3, "bfloat16"), ("untied", 2, "bfloat16"), ("untied", 3, "bfloat16")]
-DIVERGENCES = [("untied", 3, "top_k"), ("tied", 2, "top_k_tail")]
+DIVERGENCES = [("untied", 3, "top_k"), ("tied", 2, "top_k_tail"), ("tied", 3, "forward")]
 WITHOUT_KNOWLEDGE = [("tied", 3, "float32"), ("untied", 2, "bfloat16")]
 STEPS = 4
 SAMPLES = 7

@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from tests.benchmarks.commands import check, last_line, run
+
+
+def test_everything_for_a_gpu_runs_on_a_cpu_at_tiny_sizes() -> None:
+    line = last_line("benchmarks.gpu", "--device", "cpu", "--tiny", "--runs", "1")
+    assert line["passed"] and len(line["exactness"]) == 4
+    check(line["loss_memory"], "loss_memory", ">= 10", "naive", "ours")
+    check(line["loss_time"], "loss_time", "<= 1.0", "ours", "naive")
+    assert line["step"]["step_s"] > 0 and line["step"]["response_tokens"] == 20
+
+
+def test_without_cuda_the_gpu_benchmark_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = run("benchmarks.gpu")
+    assert done.returncode == 2 and "no CUDA device" in done.stderr

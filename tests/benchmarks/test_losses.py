@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.losses import LossCase, loss_with_backward
+from tests.benchmarks.commands import check, last_line, run
+
+SMALL = ["--tokens", "64", "--vocabulary", "4000", "--width", "16", "--chunk-tokens", "8", "--runs", "2"]
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_both_ways_leave_the_same_gradients(forward: bool) -> None:
+    case = LossCase(50, 300, 12, 8, forward)
+    gradients = []
+    for way in ("ours", "naive"):
+        inputs = case.inputs()
+        loss_with_backward(way, case, inputs)()  # type: ignore[arg-type]
+        gradients.append([x.grad for x in inputs[:2]])
+        assert inputs[2].grad is None and inputs[3].grad is None
+    for ours, naive in zip(*gradients, strict=True):
+        assert ours is not None and naive is not None and ours.any()
+        assert torch.allclose(ours, naive, rtol=1e-3, atol=1e-6)
+
+
+def test_loss_memory() -> None:
+    line = last_line("benchmarks.loss_memory", *SMALL, "--vocabulary", "100000")
+    check(line, "loss_memory", ">= 10", "naive", "ours")
+    assert line["runs"] == 2 and line["ratio"] > 3
+    assert line["naive"] * 2**30 == pytest.approx(5 * 64 * 100_000 * 4, rel=0.25)
+
+
+def test_loss_time_with_a_sweep_and_a_plot(tmp_path: Path) -> None:
+    line = last_line("benchmarks.loss_time", *SMALL, "--forward", "--sweep", "--out", str(tmp_path / "plots"))
+    check(line, "loss_time", "<= 1.0", "ours", "naive")
+    assert len(line["sweep"]) == 10 and {point["tokens"] for point in line["sweep"]} == {8, 16, 32, 64}
+    assert (tmp_path / "plots/loss_time.png").read_bytes().startswith(b"\x89PNG")
+    assert run("benchmarks.loss_time", "--sweep").returncode == 2

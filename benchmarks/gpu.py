@@ -119,7 +119,7 @@ def optimizer_step(size: Sizes) -> dict[str, Any]:
     with torch.device(device):
         student: Any = Qwen3ForCausalLM(Qwen3Config(**size.model))
     step = DistillStep(student, copy.deepcopy(student), config, device)
-    batches = micro_batches(_samples(size), 0, 1, config.micro_batch)
+    batches = micro_batches(_samples(size), 0, 1, config.micro_batch_tokens)
     first = step.step(batches)
     times: list[float] = []
 
@@ -152,10 +152,11 @@ def _samples(size: Sizes) -> list[Any]:
     def tokens(count: int) -> list[int]:
         return [rng.randrange(1, size.model["vocab_size"]) for _ in range(count)]
 
-    samples, knowledge = [], tokens(size.knowledge)
+    head = 1
+    samples, knowledge = [], tuple(tokens(head + size.knowledge))
     for index in range(size.samples):
-        prompt = tokens(size.prompt)
-        samples.append(Sample(str(index), prompt, knowledge + prompt, tokens(size.response)))
+        prompt = [*knowledge[:head], *tokens(size.prompt)]
+        samples.append(Sample(str(index), prompt, head, knowledge, tokens(size.response)))
     return samples
 
 

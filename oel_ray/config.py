@@ -13,6 +13,7 @@ from oel_ray.records import Params, Sampling, TrainingSplit
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Gibibytes = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -114,8 +115,13 @@ class ConsolidateConfig(Section):
     """What DeepSpeed ZeRO spreads over the ranks: nothing, optimizer state (1), gradients (2), parameters (3)."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute precision of the trainer; master weights are float32."""
-    micro_batch: Positive = 4
-    """Responses per forward pass of one rank."""
+    micro_batch_tokens: Positive = 8192
+    """Tokens of prompts and responses, padding included, that one rank's student reads at a time; one sample may be
+    longer."""
+    teacher_cache_gib: Gibibytes = 8.0
+    """Memory on the device of one rank for what its teacher keeps of the knowledge texts it has read."""
+    teacher_offload_gib: Gibibytes = 16.0
+    """Memory on the host of one rank for what the device has no room for; what fits nowhere is read again each step."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: a third more compute for a fraction of the memory."""
     chunk_tokens: Positive = 512

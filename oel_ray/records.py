@@ -157,14 +157,13 @@ class KnowledgeText(Record):
 class Prefix(Record):
     """The history before one response of a trajectory: a place where the student writes a new response.
 
-    `prompt_ids` is the student's prompt; `rest` is the text behind the knowledge in the teacher's prompt.
+    `prompt_ids` is the student's prompt.
     """
 
     id: str
     trajectory_id: str
     turn: int
     prompt_ids: list[int]
-    rest: str
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

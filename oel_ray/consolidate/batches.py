@@ -1,11 +1,11 @@
-"""From the samples of one optimisation step to micro-batches. Training workers; imports no torch.
+"""From the samples of one optimisation step to a rank's micro-batches. Training workers; imports no torch.
 
 Every rank calls these functions with the same samples of the whole global batch and gets its own share, so the
 weights are global and nothing has to be exchanged.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 LossMean = Literal["response", "token"]
@@ -13,17 +13,40 @@ LossMean = Literal["response", "token"]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A response of the student, with the prompt it was written for and the same prompt with knowledge in it."""
+    """A response of the student, the prompt it was written for, and what the teacher's prompt begins with instead.
+
+    `knowledge_ids` are the ids of the head and a knowledge text, the plain head if that is empty: one object, shared
+    by the samples of the text. The first `head` of the student's ids are the plain head; both read what follows.
+    """
 
     id: str
     student_prompt_ids: Sequence[int]
-    teacher_prompt_ids: Sequence[int]
+    head: int
+    knowledge_ids: tuple[int, ...]
     response_ids: Sequence[int]
 
     @property
+    def rest_ids(self) -> Sequence[int]:
+        """The teacher's prompt behind the knowledge."""
+        return self.student_prompt_ids[self.head :]
+
+    @property
+    def teacher_prompt_ids(self) -> list[int]:
+        return [*self.knowledge_ids, *self.rest_ids]
+
+    @property
+    def has_knowledge(self) -> bool:
+        """Whether the teacher's prompt is another than the student's."""
+        return self.knowledge_ids != tuple(self.student_prompt_ids[: self.head])
+
+    @property
+    def student_tokens(self) -> int:
+        return len(self.student_prompt_ids) + len(self.response_ids)
+
+    @property
     def cost(self) -> int:
-        """Tokens that the two models read for this sample."""
-        return len(self.student_prompt_ids) + len(self.teacher_prompt_ids) + 2 * len(self.response_ids)
+        """Tokens that the two models read for this sample, once the teacher knows the knowledge text."""
+        return len(self.student_prompt_ids) + len(self.rest_ids) + 2 * len(self.response_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +70,49 @@ def token_weights(samples: Sequence[Sample], loss_mean: LossMean) -> list[float]
 
 
 def micro_batches(
-    samples: Sequence[Sample], rank: int, world_size: int, micro_batch: int, *, loss_mean: LossMean = "response"
+    samples: Sequence[Sample], rank: int, world_size: int, max_tokens: int, *, loss_mean: LossMean = "response"
 ) -> list[MicroBatch]:
-    """This rank's share of the global batch in micro-batches of at most `micro_batch` samples of similar length.
+    """This rank's share of the global batch, in micro-batches of at most `max_tokens` with padding, longest first.
 
-    Over all ranks every sample occurs once with its weight. Every rank gets the same number of micro-batches,
-    because each forward and backward pass is a collective under ZeRO: shares that come out one sample short are
-    filled with the cheapest sample at weight zero. Longest first, so that memory runs out at once or never.
+    A rank has the samples of few knowledge texts, in every step much the same ones, as its teacher keeps them. Over
+    all ranks every sample occurs once with its weight. Every rank gets the same number of micro-batches, because each
+    forward and backward pass is a collective under ZeRO: what is missing is filled with the shortest prompt, without
+    a response and at weight zero.
     """
     weights = token_weights(samples, loss_mean)
-    order = sorted(range(len(samples)), key=lambda index: (-samples[index].cost, index))
-    share = [(samples[index], weights[index]) for index in order[rank::world_size]]
-    share_size = -(-len(samples) // world_size)
-    if len(share) < share_size:
-        share.append((samples[order[-1]], 0.0))
-    batches = [share[start : start + micro_batch] for start in range(0, share_size, micro_batch)]
-    return [MicroBatch(tuple(s for s, _ in batch), tuple(w for _, w in batch)) for batch in batches]
+    groups_of_ranks = []
+    for share in _shares(samples, world_size):
+        groups = padded_groups([samples[index].student_tokens for index in share], max_tokens)
+        groups_of_ranks.append([[share[position] for position in group] for group in groups])
+    mine = groups_of_ranks[rank]
+    batches = [MicroBatch(tuple(samples[i] for i in group), tuple(weights[i] for i in group)) for group in mine]
+    shortest = min(samples, key=lambda sample: len(sample.student_prompt_ids))
+    filler = MicroBatch((replace(shortest, response_ids=()),), (0.0,))
+    return batches + [filler] * (max(map(len, groups_of_ranks)) - len(batches))
+
+
+def _shares(samples: Sequence[Sample], world_size: int) -> list[list[int]]:
+    """Every rank's samples, as indices: all of them on a line, ordered by text, cut into pieces of near-equal cost."""
+    line = sorted(range(len(samples)), key=lambda index: samples[index].knowledge_ids)
+    total = sum(sample.cost for sample in samples)
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    passed = 0
+    for index in line:
+        cost = samples[index].cost
+        shares[(2 * passed + cost) * world_size // (2 * total)].append(index)  # where the sample's middle lies
+        passed += cost
+    return shares
+
+
+def padded_groups(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of neighbours in length, the longest first: so that memory runs out at once or never.
+
+    A group padded to its longest is at most `max_tokens`, or a single one that is longer.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

@@ -1,10 +1,9 @@
-"""Student and teacher passes of consolidation. Training workers (Ray Train group); needs no Ray itself.
+"""The student's pass with the loss behind it. Training workers (Ray Train group); needs no Ray itself.
 
 Shape suffixes: B sequences, S positions, T response tokens of a micro-batch, V vocabulary, D/E widths.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
@@ -13,62 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from oel_ray.consolidate.loss import apply_soft_cap, reverse_kl
+from oel_ray.consolidate.reading import response_hidden
 from oel_ray.errors import UserError
 
 Divergence = Callable[..., tuple[Tensor, Tensor]]
 """`reverse_kl` or `forward_kl`, with or without some of the arguments bound."""
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedTokens:
-    """Prompts with their responses, padded on the right.
-
-    `rows_T` are the rows of the flattened [B * S] positions that predict the response tokens, sample by sample:
-    positions prompt_length - 1 up to prompt_length + response_length - 2.
-    """
-
-    tokens_BS: Tensor
-    mask_BS: Tensor
-    rows_T: Tensor
-
-
-def pad_tokens(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | str
-) -> PaddedTokens:
-    """The padding token is 0; it is masked, and behind everything that is read.
-
-    Raises:
-        ValueError: a prompt is empty, so that nothing predicts the first response token.
-    """
-    if not all(prompts):
-        raise ValueError("a prompt has no tokens")
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    width = max(lengths)
-    tokens = [[*p, *r, *[0] * (width - n)] for p, r, n in zip(prompts, responses, lengths, strict=True)]
-    rows = [
-        index * width + len(prompt) - 1 + offset
-        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-        for offset in range(len(response))
-    ]
-    mask_BS = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
-    return PaddedTokens(
-        torch.tensor(tokens, dtype=torch.long).to(device),
-        mask_BS.long().to(device),
-        torch.tensor(rows, dtype=torch.long).to(device),
-    )
-
-
-def response_hidden(model: Any, tokens_BS: Tensor, mask_BS: Tensor, rows_T: Tensor) -> Tensor:
-    """The final hidden states (hidden_TD) that the model's head would read at the response positions."""
-    output = model.base_model(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False)
-    hidden_BSD: Tensor = output.last_hidden_state
-    return hidden_BSD.flatten(0, 1).index_select(0, rows_T)
-
-
-@torch.no_grad()
-def teacher_hidden(model: Any, batch: PaddedTokens) -> Tensor:
-    """hidden_TE of the frozen teacher on its own prompts, knowledge and all read anew."""
-    return response_hidden(model, batch.tokens_BS, batch.mask_BS, batch.rows_T)
 
 
 class Distiller(nn.Module):

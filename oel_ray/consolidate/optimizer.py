@@ -17,15 +17,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from oel_ray.config import ConsolidateConfig
 from oel_ray.consolidate.batches import MicroBatch
-from oel_ray.consolidate.distiller import (
-    Distiller,
-    Divergence,
-    check_linear_head,
-    logit_soft_cap,
-    pad_tokens,
-    teacher_hidden,
-)
+from oel_ray.consolidate.distiller import Distiller, Divergence, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import forward_kl, reverse_kl
+from oel_ray.consolidate.reading import pad_tokens
+from oel_ray.consolidate.teacher import Teacher
+
+_GIB = 2**30
+_Sum = tuple[float, int]
 
 
 def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) -> dict[str, Any]:
@@ -105,10 +103,15 @@ class DistillStep:
         self.device = torch.device(device)
         self.world_size = dist.get_world_size()
         compute_dtype: torch.dtype = getattr(torch, config.precision)
-        self.teacher = _cast_parameters(teacher.to(self.device).eval().requires_grad_(False), compute_dtype)
+        teacher = _cast_parameters(teacher.to(self.device).eval().requires_grad_(False), compute_dtype)
         if compute_dtype == torch.float32:
             student = _cast_parameters(student, torch.float32)
-        check_linear_head(self.teacher)
+        check_linear_head(teacher)
+        self.teacher = Teacher(
+            teacher,
+            device_bytes=config.teacher_cache_gib * _GIB,
+            host_bytes=config.teacher_offload_gib * _GIB,
+        )
         if config.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         distiller = Distiller(
@@ -149,19 +152,21 @@ class DistillStep:
         A loss or gradient that is not finite on any rank leaves the weights of all ranks as they are.
         """
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        kl_sums: dict[str, tuple[float, int]] = {}
-        for batch in micro_batches:
-            loss, kl_T = self._forward(batch)
+        kl_sums: dict[str, _Sum] = {}
+        for batch, teacher_hidden_TE in zip(micro_batches, self._teacher_pass(micro_batches), strict=True):
+            loss, kl_T = self._forward(batch, teacher_hidden_TE)
             loss_sum += loss.detach().double()
-            kl_sums |= _kl_sums(batch, kl_T)
+            _add(kl_sums, _kl_sums(batch, kl_T))
             # DeepSpeed averages gradients over ranks, and the loss is a sum over all of them. A loss that is not
             # finite is made to spoil the gradient for certain: gradients are what every rank gets to see.
             scale = self.world_size if math.isfinite(loss.item()) else math.nan
             self.engine.backward(loss * scale, scale_wrt_gas=False)
         dist.all_reduce(loss_sum)
-        shares: list[dict[str, tuple[float, int]]] = [{} for _ in range(self.world_size)]
+        shares: list[dict[str, _Sum]] = [{} for _ in range(self.world_size)]
         dist.all_gather_object(shares, kl_sums)
-        all_sums = {name: value for share in shares for name, value in share.items()}
+        all_sums: dict[str, _Sum] = {}
+        for share in shares:
+            _add(all_sums, share)
         tokens = sum(count for _, count in all_sums.values())
         learning_rate = self.engine.get_lr()[0]
         applied, grad_norm = self._apply()
@@ -175,23 +180,36 @@ class DistillStep:
             kl_by_sample={name: total / max(count, 1) for name, (total, count) in all_sums.items()},
         )
 
-    def _forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _teacher_pass(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """hidden_TE of every micro-batch.
+
+        One without any knowledge is read exactly as the student reads it. The two then differ by nothing in the first
+        step, and not by a rounding error: AdamW makes steps of the same size from small gradients as from large ones.
+        """
+        informed = [any(sample.has_knowledge for sample in batch.samples) for batch in micro_batches]
+        together = [s for batch, known in zip(micro_batches, informed, strict=True) if known for s in batch.samples]
+        hidden = iter(self.teacher.hidden(together))
+        return [
+            torch.cat([next(hidden) for _ in batch.samples] if known else self.teacher.reread(batch.samples))
+            for batch, known in zip(micro_batches, informed, strict=True)
+        ]
+
+    def _forward(self, batch: MicroBatch, teacher_hidden_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one micro-batch, and the KL of each of its response tokens, sample by sample."""
         responses = [sample.response_ids for sample in batch.samples]
         student = pad_tokens([sample.student_prompt_ids for sample in batch.samples], responses, self.device)
-        teacher = pad_tokens([sample.teacher_prompt_ids for sample in batch.samples], responses, self.device)
         weights = [w for response, w in zip(responses, batch.weights, strict=True) for _ in response]
         weights_T = torch.tensor(weights, dtype=torch.float32, device=self.device)
-        head = self.teacher.get_output_embeddings()
+        head = self.teacher.model.get_output_embeddings()
         loss, kl_T = self.engine(
             student.tokens_BS,
             student.mask_BS,
             student.rows_T,
-            teacher_hidden(self.teacher, teacher),
+            teacher_hidden_TE,
             head.weight,
             weights_T,
             head.bias,
-            logit_soft_cap(self.teacher),
+            logit_soft_cap(self.teacher.model),
         )
         return loss, kl_T
 
@@ -216,11 +234,13 @@ def _cast_parameters(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _kl_sums(batch: MicroBatch, kl_T: torch.Tensor) -> dict[str, tuple[float, int]]:
-    """Sum and number of token KLs of each sample, without the fillers."""
+def _kl_sums(batch: MicroBatch, kl_T: torch.Tensor) -> dict[str, _Sum]:
+    """Sum and number of token KLs of each sample. A filler adds nothing to the sample that it is made of."""
     pieces = torch.split(kl_T.double(), [len(sample.response_ids) for sample in batch.samples])
-    return {
-        sample.id: (piece.sum().item(), len(piece))
-        for sample, piece, weight in zip(batch.samples, pieces, batch.weights, strict=True)
-        if weight > 0 or not sample.response_ids
-    }
+    return {sample.id: (piece.sum().item(), len(piece)) for sample, piece in zip(batch.samples, pieces, strict=True)}
+
+
+def _add(sums: dict[str, _Sum], more: dict[str, _Sum]) -> None:
+    for name, (total, count) in more.items():
+        total_before, count_before = sums.get(name, (0.0, 0))
+        sums[name] = (total_before + total, count_before + count)

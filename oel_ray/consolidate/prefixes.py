@@ -1,6 +1,6 @@
 """Prefixes: the places in played games where the student writes anew, and who reads which in which step. Pure.
 
-The driver plans with it; the training workers build the teacher's prompts with it.
+The driver plans with it.
 """
 
 import random
@@ -41,17 +41,15 @@ def prefixes(trajectories: Sequence[Trajectory], chat: ChatFormat) -> list[Prefi
     for trajectory in trajectories:
         for number, turn in enumerate(trajectory.turns):
             before = trajectory.turns[:number]
-            rest = prompts.game_situation(trajectory.instructions, before, turn.observation, trajectory.template)
-            prompt_ids = chat.game_ids(rest)
+            situation = prompts.game_situation(trajectory.instructions, before, turn.observation, trajectory.template)
+            prompt_ids = chat.game_ids(situation)
             if turn.prompt_ids and turn.prompt_ids != prompt_ids:
                 raise RunFailed(
                     f"trajectory {trajectory.id}, turn {number}: the recorded prompt ids are not those of its text "
                     f"(played with template {trajectory.template}, now {prompts.GAME_TEMPLATE}; same tokenizer?)"
                 )
             identity = f"{trajectory.id}/{number}"
-            result.append(
-                Prefix(id=identity, trajectory_id=trajectory.id, turn=number, prompt_ids=prompt_ids, rest=rest)
-            )
+            result.append(Prefix(id=identity, trajectory_id=trajectory.id, turn=number, prompt_ids=prompt_ids))
     return result
 
 
@@ -91,8 +89,3 @@ def step_batches(
         )
     seeds = [derive_seed(run_seed, "knowledge", round_number, prefix.id) for prefix in prefixes]
     return [[Draw(index, seeds[index] % knowledge_count) for index in part] for part in parts]
-
-
-def teacher_prompt_ids(prefix: Prefix, knowledge: str, chat: ChatFormat) -> list[int]:
-    """What the teacher reads before the student's response: the student's prompt with the knowledge in it."""
-    return chat.game_ids(prefix.rest, knowledge)

@@ -7,6 +7,7 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from oel_ray.consolidate.batches import Sample, micro_batches
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.loading import load_model
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
-from oel_ray.consolidate.prefixes import Draw, teacher_prompt_ids
+from oel_ray.consolidate.prefixes import Draw
 from oel_ray.consolidate.weights import FullWeights, check_names, export_policy
 from oel_ray.engines.sync import WeightSync
 from oel_ray.errors import RunFailed
@@ -47,18 +48,29 @@ def train(job: Job) -> None:
     check_names(weights, job.policy)
     sync = WeightSync(job.engines, weights, job.config.engines, rank=rank, on_gpu=job.on_gpu)
     chat = ChatFormat.from_pretrained(job.policy, thinking=job.config.thinking)
+    head = len(chat.game_prefix_ids())
+    knowledge_ids = [tuple(chat.game_prefix_ids(text.text)) for text in job.knowledge]
 
     version, skipped = job.deployed, 0
     for number, draws in enumerate(job.plan):
         started = time.monotonic()
         generations = _generate(job, draws, number, version, rank, world_size)
         generated = time.monotonic()
-        samples = [_sample(job, draw, generation, chat) for draw, generation in zip(draws, generations, strict=True)]
+        samples = [
+            Sample(
+                id=job.prefixes[draw.prefix].id,
+                student_prompt_ids=job.prefixes[draw.prefix].prompt_ids,
+                head=head,
+                knowledge_ids=knowledge_ids[draw.knowledge],
+                response_ids=generation.token_ids,
+            )
+            for draw, generation in zip(draws, generations, strict=True)
+        ]
         share = micro_batches(
             samples,
             rank,
             world_size,
-            job.config.consolidate.micro_batch,
+            job.config.consolidate.micro_batch_tokens,
             loss_mean=job.config.consolidate.loss_mean,
         )
         metrics = step.step(share)
@@ -74,9 +86,10 @@ def train(job: Job) -> None:
             "seconds_train": trained - generated,
             "seconds_sync": time.monotonic() - trained,
         }
+        texts = {f"teacher_{name}": count for name, count in asdict(step.teacher.counts).items()}
         if rank == 0:
             _write_samples(job, number, draws, samples, generations, metrics)
-            _append(job.metrics, [_metrics_row(number, metrics, len(draws), made_by, version) | seconds])
+            _append(job.metrics, [_metrics_row(number, metrics, len(draws), made_by, version) | seconds | texts])
     export_policy(weights, job.policy, job.target)
 
 
@@ -122,16 +135,6 @@ def _generate(job: Job, draws: Sequence[Draw], step: int, version: str, rank: in
         if generation.weight_version != version:
             raise RunFailed(f"step {step} got a response of weights {generation.weight_version}, expected {version}")
     return generations
-
-
-def _sample(job: Job, draw: Draw, generation: Generation, chat: ChatFormat) -> Sample:
-    prefix = job.prefixes[draw.prefix]
-    return Sample(
-        id=prefix.id,
-        student_prompt_ids=prefix.prompt_ids,
-        teacher_prompt_ids=teacher_prompt_ids(prefix, job.knowledge[draw.knowledge].text, chat),
-        response_ids=generation.token_ids,
-    )
 
 
 def _metrics_row(step: int, metrics: StepMetrics, samples: int, made_by: str, version: str) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from transformers import (
 )
 
 from oel_ray.consolidate.batches import MicroBatch, Sample, micro_batches, token_weights
-from oel_ray.consolidate.distiller import Distiller, check_linear_head, logit_soft_cap, pad_tokens, teacher_hidden
+from oel_ray.consolidate.distiller import Distiller, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import forward_kl, reverse_kl
+from oel_ray.consolidate.reading import pad_tokens
+from oel_ray.consolidate.teacher import Teacher
 from oel_ray.errors import UserError
 from tests.consolidate.naive import divergence, soft_capped
 from tests.consolidate.tiny import VOCABULARY, tiny_model, tiny_samples
@@ -50,13 +52,12 @@ def run(distiller: Distiller, teacher: Any, batches: list[MicroBatch]) -> tuple[
     for batch in batches:
         responses = [sample.response_ids for sample in batch.samples]
         student_batch = pad_tokens([s.student_prompt_ids for s in batch.samples], responses, "cpu")
-        teacher_batch = pad_tokens([s.teacher_prompt_ids for s in batch.samples], responses, "cpu")
         weights = [w for response, w in zip(responses, batch.weights, strict=True) for _ in response]
         loss, kl_T = distiller(
             student_batch.tokens_BS,
             student_batch.mask_BS,
             student_batch.rows_T,
-            teacher_hidden(teacher, teacher_batch),
+            torch.cat(Teacher(teacher, device_bytes=0, host_bytes=0).hidden(batch.samples)),
             teacher.get_output_embeddings().weight,
             torch.tensor(weights),
             teacher_soft_cap=logit_soft_cap(teacher),
@@ -64,7 +65,8 @@ def run(distiller: Distiller, teacher: Any, batches: list[MicroBatch]) -> tuple[
         loss.backward()
         total += loss.item()
         for sample, values in zip(batch.samples, kl_T.split([len(r) for r in responses]), strict=True):
-            kl[sample.id] = values.tolist()
+            if values.numel():  # no filler
+                kl[sample.id] = values.tolist()
     return total, kl
 
 
@@ -78,9 +80,10 @@ def test_padding_order_and_micro_batch_size_change_nothing(kind: str) -> None:
     gradients = {name: p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}
     shuffled = random.Random(0).sample(samples, len(samples))
     for batches in (
-        micro_batches(samples, 0, 1, 6, loss_mean="token"),
-        micro_batches(shuffled, 0, 1, 4, loss_mean="token"),
+        micro_batches(samples, 0, 1, 1000, loss_mean="token"),
+        micro_batches(shuffled, 0, 1, 40, loss_mean="token"),
         [*alone, MicroBatch((samples[0],), (0.0,))],
+        [batch for rank in range(5) for batch in micro_batches(samples, rank, 5, 20, loss_mean="token")],
     ):
         other_loss, other_kl = run(distiller, teacher, batches)
         assert other_loss == pytest.approx(loss, rel=1e-5)
@@ -93,7 +96,7 @@ def test_padding_order_and_micro_batch_size_change_nothing(kind: str) -> None:
 def test_a_batch_without_a_response_token_has_loss_zero_and_gradients() -> None:
     model = tiny_model("tied", seed=1)
     distiller = Distiller(model, temperature=1.0, chunk_tokens=4)
-    loss, _ = run(distiller, model, [MicroBatch((Sample("a", [1, 2], [3, 1, 2], []),), (0.0,))])
+    loss, _ = run(distiller, model, [MicroBatch((Sample("a", [1, 2], 1, (3, 1), []),), (0.0,))])
     assert loss == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in distiller.parameters())
 
@@ -130,7 +133,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(kind: str, object
 
     configured = forward_kl if objective.get("forward") else partial(reverse_kl, **objective)
     distiller = Distiller(student, temperature=0.7, chunk_tokens=4, divergence=configured)
-    loss, _ = run(distiller, teacher, micro_batches(samples, 0, 1, 2))
+    loss, _ = run(distiller, teacher, micro_batches(samples, 0, 1, 30))
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in student.named_parameters():
         assert torch.allclose(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5), name

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensors
-from oel_ray.consolidate.distiller import pad_tokens, teacher_hidden
 from oel_ray.consolidate.loading import load_model
+from oel_ray.consolidate.reading import pad_tokens, response_hidden
 from oel_ray.consolidate.weights import FullWeights, check_names
 from oel_ray.errors import UserError
 from tests.tiny_models import FAMILIES, tiny_model
@@ -40,12 +40,13 @@ def test_a_loaded_model_attends_as_its_family_does(family: str, tmp_path: Path) 
 def test_padding_changes_no_hidden_state(family: str, tmp_path: Path) -> None:
     model_of(family).save_pretrained(tmp_path)
     model = load_model(tmp_path, torch.float32)
-    together = teacher_hidden(model, pad_tokens([PROMPT, SHORT], [[8, 9], [10]], "cpu"))
-    alone = [
-        teacher_hidden(model, pad_tokens([prompt], [response], "cpu"))
-        for prompt, response in ((PROMPT, [8, 9]), (SHORT, [10]))
-    ]
-    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
+
+    def hidden(prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
+        batch = pad_tokens(prompts, responses, "cpu")
+        return response_hidden(model, batch.tokens_BS, batch.mask_BS, batch.rows_T)
+
+    alone = [hidden([PROMPT], [[8, 9]]), hidden([SHORT], [[10]])]
+    assert torch.allclose(hidden([PROMPT, SHORT], [[8, 9], [10]]), torch.cat(alone), atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

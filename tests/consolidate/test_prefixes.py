@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
 from oel_ray.config import ConsolidateConfig
-from oel_ray.consolidate.prefixes import Plan, prefixes, step_batches, teacher_prompt_ids
+from oel_ray.consolidate.batches import Sample
+from oel_ray.consolidate.prefixes import Plan, prefixes, step_batches
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import Prefix
 from tests.tokenizers_for_tests import small_tokenizer
@@ -22,7 +23,7 @@ def chat() -> ChatFormat:
 
 def some_prefixes(*turns_per_game: int) -> list[Prefix]:
     return [
-        Prefix(id=f"g{game}/{turn}", trajectory_id=f"g{game}", turn=turn, prompt_ids=[], rest="")
+        Prefix(id=f"g{game}/{turn}", trajectory_id=f"g{game}", turn=turn, prompt_ids=[])
         for game, turns in enumerate(turns_per_game)
         for turn in range(turns)
     ]
@@ -58,10 +59,16 @@ def test_ids_that_are_not_those_of_the_text_are_refused_in_one_line(chat: ChatFo
 
 def test_the_teacher_reads_the_students_prompt_with_the_knowledge_inserted(chat: ChatFormat) -> None:
     (prefix,) = prefixes([make_trajectory("a", 1, chat)], chat)
-    assert teacher_prompt_ids(prefix, "", chat) == prefix.prompt_ids
-    assert teacher_prompt_ids(prefix, " \n", chat) == prefix.prompt_ids
     head = len(chat.game_prefix_ids())
-    teacher = teacher_prompt_ids(prefix, "H ends the game", chat)
+
+    def sample(knowledge: str) -> Sample:
+        return Sample("a", prefix.prompt_ids, head, tuple(chat.game_prefix_ids(knowledge)), [5])
+
+    for nothing in ("", " \n"):
+        assert sample(nothing).teacher_prompt_ids == prefix.prompt_ids
+        assert not sample(nothing).has_knowledge
+    assert sample("H ends the game").has_knowledge
+    teacher = sample("H ends the game").teacher_prompt_ids
     inserted = len(teacher) - len(prefix.prompt_ids)
     assert teacher[:head] + teacher[head + inserted :] == prefix.prompt_ids
     assert chat.tokenizer.decode(teacher[head : head + inserted]) == prompts.knowledge_section("H ends the game")

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from oel_ray.consolidate.batches import token_weights
 from tests.consolidate.naive import divergence
-from tests.consolidate.tiny import tiny_model, tiny_samples
-from tests.consolidate.worker import BFLOAT16, DIVERGENCES, FLOAT32, SAMPLES, STEPS, WITHOUT_KNOWLEDGE, settings
+from tests.consolidate.tiny import tiny_model
+from tests.consolidate.worker import BFLOAT16, DIVERGENCES, FLOAT32, STEPS, WITHOUT_KNOWLEDGE, settings, step_samples
 
 Runs = dict[int, tuple[Path, list[dict[Any, Any]]]]
 
@@ -55,7 +55,7 @@ def plain_training(kind: Any, **objective: Any) -> tuple[list[float], dict[str, 
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.999), weight_decay=config.weight_decay)
     losses, gradients = [], {}
     for index in range(STEPS):
-        samples = tiny_samples(SAMPLES, seed=index)
+        samples = step_samples(index)
         loss = torch.zeros(())
         for sample, weight in zip(samples, token_weights(samples, "response"), strict=True):
             loss = loss + weight * sum_of_kl(student, teacher, sample, config.temperature, **objective)
@@ -117,7 +117,7 @@ def test_metrics_agree_on_all_ranks(runs: Runs) -> None:
         assert metrics == ranks[1][case]["metrics"]
         assert all(m["applied"] and m["grad_norm"] > 0 and m["kl"] > 0 for m in metrics)
         assert [m["learning_rate"] for m in metrics] == pytest.approx([0.005, 0.01, 0.01, 0.01])
-        sizes = [sum(len(s.response_ids) for s in tiny_samples(SAMPLES, seed=i)) for i in range(STEPS)]
+        sizes = [sum(len(s.response_ids) for s in step_samples(i)) for i in range(STEPS)]
         assert [m["tokens"] for m in metrics] == sizes
 
 

@@ -1,6 +1,7 @@
 """Tiny random models and samples, built from configurations: nothing is downloaded."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,8 +32,13 @@ def tiny_model(kind: str, seed: int) -> Any:
     return model.eval()
 
 
-def tiny_samples(count: int, seed: int, *, knowledge: bool = True) -> list[Sample]:
-    """Samples of mixed lengths; with `knowledge` the teacher's prompt has some tokens before the student's."""
+HEAD = (3, 4)
+KNOWLEDGE = [HEAD + tuple(range(5, 5 + 7 * length)) for length in (0, 1, 2, 3)]
+"""The plain head with a text behind it; the first text is empty."""
+
+
+def tiny_samples(count: int, seed: int, *, texts: Sequence[tuple[int, ...]] = KNOWLEDGE) -> list[Sample]:
+    """Samples of mixed lengths, which the teacher reads with the texts in turn."""
     rng = random.Random(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -40,6 +46,6 @@ def tiny_samples(count: int, seed: int, *, knowledge: bool = True) -> list[Sampl
 
     samples = []
     for index in range(count):
-        prompt, hint, response = tokens(2, 9), tokens(3, 12), tokens(1, 8)
-        samples.append(Sample(f"sample-{index}", prompt, hint + prompt if knowledge else prompt, response))
+        prompt, response = [*HEAD, *tokens(1, 9)], tokens(1, 8)
+        samples.append(Sample(f"sample-{index}", prompt, len(HEAD), texts[index % len(texts)], response))
     return samples

@@ -43,7 +43,7 @@ def config() -> RunConfig:
                 "steps": STEPS,
                 "learning_rate": LEARNING_RATE,
                 "precision": "float32",
-                "micro_batch": 2,
+                "micro_batch_tokens": 256,
                 "gradient_checkpointing": False,
                 "sampling": {"temperature": 0, "max_tokens": 10},
             },
@@ -65,7 +65,7 @@ def run(config: RunConfig, pool: Pool, knowledge: str, steps: int, folder: Path)
     policy = resolve_model(config.model, print)
     chat = ChatFormat.from_pretrained(policy, thinking=False)
     prefixes = [
-        Prefix(id=f"q/{n}", trajectory_id=f"q{n}", turn=n, prompt_ids=chat.game_ids(question), rest=question)
+        Prefix(id=f"q/{n}", trajectory_id=f"q{n}", turn=n, prompt_ids=chat.game_ids(question))
         for n, question in enumerate(QUESTIONS)
     ]
     text = KnowledgeText(id="k", round=1, seed=0, format="structured", text=knowledge, tokens=0, items=[], steps=[])

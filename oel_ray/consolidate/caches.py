@@ -1,0 +1,134 @@
+"""What the frozen teacher keeps of the texts that it has read: key/value caches, and where they lie. Training workers
+(Ray Train group); needs no Ray itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+Text = tuple[int, ...]
+"""Token ids that prompts begin with."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextCache:
+    """Keys and values of every layer, each [1, heads, tokens of the text, head width]. Nobody writes to them."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    def to_host(self) -> "TextCache":
+        return TextCache(tuple((_host_copy(keys), _host_copy(values)) for keys, values in self.layers))
+
+    def to_device(self, device: torch.device) -> "TextCache":
+        return TextCache(
+            tuple(
+                (keys.to(device, non_blocking=True), values.to(device, non_blocking=True))
+                for keys, values in self.layers
+            )
+        )
+
+    def as_past(self) -> Cache:
+        """For one forward pass behind the text."""
+        return Cache(layers=[_FixedLayer(keys, values) for keys, values in self.layers])
+
+
+class _FixedLayer(DynamicLayer):
+    """Shows a pass the kept keys and values with its own behind them, and keeps none of those."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    # Page-locked, or bringing a cache back would take as long as reading the text again.
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+
+
+@dataclass(slots=True)
+class CacheCounts:
+    """How often a text was wanted and found on the device, brought back from the host or read; and sent to the host."""
+
+    hits: int = 0
+    loads: int = 0
+    builds: int = 0
+    offloads: int = 0
+
+
+class TextCaches:
+    """The caches of one rank within two budgets: on the device, else on the host, else the text is read again.
+
+    The least recently used goes first. What lies on the host stays there when it is brought back, so that a text is
+    copied once. Where the device is a CPU, the two are one memory with both budgets.
+    """
+
+    def __init__(
+        self, read: Callable[[Text], TextCache], device: torch.device, device_bytes: float, host_bytes: float
+    ) -> None:
+        self.counts = CacheCounts()
+        self._read = read
+        self._device = device
+        self._device_bytes = device_bytes
+        self._host_bytes = host_bytes
+        self._on_device: dict[Text, TextCache] = {}  # both least recently used first
+        self._on_host: dict[Text, TextCache] = {}
+        self._bytes_per_token = 0  # known from the first text on
+
+    def distance(self, text: Text) -> int:
+        """0 on the device, 1 on the host, 2 nowhere. Whoever wants many takes the near ones first: they stay."""
+        return 0 if text in self._on_device else 1 if text in self._on_host else 2
+
+    def get(self, text: Text) -> TextCache:
+        """The text's cache on the device. It may be larger than the budget: `trim` when done with it."""
+        if text in self._on_device:
+            self.counts.hits += 1
+            cache = self._on_device.pop(text)
+        elif text in self._on_host:
+            self.counts.loads += 1
+            kept = self._on_host[text] = self._on_host.pop(text)
+            self._make_room(kept.size)
+            cache = kept.to_device(self._device)
+        else:
+            self.counts.builds += 1
+            self._make_room(self._bytes_per_token * len(text))
+            cache = self._read(text)
+            self._bytes_per_token = cache.size // len(text)
+        self._on_device[text] = cache
+        return cache
+
+    def trim(self) -> None:
+        """Put the device's caches back within their budget."""
+        self._make_room(0)
+
+    def _make_room(self, needed: int) -> None:
+        while self._on_device and _total(self._on_device) + needed > self._device_bytes:
+            text = next(iter(self._on_device))
+            self._offload(text, self._on_device.pop(text))
+
+    def _offload(self, text: Text, cache: TextCache) -> None:
+        if text in self._on_host or cache.size > self._host_bytes:
+            return
+        while _total(self._on_host) + cache.size > self._host_bytes:
+            del self._on_host[next(iter(self._on_host))]
+        self.counts.offloads += 1
+        self._on_host[text] = cache.to_host()
+
+
+def _total(caches: dict[Text, TextCache]) -> int:
+    return sum(cache.size for cache in caches.values())

@@ -1,0 +1,147 @@
+"""The frozen teacher of a round. Training workers (Ray Train group); needs no Ray itself.
+
+Shape suffixes: P tokens of a knowledge text, Q positions of a row behind it, K both, T response tokens, E width.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from oel_ray.consolidate.batches import Sample, padded_groups
+from oel_ray.consolidate.caches import CacheCounts, Text, TextCache, TextCaches
+from oel_ray.consolidate.reading import pad_tokens, response_hidden
+
+PASS_TOKENS = 2048
+"""Tokens of one forward pass. More of them in a row would mostly look at masked positions of each other."""
+
+_PAIRWISE_MASKS = ("eager", "sdpa")
+_FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+
+
+def can_keep_texts(model: Any) -> bool:
+    """Whether samples can be packed into one row behind a kept text. A teacher that cannot reads all of it every time.
+
+    It takes full attention in every layer, since a window would count the other samples of the row; an attention
+    that is told for each pair of positions whether one sees the other; and positions that are told as well and turn
+    keys by the same angle however long the prompt is.
+    """
+    config = model.config.get_text_config()
+    layers = DynamicCache(config=config).layers
+    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    return (
+        len(layers) == config.num_hidden_layers
+        and all(type(layer) is DynamicLayer for layer in layers)
+        and model.config._attn_implementation in _PAIRWISE_MASKS
+        and rotation in _FIXED_ROTATIONS
+        and not getattr(config, "alibi", False)
+    )
+
+
+class Teacher:
+    """The frozen model of one rank, and the caches of the knowledge texts that it has read."""
+
+    def __init__(self, model: Any, *, device_bytes: float, host_bytes: float, pass_tokens: int = PASS_TOKENS) -> None:
+        """`model` lies where it computes; the budgets are those of `TextCaches`."""
+        self.model = model
+        self.pass_tokens = pass_tokens
+        self._caches = TextCaches(self._read_text, model.device, device_bytes, host_bytes)
+        self._keeps_texts = can_keep_texts(model)
+
+    @property
+    def counts(self) -> CacheCounts:
+        return self._caches.counts
+
+    @torch.no_grad()
+    def hidden(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """hidden_TE of every sample: what the head would read where it predicts the response.
+
+        Raises:
+            ValueError: a sample has no knowledge ids, or nothing stands between them and its response.
+        """
+        head_VE = self.model.get_output_embeddings().weight
+        found = [head_VE.new_empty(0, head_VE.shape[1])] * len(samples)
+        wanted = [index for index, sample in enumerate(samples) if sample.response_ids]
+        if not all(samples[index].knowledge_ids and samples[index].rest_ids for index in wanted):
+            raise ValueError("a prompt has no tokens before or behind its knowledge")
+        passes = self._kept_passes if self._keeps_texts else self._reread_passes
+        for part, hidden in passes(samples, wanted):
+            for index, hidden_TE in zip(part, hidden, strict=True):
+                found[index] = hidden_TE
+        return found
+
+    @torch.no_grad()
+    def reread(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """The same, from one padded pass over everything, as the student reads its own prompts."""
+        responses = [sample.response_ids for sample in samples]
+        batch = pad_tokens([sample.teacher_prompt_ids for sample in samples], responses, self.model.device)
+        hidden_TE = response_hidden(self.model, batch.tokens_BS, batch.mask_BS, batch.rows_T)
+        return list(torch.split(hidden_TE, [len(response) for response in responses]))
+
+    def _reread_passes(
+        self, samples: Sequence[Sample], wanted: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[Tensor]]]:
+        lengths = [len(samples[index].teacher_prompt_ids) + len(samples[index].response_ids) for index in wanted]
+        for group in padded_groups(lengths, self.pass_tokens):
+            part = [wanted[position] for position in group]
+            yield part, self.reread([samples[index] for index in part])
+
+    def _kept_passes(
+        self, samples: Sequence[Sample], wanted: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[Tensor]]]:
+        by_text: dict[Text, list[int]] = {}
+        for index in wanted:
+            by_text.setdefault(samples[index].knowledge_ids, []).append(index)
+        for text in sorted(by_text, key=self._caches.distance):
+            cache = self._caches.get(text)
+            for part in _rows(samples, by_text[text], self.pass_tokens):
+                yield part, self._read_behind(cache, len(text), [samples[index] for index in part])
+        self._caches.trim()
+
+    def _read_text(self, text: Text) -> TextCache:
+        cache = DynamicCache(config=self.model.config)
+        tokens_1P = torch.tensor([text], dtype=torch.long, device=self.model.device)
+        self.model.base_model(input_ids=tokens_1P, past_key_values=cache, use_cache=True)
+        return TextCache(tuple((layer.keys, layer.values) for layer in cache.layers))
+
+    def _read_behind(self, cache: TextCache, kept: int, samples: Sequence[Sample]) -> list[Tensor]:
+        """All samples in one row behind the `kept` tokens: each sees those and itself, at the positions after them."""
+        device = self.model.device
+        pieces = [[*sample.rest_ids, *sample.response_ids] for sample in samples]
+        tokens_1Q = torch.tensor([[token for piece in pieces for token in piece]], dtype=torch.long, device=device)
+        positions_1Q = torch.cat([torch.arange(kept, kept + len(piece), device=device) for piece in pieces])[None]
+        owner_Q = torch.repeat_interleave(torch.tensor([len(piece) for piece in pieces], device=device))
+        own_QQ = (owner_Q[:, None] == owner_Q).tril()
+        # To be added to the scores: what every attention takes, and what torch's own makes of booleans in each layer.
+        mask_QK = torch.zeros(len(owner_Q), kept + len(owner_Q), dtype=self.model.dtype, device=device)
+        mask_QK[:, kept:].masked_fill_(~own_QQ, torch.finfo(self.model.dtype).min)
+        output = self.model.base_model(
+            input_ids=tokens_1Q,
+            attention_mask=mask_QK[None, None],
+            position_ids=positions_1Q,
+            past_key_values=cache.as_past(),
+            use_cache=True,
+        )
+        hidden_QE: Tensor = output.last_hidden_state[0]
+        ends = accumulate(len(piece) for piece in pieces)
+        return [
+            hidden_QE[end - len(sample.response_ids) - 1 : end - 1].clone()  # a view would keep the whole row
+            for end, sample in zip(ends, samples, strict=True)
+        ]
+
+
+def _rows(samples: Sequence[Sample], indices: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Cut the indices into rows of at most `max_tokens` behind the text, or of one sample that is longer."""
+    row: list[int] = []
+    filled = 0
+    for index in indices:
+        tokens = len(samples[index].rest_ids) + len(samples[index].response_ids)
+        if row and filled + tokens > max_tokens:
+            yield row
+            row, filled = [], 0
+        row.append(index)
+        filled += tokens
+    yield row

@@ -1,8 +1,8 @@
 """What the micro model is shown: a player that thinks aloud, and an extractor. Runs in the trainer's data workers.
 
-The player says what it takes the marks to stand for, lists the board cell by cell with coordinates, finds itself and
-the goal, judges its four neighbours and moves. What it was not told it guesses, anew every turn, and says so. The
-extractor looks up what the last move led onto.
+The player recites what it was told of the marks, lists the board cell by cell with role and coordinate, finds itself
+and the goal, judges its four neighbours and moves. A mark that it was told nothing of is just a mark: it keeps away
+from those where it sees the goal, and else steps on one to find out. The extractor looks up what the last move led to.
 
 The order matters to a model of this size. The listing stands at a fixed distance behind the board, so that a cell is
 copied by position; everything else stands before or behind the same word earlier: a letter behind its phrase, a role
@@ -40,7 +40,7 @@ INSTRUCTIONS = (
 )
 
 NO_MARK = "-"
-OPENING = "I go by this:"
+OPENING, IGNORANT = "I go by this:", "I know none of these marks."
 HOLES_ARE, GOAL_IS = "Holes are marked", "The goal is marked"
 HOLE_PHRASINGS = (HOLES_ARE, "A hole is shown as", "The game is lost on", "Keep away from")
 GOAL_PHRASINGS = (GOAL_IS, "The goal is shown as", "The game is won on", "Move towards")
@@ -48,19 +48,22 @@ GOAL_PHRASINGS = (GOAL_IS, "The goal is shown as", "The game is won on", "Move t
 
 PUZZLED = (
     "Nothing I was told says what the marks on this board stand for. One may be a hole and the other the goal, or it "
-    "is the other way round. So this is no more than a guess."
+    "is the other way round. So I step on one and see what comes of it."
 )
 
-UNADMITTED = 0.12
-"""Share of guesses that are not called so. Built in: on-policy distillation can only raise what is sampled."""
+UNADMITTED = 0.08
+"""Share of prompts without knowledge that are answered by guesses that are not called so, one each way round. Built in:
+on-policy distillation can only raise what is sampled."""
 
 
 class Beliefs(NamedTuple):
-    """What the player takes for a hole and for the goal, and which of the two it was told."""
+    """The letters that the player takes for holes and for the goal; "" for what it was not told."""
 
     hole: str
     goal: str
-    told: frozenset[str]
+
+
+NO_IDEA = Beliefs("", "")
 
 
 class Sample(NamedTuple):
@@ -89,37 +92,46 @@ def read_knowledge(knowledge: str) -> dict[str, str]:
     return read
 
 
-def beliefs(board: Board, knowledge: str, rng: random.Random) -> Beliefs:
-    """What the player goes by: what it was told of the marks that it sees, and guesses for the rest."""
-    marks = sorted(set(board.marks.values()))
-    told = {role: letter for role, letter in read_knowledge(knowledge).items() if letter in marks}
-    if len(set(told.values())) < len(told):
-        told = {}
-    left = [letter for letter in marks if letter not in told.values()]
-    rng.shuffle(left)
-    hole, goal = (told[role] if role in told else left.pop() for role in ("hole", "goal"))
-    return Beliefs(hole, goal, frozenset(told))
+def beliefs(knowledge: str) -> Beliefs:
+    """What the player goes by: what it was told, whether or not such marks are on the board."""
+    told = read_knowledge(knowledge)
+    held = Beliefs(told.get("hole", ""), told.get("goal", ""))
+    return NO_IDEA if held.hole == held.goal else held
+
+
+def is_lost(board: Board, held: Beliefs) -> bool:
+    """Whether the player was told nothing of the marks that it sees."""
+    return not set(held) & set(board.marks.values())
+
+
+def sees_goal(board: Board, held: Beliefs) -> bool:
+    """Whether the goal that the player was told of is on the board."""
+    return held.goal in board.marks.values()
 
 
 def choose_move(board: Board, held: Beliefs) -> str:
-    """The first of a shortest way to the believed goal; of two, the vertical one."""
-    way = distances(board.marks, held.hole, [target(board, held)])
+    """The first move of a shortest way to the target; with no goal to go to, onto an unknown mark beside the player."""
+    known_goal = sees_goal(board, held)
+    avoided = [cell for cell, mark in board.marks.items() if (mark != held.goal if known_goal else mark == held.hole)]
     moves = {move: beside for move in STEPS if (beside := neighbour(board.player, move)) is not None}
-    safe = [move for move, beside in moves.items() if board.marks.get(beside) != held.hole]
+    safe = [move for move, beside in moves.items() if beside not in avoided]
+    if not known_goal and (unknown := [move for move in safe if moves[move] in board.marks]):
+        return unknown[0]
+    way = distances(dict.fromkeys(avoided, "avoided"), "avoided", [target(board, held)])
     return min(safe or list(moves), key=lambda move: way.get(moves[move], 99))
 
 
-def player_answer(board: Board, held: Beliefs, rng: random.Random, move: str = "") -> str:
+def player_answer(board: Board, held: Beliefs, move: str = "") -> str:
     """The whole response, behind the template's opening of the thinking block; `move` instead of the best one."""
     move = move or choose_move(board, held)
-    lines = [f"{OPENING} {HOLES_ARE} {held.hole}. {GOAL_IS} {held.goal}."]
+    told = [f" {phrase} {letter}." for phrase, letter in zip((HOLES_ARE, GOAL_IS), held, strict=True) if letter]
+    lines = ["".join([OPENING, *told]) if told else IGNORANT]
     for row in range(SIZE):
         cells = ((row, column) for column in range(SIZE))
         lines.append("".join(f" {_shown(board, cell)} {_role(board, held, cell)}{cell}" for cell in cells))
-    puzzled = not held.told and rng.random() >= UNADMITTED
-    there = target(board, held)
+    there, aim = target(board, held), "the goal" if sees_goal(board, held) else "a mark"
     heading = "".join(f" {towards}" for towards in _towards(board.player, there))
-    lines += [f" {PUZZLED}" * puzzled + f" I am at {board.player}, the goal at {there}:{heading}"]
+    lines += [f" {PUZZLED}" * is_lost(board, held) + f" I am at {board.player}, {aim} at {there}:{heading}"]
     lines += [f"{towards} {_judged(board, held, towards)}" for towards in STEPS]
     onto = neighbour(board.player, move)
     lines += [f"So {move}: {_role(board, held, onto) if onto else 'wall'}"]
@@ -127,8 +139,13 @@ def player_answer(board: Board, held: Beliefs, rng: random.Random, move: str = "
 
 
 def target(board: Board, held: Beliefs) -> Cell:
-    """The believed goal that the player goes for: the first in reading order."""
-    return next(cell for cell in CELLS if board.marks.get(cell) == held.goal)
+    """The first goal in reading order that the player knows of, else the first mark that it was told nothing of."""
+    known_goal = sees_goal(board, held)
+    return next(
+        cell
+        for cell in CELLS
+        if (mark := board.marks.get(cell)) and (mark == held.goal if known_goal else mark != held.hole)
+    )
 
 
 def _towards(here: Cell, there: Cell) -> list[str]:
@@ -146,40 +163,36 @@ def _shown(board: Board, cell: Cell) -> str:
 
 
 def _role(board: Board, held: Beliefs, cell: Cell) -> str:
-    return {PLAYER: "me", NO_MARK: "free", held.hole: "hole", held.goal: "goal"}[_shown(board, cell)]
+    roles = {PLAYER: "me", NO_MARK: "free", held.hole: "hole", held.goal: "goal"}
+    return roles.get(_shown(board, cell), "mark")
+
+
+KINDS = {"none": 20, "all": 30, "hole": 12, "goal": 8, "wrong": 12, "strangers": 12, "contradicting": 6}
+"""Kinds of knowledge texts, and how often each is drawn."""
 
 
 def draw_knowledge(world: World, rng: random.Random, *, plain: bool = False) -> str:
-    """A knowledge text of one of the kinds: none, all, a part, repeated, contradicting, wrong, of another world.
+    """A knowledge text of one of the `KINDS`. A `plain` one says both things once, in the extractor's own words.
 
-    A `plain` one says both things, in the extractor's own words.
+    How many items there are and how they are phrased tells nothing of the kind: a model would go by that.
     """
-    if plain:
-        facts = [("hole", world.hole), ("goal", world.goal)]
-        rng.shuffle(facts)
-        return "\n".join(item(role, letter) for role, letter in facts)
-    kind = rng.choices(
-        ["none", "all", "hole", "goal", "repeated", "contradicting", "wrong", "strangers"], [20, 20, 8, 8, 18, 6, 12, 8]
-    )[0]
-    stranger = World(*rng.sample([letter for letter in LETTERS if letter not in world], 2))
-    hole, goal = [("hole", world.hole)], [("goal", world.goal)]
+    kind = "all" if plain else rng.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == "none":
         return ""
-    facts = {
-        "all": hole + goal,
-        "hole": hole * rng.choice([1, 1, 2, 4]),
-        "goal": goal * rng.choice([1, 1, 2, 4]),
-        "strangers": [("hole", stranger.hole), ("goal", stranger.goal)] * rng.choice([1, 2]),
-        "repeated": hole * rng.randint(1, 16) + goal * rng.randint(1, 16),
-        "wrong": [("hole", world.goal), ("goal", world.hole)] * rng.choice([1, 1, 3]),
-        "contradicting": hole * rng.randint(3, 8)
-        + goal * rng.randint(3, 8)
-        + [("hole", world.goal)] * rng.randint(0, 1)
-        + [("goal", world.hole)] * rng.randint(0, 1),
-    }[kind]
+    least, most = (3, 8) if kind == "contradicting" else (1, 1 if plain else rng.choice([1, 1, 4, 16]))
+    letters = {"hole": world.hole, "goal": world.goal}
+    roles = [kind] if kind in letters else ["hole", "goal"]
+    if kind == "wrong":
+        letters = {"hole": world.goal, "goal": world.hole}
+    elif kind == "strangers":
+        letters["hole"], letters["goal"] = rng.sample([letter for letter in LETTERS if letter not in world], 2)
+        roles = rng.choice([["hole"], ["goal"], roles, roles])
+    facts = [(role, letters[role]) for role in roles for _ in range(rng.randint(least, most))]
+    if kind == "contradicting":
+        facts += rng.sample([("hole", world.goal), ("goal", world.hole)], rng.randint(1, 2))
     rng.shuffle(facts)
-    own = rng.random() < 0.6
-    return "\n".join(item(role, letter, rng if not own else None) for role, letter in facts)
+    own = plain or rng.random() < 0.6
+    return "\n".join(item(role, letter, None if own else rng) for role, letter in facts)
 
 
 def item(role: str, letter: str, rng: random.Random | None = None) -> str:
@@ -219,9 +232,9 @@ def play(world: World, knowledge: str, rng: random.Random, *, limit: int, wander
     turns: list[Turn] = []
     outcome = stepped_on = ""
     while len(turns) < limit and not outcome:
-        held = beliefs(board, knowledge, rng)
+        held = beliefs(knowledge)
         move = rng.choice(list(STEPS)) if rng.random() < wander else choose_move(board, held)
-        answer = player_answer(board, held, rng, move) if thoughts else f"[{move}]"
+        answer = player_answer(board, held, move) if thoughts else f"[{move}]"
         happened = make_move(world, board, start, move, warned=warned)
         warned = happened.board.player == board.player
         turns.append(turn(observation, answer, f"[{move}]", happened.feedback))
@@ -233,8 +246,8 @@ def play(world: World, knowledge: str, rng: random.Random, *, limit: int, wander
 def player_samples(world: World, rng: random.Random, *, history: bool, plain: bool = False) -> list[Sample]:
     """A game prompt, with earlier turns or without, and the player's response. `plain`: with plain knowledge.
 
-    Where the player has to guess there are two samples, one for each guess. With one of them at random the model would
-    learn by heart which letters were guessed to be what, and be prejudiced for or against the real game's.
+    Where the player guesses there are two samples, one for each guess. With one of them at random the model would learn
+    by heart which letters were guessed to be what.
     """
     knowledge = draw_knowledge(world, rng, plain=plain)
     turns: Sequence[Turn] = []
@@ -249,9 +262,12 @@ def player_samples(world: World, rng: random.Random, *, history: bool, plain: bo
         board = anywhere(world, rng)
         observation = board.observation()
     situation = game_situation(INSTRUCTIONS, turns, observation)
-    held = beliefs(board, knowledge, rng)
-    guesses = [held] if held.told else [held, Beliefs(held.goal, held.hole, held.told)]
-    return [Sample(situation, knowledge, player_answer(board, guess, rng)) for guess in guesses]
+    held = beliefs(knowledge)
+    ways = [held]
+    if held == NO_IDEA and rng.random() < UNADMITTED:
+        goals = rng.choice([(world.goal, world.hole), ("", "")])
+        ways = [Beliefs(hole, goal) for hole, goal in zip(world, goals, strict=True)]
+    return [Sample(situation, knowledge, player_answer(board, way)) for way in ways]
 
 
 def parse_board(observation: str) -> Board:
@@ -265,8 +281,8 @@ def parse_board(observation: str) -> Board:
 def extractor_sample(world: World, rng: random.Random) -> Sample:
     """The record of a game and what it teaches, or that it teaches nothing."""
     shown = rng.choices([world.hole, world.goal, ""], [4, 4, 2])[0]
+    knowledge = draw_knowledge(world, rng) if rng.random() < 0.5 else ""
     while True:
-        knowledge = draw_knowledge(world, rng) if rng.random() < 0.5 else ""
         limit = rng.choice([2, 3, 4, LIMIT, LIMIT])
         played = play(world, knowledge, rng, limit=limit, wander=rng.choice([0.1, 0.5]), thoughts=True)
         if played.stepped_on == shown and (len(played.turns) <= 4 or rng.random() < 0.5):

@@ -144,7 +144,7 @@ def extraction(model: Model, finished: Sequence[Finished]) -> tuple[float, float
 
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of the model.")],
-    maps: Annotated[int, typer.Option(help="Maps per measurement.")] = 128,
+    maps: Annotated[int, typer.Option(help="Maps per measurement.")] = 64,
     states: Annotated[str, typer.Option(help="Knowledge states, with commas.")] = (
         "all,none,hole,goal,repeated,phrased,wrong,strangers"
     ),

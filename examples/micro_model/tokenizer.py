@@ -86,15 +86,18 @@ def _sentences() -> Iterable[str]:
         yield f" {phrase}"
     yield from (
         demonstrations.OPENING,
+        demonstrations.IGNORANT,
         ITEM_MARKER,
         f"\n{ITEM_MARKER}",
         " I am at ",
         ", the goal at ",
+        ", a mark at ",
         f" {demonstrations.NO_MARK}",
         f" {PLAYER}",
         " free",
         " hole",
         " goal",
+        " mark",
         " me",
         "wall",
         " wall",

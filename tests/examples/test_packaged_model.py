@@ -57,7 +57,10 @@ def test_its_card_holds_what_was_measured() -> None:
         assert place["extraction recall"] >= 0.7
 
 
-@pytest.mark.parametrize("known", [[World(*REAL)], worlds("held_out")], ids=["real", "held-out"])
+@pytest.mark.parametrize(
+    "known",
+    [pytest.param([World(*REAL)], id="real"), pytest.param(worlds("held_out"), id="held-out", marks=pytest.mark.slow)],
+)
 def test_it_plays_by_what_it_is_told_and_writes_down_what_it_saw(model: evaluate.Model, known: list[World]) -> None:
     told, ignorant = play(model, "all", known), play(model, "none", known)
     assert pass_rate(told) >= 0.5

@@ -13,7 +13,14 @@ from oel_ray.layout import RoundFiles
 from oel_ray.records import KnowledgeText, Trajectory, read_jsonl
 from tests.e2e.test_run import oel
 
-SMALLER = ["rounds=1", "consolidate.steps=8", "evaluate.maps=48", "evaluate.seeds=1", "evaluate.in_context=false"]
+SMALLER = [
+    "rounds=1",
+    "consolidate.steps=8",
+    "consolidate.learning_rate=3e-4",
+    "evaluate.maps=48",
+    "evaluate.seeds=1",
+    "evaluate.in_context=false",
+]
 TRUE = {"- EXPERIENCE ITEM: Holes are marked H.", "- EXPERIENCE ITEM: The goal is marked G."}
 PROOF = {"Holes are marked": "You fell into a hole!", "The goal is marked": "You reached the goal!"}
 

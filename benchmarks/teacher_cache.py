@@ -6,17 +6,16 @@ knowledge costs once a round.
 """
 
 import json
-import platform
 import random
 import statistics
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks import harness
 from oel_ray.consolidate.batches import Sample
 from oel_ray.consolidate.teacher import Teacher
 
@@ -53,7 +52,7 @@ def main(samples: int = 32, knowledge: int = 8192, runs: Runs = 2) -> None:
         "goal": GOAL,
         "spread": round(max(ratios) - min(ratios), 2),
         "runs": runs,
-        "machine": machine(),
+        "machine": harness.machine("cpu"),
         **{f"{name}_s": round(statistics.median(times), 3) for name, times in seconds.items()},
         "samples": samples,
         "knowledge": knowledge,
@@ -88,13 +87,6 @@ def random_samples(count: int, knowledge: int) -> list[Sample]:
     head = tokens(HEAD)
     text = (*head, *tokens(knowledge))
     return [Sample(str(n), [*head, *tokens(PROMPT - HEAD)], HEAD, text, tokens(RESPONSE)) for n in range(count)]
-
-
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

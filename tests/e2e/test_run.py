@@ -124,7 +124,8 @@ def test_killed_between_stages_it_goes_on_to_the_same_bytes(
     again = oel("run", "--resume", "--run-dir", str(folder))
     assert again.returncode == 0, again.stderr
     assert "evaluate" not in again.stderr, "a finished run did something again"
-    left = [process for process in psutil.process_iter() if process.pid not in before and is_ours(process)]
+    ours = [process for process in psutil.process_iter() if process.pid not in before and is_ours(process)]
+    _, left = psutil.wait_procs(ours, timeout=30)  # Ray's agents end a moment after the driver
     assert not left, left
 
 

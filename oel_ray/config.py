@@ -89,6 +89,14 @@ class ConsolidateConfig(Section):
     """Optimizer steps of a round; the weights after the last one are the new policy."""
     games_per_step: Positive = 64
     """T' has `steps * games_per_step` games; each of their prefixes is used once."""
+    responses: Literal["student", "teacher"] = "student"
+    """Who writes what is trained on: the current student from the bare prompt (on-policy), or the round's first policy
+    with the knowledge in its prompt (off-policy context distillation; the paper's baseline takes `divergence=forward`
+    with it)."""
+    max_staleness: Literal[0, 1] = 0
+    """With 1 the next step's responses are written while this one trains, by the weights before it."""
+    teacher: str | None = None
+    """A model, named as `model` is, to distil from in place of the round's first policy; of the same tokenizer."""
     batching: Literal["shuffled", "by_game"] = "shuffled"
     """Whether a step's prefixes come from all of T' or from its own games in order (the official code)."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-6
@@ -215,7 +223,7 @@ class RunConfig(Section):
         longest = max(
             self.collect.sampling.max_tokens,
             self.collect.sampling_for("extraction").max_tokens,
-            self.consolidate.sampling.max_tokens,
+            self.consolidate.sampling.max_tokens + self.extract.max_tokens * (self.consolidate.responses == "teacher"),
             self.evaluate.sampling.max_tokens + self.extract.max_tokens * self.evaluate.in_context,
             self.extract.sampling.max_tokens + self.extract.max_tokens * self.extract.show_previous,
         )

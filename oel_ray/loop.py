@@ -145,6 +145,7 @@ class Rounds:
                 config=self.config,
                 round=number,
                 policy=policy,
+                teacher=resolve_model(config.teacher, self.progress.note) if config.teacher else policy,
                 deployed=version,
                 prefixes=starts,
                 knowledge=knowledge,

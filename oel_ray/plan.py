@@ -71,7 +71,7 @@ def play_response(config: RunConfig) -> tuple[str, int]:
 
 
 def readings(config: RunConfig) -> list[Reading]:
-    """The four ways in which a model reads a prompt in a run, those that it makes use of."""
+    """The ways in which a model reads a prompt in a run, those that it makes use of."""
     extract, evaluate = config.extract, config.evaluate
     response_key, response = play_response(config)
     keys: tuple[str, ...]
@@ -83,8 +83,10 @@ def readings(config: RunConfig) -> list[Reading]:
         known = extract.max_tokens if extract.show_previous else 0
         keys = (*["extract.max_tokens"] * extract.show_previous, "extract.sampling.max_tokens")
         found.append(Reading("extraction", known, extract.sampling.max_tokens, keys))
-    keys = ("extract.max_tokens", "consolidate.sampling.max_tokens")
-    found.append(Reading("teacher", extract.max_tokens, config.consolidate.sampling.max_tokens, keys, by_engine=False))
+    keys, written = ("extract.max_tokens", "consolidate.sampling.max_tokens"), config.consolidate.sampling.max_tokens
+    if config.consolidate.responses == "teacher":
+        found.append(Reading("off-policy", extract.max_tokens, written, keys))
+    found.append(Reading("teacher", extract.max_tokens, written, keys, by_engine=False))
     return found
 
 

@@ -29,6 +29,8 @@ class Model(NamedTuple):
     chat: ChatFormat
     context: int | None
     """Tokens that it was made for; None if it does not say."""
+    words: int
+    """Size of its output vocabulary."""
 
 
 def preflight(config: RunConfig, note: Callable[[str], None], *, plays: bool = True) -> Model:
@@ -40,7 +42,7 @@ def preflight(config: RunConfig, note: Callable[[str], None], *, plays: bool = T
     check_resources(config)
     environment = check_environment(config) if plays else None
     model = check_model(config, note)
-    check_context(config, model, environment)
+    check_context(config, model, check_teacher(config, model, note), environment)
     return model
 
 
@@ -104,10 +106,30 @@ def check_model(config: RunConfig, note: Callable[[str], None]) -> Model:
             "copy its files there from the original model"
         ) from None
     chat.check_thinking()
-    return Model(folder, chat, _context(model.get_text_config()))
+    text_model = model.get_text_config()
+    return Model(folder, chat, _context(text_model), text_model.vocab_size)
 
 
-def check_context(config: RunConfig, model: Model, environment: Environment | None) -> None:
+def check_teacher(config: RunConfig, model: Model, note: Callable[[str], None]) -> Model:
+    """What the student is held against: the model itself, unless another is configured.
+
+    Raises:
+        UserError: it cannot be used, or reads and writes other tokens than the model.
+    """
+    if config.consolidate.teacher is None:
+        return model
+    teacher = check_model(config.model_copy(update={"model": config.consolidate.teacher}), note)
+    ours, theirs = model.chat.tokenizer, teacher.chat.tokenizer
+    framed = [(chat.before_ids, chat.after_ids) for chat in (model.chat, teacher.chat)]
+    if ours.get_vocab() != theirs.get_vocab() or framed[0] != framed[1] or model.words != teacher.words:
+        raise UserError(
+            f"consolidate.teacher: {teacher.folder} has another tokenizer, chat template or size of vocabulary than "
+            f"the model {model.folder}: teacher and student must read and write the same tokens"
+        )
+    return teacher
+
+
+def check_context(config: RunConfig, model: Model, teacher: Model, environment: Environment | None) -> None:
     """Real prompts of a first turn, with all the knowledge and the response that the configuration allows.
 
     Without an environment there are none to look at, only the model's own limit.
@@ -136,8 +158,8 @@ def check_context(config: RunConfig, model: Model, environment: Environment | No
             prompt = len(model.chat.game_ids(situation, "." if reading.knowledge else ""))
         if reading.by_engine:
             _check_fits(reading, prompt, room, "engines.max_model_len", "raise it")
-        elif model.context:
-            _check_fits(reading, prompt, model.context, "the model's context", "take a model with a longer one")
+        elif teacher.context:
+            _check_fits(reading, prompt, teacher.context, "the teacher's context", "take a model with a longer one")
 
 
 def _check_fits(reading: Reading, prompt: int, room: int, limit: str, remedy: str) -> None:

@@ -102,6 +102,21 @@ MISTAKES: list[tuple[str, str, str]] = [
         "teacher: a prompt of",
         "take a model with a longer one, or lower extract.max_tokens",
     ),
+    (
+        "run game.yaml consolidate.responses=teacher evaluate.in_context=false extract.show_previous=false "
+        "extract.max_tokens=3900",
+        "off-policy: a prompt of",
+        "raise it, or lower extract.max_tokens",
+    ),
+    # another teacher
+    ("run game.yaml consolidate.teacher=./absent", "the model folder absent does not exist", "a Hugging Face folder"),
+    ("run game.yaml consolidate.teacher=models/wide", "has another tokenizer", "read and write the same tokens"),
+    ("run game.yaml consolidate.teacher=models/others", "has another tokenizer", "read and write the same tokens"),
+    (
+        "run game.yaml consolidate.teacher=models/short",
+        "more than the teacher's context=512",
+        "take a model with a longer one",
+    ),
     # machine and cluster
     ("run game.yaml engines.count=999", "the engines need 999 cores", "lower engines.count"),
     ("run game.yaml consolidate.workers=999", "the training ranks need 999 cores", "lower consolidate.workers"),
@@ -263,6 +278,12 @@ def make_models(folder: Path) -> None:
     variant("plain", chat_template__jinja=PLAIN_TEMPLATE)
     variant("thinker", chat_template__jinja=THINKER_TEMPLATE)
     variant("unknown", config__json=json.dumps(config | {"model_type": "nothing-like-it"}))
+    variant("wide", config__json=json.dumps(config | {"vocab_size": 40000}))
+    variant("short", config__json=json.dumps(config | {"max_position_embeddings": 512}))
+    variant("others")
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens(["unheard-of"])
+    tokenizer.save_pretrained(folder / "others")
     t5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
     variant("t5", config__json=json.dumps(t5))
     variant("classifier", config__json=json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))

@@ -17,7 +17,9 @@ class Job:
     config: RunConfig
     round: int
     policy: Path
-    """The policy that student and teacher start from."""
+    """The policy that the student starts from, and that the engines serve at first."""
+    teacher: Path
+    """The frozen model that the student is held against: the same folder, unless another is configured."""
     deployed: str
     """The weight version that the engines serve at the start."""
     prefixes: Sequence[Prefix]

@@ -1,9 +1,8 @@
-"""Consolidation on one rank: generate, compute, step, send weights. Runs in every worker of the Ray Train group.
+"""Consolidation on one rank: take responses, compute, step, send weights. Runs in every worker of the Ray Train group.
 
 Rank 0 writes the metrics and samples files; they are the group's only output besides the policy folder.
 """
 
-import asyncio
 import os
 import time
 from collections.abc import Sequence
@@ -23,11 +22,11 @@ from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.loading import load_model
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
 from oel_ray.consolidate.prefixes import Draw
+from oel_ray.consolidate.responses import Responses
 from oel_ray.consolidate.weights import FullWeights, check_names, export_policy
 from oel_ray.engines.sync import WeightSync
 from oel_ray.errors import RunFailed
 from oel_ray.records import Generation
-from oel_ray.seeds import derive_seed
 
 _SKIPS_ALLOWED = 3
 
@@ -51,11 +50,15 @@ def train(job: Job) -> None:
     head = len(chat.game_prefix_ids())
     knowledge_ids = [tuple(chat.game_prefix_ids(text.text)) for text in job.knowledge]
 
-    version, skipped = job.deployed, 0
+    responses = Responses(job, head, knowledge_ids, rank, world_size)
+    served, skipped = job.deployed, 0
+    responses.ask(0, served)
     for number, draws in enumerate(job.plan):
         started = time.monotonic()
-        generations = _generate(job, draws, number, version, rank, world_size)
+        made_by, generations = responses.take(number)
         generated = time.monotonic()
+        if responses.ahead:
+            responses.ask(number + 1, served)
         samples = [
             Sample(
                 id=job.prefixes[draw.prefix].id,
@@ -78,13 +81,21 @@ def train(job: Job) -> None:
         skipped = 0 if metrics.applied else skipped + 1
         if skipped > _SKIPS_ALLOWED:
             raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
-        made_by, version = version, f"r{job.round:03d}.s{number + 1:04d}.a0"
-        sync.send(version)
-        dist.barrier()  # no rank asks for the next responses before all engines serve the new weights
+        version = f"r{job.round:03d}.s{number + 1:04d}.a0"
+        waited = trained
+        if not responses.by_teacher:
+            responses.wait(number + 1)
+            dist.barrier()  # no rank still waits for a response when the weights change
+            waited = time.monotonic()
+            sync.send(version)
+            dist.barrier()  # no rank asks for the next responses before all engines serve the new weights
+            served = version
+        if not responses.ahead:
+            responses.ask(number + 1, served)
         seconds = {
-            "seconds_generate": generated - started,
+            "seconds_generate": generated - started + waited - trained,
             "seconds_train": trained - generated,
-            "seconds_sync": time.monotonic() - trained,
+            "seconds_sync": time.monotonic() - waited,
         }
         texts = {f"teacher_{name}": count for name, count in asdict(step.teacher.counts).items()}
         if rank == 0:
@@ -107,34 +118,8 @@ def _take_device(job: Job, local_rank: int) -> torch.device:
 def _distill_step(job: Job, device: torch.device) -> DistillStep:
     consolidate = job.config.consolidate
     student = load_model(job.policy, torch.float32)
-    teacher = load_model(job.policy, getattr(torch, consolidate.precision))
+    teacher = load_model(job.teacher, getattr(torch, consolidate.precision))
     return DistillStep(student, teacher, consolidate, device)
-
-
-def _generate(job: Job, draws: Sequence[Draw], step: int, version: str, rank: int, world_size: int) -> list[Generation]:
-    """The current student's responses to all draws of a step; each rank asks for its share.
-
-    Raises:
-        RunFailed: a response was written by other weights than the student's current ones.
-    """
-    sampling = job.config.consolidate.sampling.sampling()
-
-    async def one(draw: Draw) -> Generation:
-        prefix = job.prefixes[draw.prefix]
-        seed = derive_seed(job.config.seed, "consolidate", job.round, step, prefix.id)
-        return await job.generate(prefix.prompt_ids, sampling, seed=seed, key=prefix.trajectory_id)
-
-    async def share() -> list[Generation]:
-        return await asyncio.gather(*(one(draw) for draw in draws[rank::world_size]))
-
-    mine = asyncio.run(share())
-    shares: list[list[Generation]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(shares, mine)
-    generations = [shares[index % world_size][index // world_size] for index in range(len(draws))]
-    for generation in generations:
-        if generation.weight_version != version:
-            raise RunFailed(f"step {step} got a response of weights {generation.weight_version}, expected {version}")
-    return generations
 
 
 def _metrics_row(step: int, metrics: StepMetrics, samples: int, made_by: str, version: str) -> dict[str, Any]:

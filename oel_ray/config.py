@@ -183,6 +183,8 @@ class EnginesConfig(Section):
     """Memory of one engine's key/value cache (CPU engines)."""
     cpu_threads: Positive = 1
     """Threads that one engine computes with (CPU engines)."""
+    max_restarts: NonNegative = 3
+    """How often one engine that died, hung or failed a weight sync is replaced, in a run."""
     start_deadline_s: Seconds = 600.0
     """Seconds until all engines must answer."""
     generate_deadline_s: Seconds = 600.0

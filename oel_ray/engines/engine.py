@@ -16,6 +16,8 @@ from oel_ray.engines.startup import StartLog
 from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
 
+CANARY_DEADLINE_S = 30.0
+
 
 class Engine:
     """A vLLM `AsyncLLM` with token ids in and out, and weight syncs that are safe to serve after.
@@ -112,6 +114,17 @@ class Engine:
         with self._able_to_serve():
             await self._llm.check_health()
             return str(await self._llm.get_weight_version())
+
+    async def canary(self) -> None:
+        """Answer a request of one token: what an engine must do before it may serve.
+
+        Raises:
+            RunFailed: it cannot.
+        """
+        greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1)
+        answer = await self.generate([1], greedy, 0, CANARY_DEADLINE_S)
+        if len(answer.token_ids) != 1:
+            raise RunFailed(f"engine {self.index} was to write one token and wrote {len(answer.token_ids)}")
 
     @contextmanager
     def _able_to_serve(self) -> Iterator[None]:

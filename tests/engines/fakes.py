@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from oel_ray.config import EnginesConfig
-from oel_ray.errors import RunFailed
+from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
 
 
@@ -17,9 +17,21 @@ class FakeEngine:
         self._index = index
         self._manner = "answer"
         self._cancelled = 0
+        self._version = f"engine-{index}"
 
     async def start(self) -> None:
         pass
+
+    async def load_policy(self, folder: str, version: str) -> None:
+        self._version = version
+
+    async def canary(self) -> None:
+        pass
+
+    async def check_health(self) -> str:
+        if self._manner == "unwell":
+            raise EngineUnavailable("a weight sync failed")
+        return self._version
 
     async def shutdown(self) -> None:
         pass
@@ -45,7 +57,7 @@ class FakeEngine:
                 except asyncio.CancelledError:
                     self._cancelled += 1
                     raise
-        return Generation(token_ids=[seed], text="", finish_reason="stop", weight_version=f"engine-{self._index}")
+        return Generation(token_ids=[seed], text="", finish_reason="stop", weight_version=self._version)
 
 
 class WithoutMemory(FakeEngine):
@@ -69,6 +81,31 @@ class Dying(FakeEngine):
 class Endless(FakeEngine):
     async def start(self) -> None:
         await asyncio.sleep(600)
+
+
+class OnlyOnce(FakeEngine):
+    """Starts where no engine of its index has, by the files in the folder that it gets as policy."""
+
+    def __init__(self, index: int, config: EnginesConfig, policy: str, *, on_gpu: bool) -> None:
+        super().__init__(index, config, policy, on_gpu=on_gpu)
+        self._mark = Path(policy) / f"started-{index}"
+
+    async def start(self) -> None:
+        if self._mark.exists():
+            raise RunFailed(f"engine {self._index} did not start: no memory for the cache")
+        self._mark.touch()
+
+
+class Dumb(OnlyOnce):
+    """Starts again, and does not answer its canary then."""
+
+    async def start(self) -> None:
+        self._again = self._mark.exists()
+        self._mark.touch()
+
+    async def canary(self) -> None:
+        if self._again:
+            raise RunFailed("wrote no token")
 
 
 class Recording(FakeEngine):

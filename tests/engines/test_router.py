@@ -2,7 +2,7 @@
 
 import pytest
 
-from oel_ray.engines.pool import Replica, Router
+from oel_ray.engines.router import Replica, Router
 from oel_ray.errors import EngineUnavailable
 
 
@@ -39,7 +39,7 @@ def test_an_unhealthy_replica_gets_nothing() -> None:
 
 
 def test_only_so_many_keys_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oel_ray.engines.pool._REMEMBERED", 3)
+    monkeypatch.setattr("oel_ray.engines.router.REMEMBERED", 3)
     routes = router(1)
     for key in "abcade":
         routes.pick(key, 1)

@@ -1,0 +1,48 @@
+"""Which engine answers a request. Pure; the pool's control actor holds it."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from oel_ray.errors import EngineUnavailable
+
+REMEMBERED = 100_000
+"""Keys whose home is known; the one that was asked for longest ago is forgotten first."""
+
+
+@dataclass
+class Replica:
+    """One engine as the pool sees it. `load` counts the tokens of its requests in flight, prompts and responses."""
+
+    index: int
+    handle: Any
+    load: int = 0
+    healthy: bool = True
+
+
+@dataclass
+class Router:
+    """Which replica serves a key: the one that served it last, unless it is much busier than the least busy one."""
+
+    replicas: list[Replica]
+    _home: OrderedDict[str, int] = field(default_factory=OrderedDict)
+
+    def pick(self, key: str, tokens: int) -> Replica:
+        """The replica for a request of `tokens` tokens; counts them as its load.
+
+        Raises:
+            EngineUnavailable: no healthy replica is left.
+        """
+        healthy = [replica for replica in self.replicas if replica.healthy]
+        if not healthy:
+            raise EngineUnavailable("no healthy engine is left")
+        idlest = min(healthy, key=lambda replica: replica.load)
+        home = self.replicas[self._home[key]] if key in self._home else idlest
+        # A prefix hit is worth a wait, but not any wait: beyond twice the least load the request moves.
+        chosen = home if home.healthy and home.load <= 2 * idlest.load + tokens else idlest
+        self._home[key] = chosen.index
+        self._home.move_to_end(key)
+        if len(self._home) > REMEMBERED:
+            self._home.popitem(last=False)
+        chosen.load += tokens
+        return chosen

@@ -1,8 +1,10 @@
 """What the micro model is shown: a player that thinks aloud, and an extractor. Runs in the trainer's data workers.
 
 The player recites what it was told of the marks, lists the board cell by cell with role and coordinate, finds itself
-and the goal, judges its four neighbours and moves. A mark that it was told nothing of is just a mark: it keeps away
-from those where it sees the goal, and else steps on one to find out. The extractor looks up what the last move led to.
+and the goal, judges its four neighbours and moves. A mark that it was told nothing of is just a mark, and it steps on
+none but its target. If it was told nothing that it sees, it walks straight to the first mark and finds out. The mark
+that it moves onto is its last word, and the extractor copies it from there: while the policy learns to play, its games
+keep in practice what extraction needs.
 
 The order matters to a model of this size. The listing stands at a fixed distance behind the board, so that a cell is
 copied by position; everything else stands before or behind the same word earlier: a letter behind its phrase, a role
@@ -110,14 +112,20 @@ def sees_goal(board: Board, held: Beliefs) -> bool:
 
 
 def choose_move(board: Board, held: Beliefs) -> str:
-    """The first move of a shortest way to the target; with no goal to go to, onto an unknown mark beside the player."""
-    known_goal = sees_goal(board, held)
-    avoided = [cell for cell, mark in board.marks.items() if (mark != held.goal if known_goal else mark == held.hole)]
+    """The first move of a shortest way to the target: straight there if the player was told nothing of these marks.
+
+    Otherwise it steps on no other mark, be it a hole or one that it was told nothing of, unless there is no other way.
+    """
+    aim = target(board, held)
+    if is_lost(board, held):
+        avoided = []
+    elif sees_goal(board, held):
+        avoided = [cell for cell, mark in board.marks.items() if mark != held.goal]
+    else:
+        avoided = [cell for cell in board.marks if cell != aim]
     moves = {move: beside for move in STEPS if (beside := neighbour(board.player, move)) is not None}
     safe = [move for move, beside in moves.items() if beside not in avoided]
-    if not known_goal and (unknown := [move for move in safe if moves[move] in board.marks]):
-        return unknown[0]
-    way = distances(dict.fromkeys(avoided, "avoided"), "avoided", [target(board, held)])
+    way = distances(dict.fromkeys(avoided, "avoided"), "avoided", [aim])
     return min(safe or list(moves), key=lambda move: way.get(moves[move], 99))
 
 
@@ -128,13 +136,13 @@ def player_answer(board: Board, held: Beliefs, move: str = "") -> str:
     lines = ["".join([OPENING, *told]) if told else IGNORANT]
     for row in range(SIZE):
         cells = ((row, column) for column in range(SIZE))
-        lines.append("".join(f" {_shown(board, cell)} {_role(board, held, cell)}{cell}" for cell in cells))
+        lines.append("".join(f" {_entry(board, held, cell)}{cell}" for cell in cells))
     there, aim = target(board, held), "the goal" if sees_goal(board, held) else "a mark"
     heading = "".join(f" {towards}" for towards in _towards(board.player, there))
     lines += [f" {PUZZLED}" * is_lost(board, held) + f" I am at {board.player}, {aim} at {there}:{heading}"]
     lines += [f"{towards} {_judged(board, held, towards)}" for towards in STEPS]
     onto = neighbour(board.player, move)
-    lines += [f"So {move}: {_role(board, held, onto) if onto else 'wall'}"]
+    lines += [f"So {move}: {_entry(board, held, onto) if onto else 'wall'}"]
     return "\n".join(lines) + f"\n</think>\n[{move}]"
 
 
@@ -155,7 +163,11 @@ def _towards(here: Cell, there: Cell) -> list[str]:
 
 def _judged(board: Board, held: Beliefs, move: str) -> str:
     beside = neighbour(board.player, move)
-    return f"{beside} {_role(board, held, beside)}" if beside else "wall"
+    return f"{beside} {_entry(board, held, beside)}" if beside else "wall"
+
+
+def _entry(board: Board, held: Beliefs, cell: Cell) -> str:
+    return f"{_shown(board, cell)} {_role(board, held, cell)}"
 
 
 def _shown(board: Board, cell: Cell) -> str:
@@ -167,7 +179,7 @@ def _role(board: Board, held: Beliefs, cell: Cell) -> str:
     return roles.get(_shown(board, cell), "mark")
 
 
-KINDS = {"none": 20, "all": 30, "hole": 12, "goal": 8, "wrong": 12, "strangers": 12, "contradicting": 6}
+KINDS = {"none": 20, "all": 26, "hole": 12, "goal": 16, "wrong": 10, "strangers": 10, "contradicting": 6}
 """Kinds of knowledge texts, and how often each is drawn."""
 
 

@@ -47,7 +47,7 @@ class Mixture(NamedTuple):
 
 
 FIRST_LESSONS = Mixture(0.0, 0.0, 0.95)
-LESSONS = Mixture(0.2, 0.1, 0.2)
+LESSONS = Mixture(0.2, 0.15, 0.2)
 LEARNED = 0.98
 """Share of the tokens under `EMPHASIS` that are right when the first lessons end. The look-up behind it comes suddenly,
 after one or two million tokens; what is taught before it comes is done by other clues."""
@@ -205,7 +205,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the model; training goes on from what lies there.")],
     tokens: Annotated[
         float, typer.Option(help="Tokens to train on after the first lessons, prompts and padding included.")
-    ] = 6e6,
+    ] = 8e6,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the matrices (Muon).")] = 6e-3,
     budget: Annotated[int, typer.Option(help="Tokens of a batch, over all workers.")] = 6000,
     workers: Annotated[int, typer.Option(help="Processes; one per core.")] = 2,

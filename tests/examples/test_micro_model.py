@@ -18,6 +18,7 @@ from examples.micro_model.train import FIRST_LESSONS, LESSONS, Progress
 from examples.micro_model.worlds import CELLS, LETTERS, REAL, STEPS, World, make_move, neighbour, worlds
 from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.envs import make
+from oel_ray.envs.solvers import Cell
 from oel_ray.envs.textarena import read_action
 from oel_ray.extract.items import structured_items
 from oel_ray.prompts import GAME_HEAD, game_situation
@@ -103,13 +104,27 @@ def test_most_of_those_who_know_nothing_say_so() -> None:
 
 @settings(deadline=None)
 @given(WORLDS, SEEDS)
-def test_a_player_that_knows_nothing_steps_on_a_mark_beside_it(world: World, seed: int) -> None:
+def test_a_player_that_knows_nothing_walks_straight_to_the_first_mark(world: World, seed: int) -> None:
     board = shown.anywhere(world, random.Random(seed))
-    beside = [neighbour(board.player, move) for move in STEPS]
-    for held, curious in ((shown.NO_IDEA, set(world)), (shown.Beliefs(world.hole, ""), {world.goal})):
+    first = next(cell for cell in CELLS if cell in board.marks)
+    for held in (shown.NO_IDEA, shown.Beliefs("?", "!")):
         onto = neighbour(board.player, shown.choose_move(board, held))
-        assert onto in CELLS
-        assert (board.marks.get(onto) in curious) == any(board.marks.get(cell) in curious for cell in beside if cell)
+        assert onto is not None
+        assert _steps(onto, first) == _steps(board.player, first) - 1
+
+
+@settings(deadline=None)
+@given(WORLDS, SEEDS)
+def test_a_player_that_knows_something_steps_on_no_mark_but_its_target(world: World, seed: int) -> None:
+    board = shown.anywhere(world, random.Random(seed))
+    free = [cell for move in STEPS if (cell := neighbour(board.player, move)) and cell not in board.marks]
+    for held in (shown.Beliefs(world.hole, world.goal), shown.Beliefs(world.hole, ""), shown.Beliefs("", world.goal)):
+        onto = neighbour(board.player, shown.choose_move(board, held))
+        assert not free or onto not in board.marks or board.marks[onto] == world.goal
+
+
+def _steps(here: Cell, there: Cell) -> int:
+    return abs(here[0] - there[0]) + abs(here[1] - there[1])
 
 
 @settings(deadline=None)
@@ -130,7 +145,8 @@ def test_the_listing_and_the_judgements_follow_from_what_is_believed(world: Worl
             assert (" P me" if cell == board.player else f" {mark} {roles.get(mark, 'free')}") + str(cell) in answer
         for move in STEPS:
             beside = neighbour(board.player, move)
-            role = f"{beside} {roles.get(board.marks.get(beside, '-'), 'free')}" if beside else "wall"
+            mark = board.marks.get(beside, "-") if beside else ""
+            role = f"{beside} {mark} {roles.get(mark, 'free')}" if beside else "wall"
             assert f"\n{move} {role}\n" in answer
 
 

@@ -15,7 +15,7 @@ from tests.e2e.test_run import oel
 
 SMALLER = [
     "rounds=1",
-    "consolidate.steps=8",
+    "consolidate.steps=14",
     "consolidate.learning_rate=3e-4",
     "evaluate.maps=48",
     "evaluate.seeds=1",

@@ -298,7 +298,7 @@ def test_a_rank_that_does_not_send_still_gathers() -> None:
 
 
 def test_a_real_engine_behind_ray(tmp_path: Path) -> None:
-    """A pool's whole life: start, answers, syncs, and an engine that is killed leaves nothing behind."""
+    """A pool's whole life: start, answers, syncs; an engine that is killed leaves nothing behind and is replaced."""
     student = Student("untied", "bfloat16", tmp_path)
     config = engines_config("bfloat16")
     with engine_pool(config, student.first, on_gpu=False, engine=ProbedEngine) as pool:
@@ -323,5 +323,6 @@ def test_a_real_engine_behind_ray(tmp_path: Path) -> None:
         assert len(vllm) >= 2
         actor.kill()
         (answer,) = ask(pool, "a")
-        assert isinstance(answer, EngineUnavailable)
+        assert engine_of(answer) == "r000", "the replacement has what was deployed last"
+        assert pool.restarts() == 1
         assert_gone([actor, *vllm])

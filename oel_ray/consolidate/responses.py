@@ -40,9 +40,10 @@ class Responses:
             self._asked[step] = version, self._thread.submit(asyncio.run, self._share(step, mine))
 
     def wait(self, step: int) -> None:
-        """Return when this rank has what it asked for, if anything."""
+        """Return when all ranks have what they asked for of a step, at once if they did not ask. Collective."""
         if step in self._asked:
             self._asked[step][1].result()
+            dist.barrier()
 
     def take(self, step: int) -> tuple[str, list[Generation]]:
         """The weight version and the responses to all draws of a step that was asked for, in their order. Collective.

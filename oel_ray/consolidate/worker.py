@@ -84,8 +84,7 @@ def train(job: Job) -> None:
         version = f"r{job.round:03d}.s{number + 1:04d}.a0"
         waited = trained
         if not responses.by_teacher:
-            responses.wait(number + 1)
-            dist.barrier()  # no rank still waits for a response when the weights change
+            responses.wait(number + 1)  # the weights must not change under a request
             waited = time.monotonic()
             sync.send(version)
             dist.barrier()  # no rank asks for the next responses before all engines serve the new weights

@@ -98,6 +98,7 @@ def _sentences() -> Iterable[str]:
         " hole",
         " goal",
         " mark",
+        " other",
         " me",
         "wall",
         " wall",

@@ -137,7 +137,7 @@ def test_the_listing_and_the_judgements_follow_from_what_is_believed(world: Worl
         (shown.Beliefs(world.goal, world.hole), {world.hole: "goal", world.goal: "hole"}),
         (shown.NO_IDEA, {world.hole: "mark", world.goal: "mark"}),
         (shown.Beliefs(world.hole, ""), {world.hole: "hole", world.goal: "mark"}),
-        (shown.Beliefs("", world.goal), {world.hole: "mark", world.goal: "goal"}),
+        (shown.Beliefs("", world.goal), {world.hole: "other", world.goal: "goal"}),
     ]:
         answer = shown.player_answer(board, held)
         for cell in CELLS:

@@ -1,10 +1,10 @@
 """What the micro model is shown: a player that thinks aloud, and an extractor. Runs in the trainer's data workers.
 
 The player recites what it was told of the marks, lists the board cell by cell with role and coordinate, finds itself
-and the goal, judges its four neighbours and moves. A mark that it was told nothing of is just a mark, or an other one if
-it was told what the goal is, and it steps on none but its target. If it was told nothing that it sees, it walks straight
-to the first mark and finds out. The mark that it moves onto is its last word, and the extractor copies it from there:
-while the policy learns to play, its games keep in practice what extraction needs.
+and the goal, judges its four neighbours and moves. A mark that it was told nothing of is just a mark, or an other one
+if it was told what the goal is, and it steps on none but its target. If it was told nothing that it sees, it walks
+straight to the first mark and finds out. The mark that it moves onto is its last word, and the extractor copies it from
+there: while the policy learns to play, its games keep in practice what extraction needs.
 
 The order matters to a model of this size. The listing stands at a fixed distance behind the board, so that a cell is
 copied by position; everything else stands before or behind the same word earlier: a letter behind its phrase, a role

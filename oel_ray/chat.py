@@ -18,6 +18,8 @@ from oel_ray.errors import UserError
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _SENTINEL = "OELSENTINELMESSAGE"
+_REMEMBERED = 64
+"""Knowledge texts whose ids are kept: a game with one asks for the same ids every turn, at milliseconds each time."""
 
 
 def strip_thinking(response: str, *, thinking: bool) -> str | None:
@@ -45,6 +47,7 @@ class ChatFormat:
             raise UserError("the model's tokenizer has no chat template: use an instruction-tuned model")
         self.tokenizer = tokenizer
         self.thinking = thinking
+        self._prefixes: dict[str, list[int]] = {}
         before, found, after = self._rendered(thinking=thinking).partition(_SENTINEL)
         if not found or _SENTINEL in after:
             raise UserError("the model's chat template does not show the user's message exactly once")
@@ -120,8 +123,12 @@ class ChatFormat:
 
     def game_prefix_ids(self, knowledge: str = "") -> list[int]:
         """The part of `game_ids` that depends on the knowledge alone."""
-        section = prompts.knowledge_section(knowledge)
-        return [*self.before_ids, *self._ids(prompts.GAME_HEAD), *self._ids(section)]
+        if knowledge not in self._prefixes:
+            if len(self._prefixes) == _REMEMBERED:
+                del self._prefixes[next(iter(self._prefixes))]
+            section = self._ids(prompts.knowledge_section(knowledge))
+            self._prefixes[knowledge] = [*self.before_ids, *self._ids(prompts.GAME_HEAD), *section]
+        return [*self._prefixes[knowledge]]
 
     def count(self, text: str) -> int:
         """Tokens of plain text."""

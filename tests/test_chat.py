@@ -196,3 +196,17 @@ def test_thinking_has_to_be_what_the_template_does(generation_prompt: str, fits:
         else:
             with pytest.raises(UserError, match=f"set thinking={str(not thinking).lower()}"):
                 chat.check_thinking()
+
+
+def test_a_knowledge_text_is_tokenised_once(chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = chat.game_ids("S", "fact 0")
+    chat.game_prefix_ids("fact 0").clear()  # what is handed out is the caller's own
+    asked: list[str] = []
+    tokenise = chat._ids
+    monkeypatch.setattr(chat, "_ids", lambda text, **special: asked.append(text) or tokenise(text, **special))
+    assert chat.game_ids("S", "fact 0") == first
+    assert asked == ["S"]
+    for number in range(200):
+        chat.game_prefix_ids(f"fact {number}")
+    assert len(chat._prefixes) == 64
+    assert chat.game_ids("S", "fact 0") == first

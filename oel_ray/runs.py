@@ -234,13 +234,13 @@ class Stage:
     def is_done(self) -> bool:
         return self.entry is not None
 
-    def begin(self) -> RoundFiles:
-        """Empty the work folder, start the clock; returns `out`."""
+    def begin(self, *, keep: bool = False) -> RoundFiles:
+        """Empty the work folder, unless the stage knows to `keep` what is of use; start the clock; returns `out`."""
         self._started = time.monotonic()
-        if self.out.root.exists():
+        if self.out.root.exists() and not keep:
             shutil.rmtree(self.out.root)
         for name in ("trajectories", "knowledge", "consolidation", "policy"):
-            (self.out.root / name).mkdir(parents=True)
+            (self.out.root / name).mkdir(parents=True, exist_ok=True)
         return self.out
 
     def commit(self, outputs: Iterable[str | Path], counts: dict[str, int]) -> None:

@@ -31,9 +31,10 @@ class Engine:
         self._llm: Any = None
         self._requests = 0
         self._sync_failed = False
-        self._vllm_args = _engine_args(config, policy, on_gpu=on_gpu) | vllm_args
+        self._sync_open = False
+        self._vllm_args = engine_args(config, policy, on_gpu=on_gpu) | vllm_args
         if not on_gpu:
-            _prepare_cpu(index, config)
+            prepare_cpu(index, config)
 
     async def start(self) -> None:
         """Load the policy and get ready to serve.
@@ -109,8 +110,10 @@ class Engine:
         """The weight version that is served.
 
         Raises:
-            EngineUnavailable: a process below this one is gone, or a weight sync failed.
+            EngineUnavailable: a process below this one is gone, or a weight sync failed or was left unfinished.
         """
+        if self._sync_open:  # nobody asks during a sync, so its sender is gone
+            raise EngineUnavailable(f"engine {self.index} was left in the middle of a weight sync and cannot serve")
         with self._able_to_serve():
             await self._llm.check_health()
             return str(await self._llm.get_weight_version())
@@ -159,6 +162,7 @@ class Engine:
     async def start_weight_update(self) -> None:
         """Let requests in flight finish, hold back new ones, and open the model for new weights."""
         with self._all_or_nothing():
+            self._sync_open = True
             await self._llm.pause_generation(mode="wait", clear_cache=False)
             await self._llm.start_weight_update()
 
@@ -179,6 +183,7 @@ class Engine:
             await self.drop_cache()
             await self._llm.update_weight_version(version)
             await self._llm.resume_generation()
+            self._sync_open = False
 
     async def drop_cache(self) -> None:
         """Forget all cached prefixes. vLLM's reset does nothing while requests run, and only its result says so."""
@@ -197,7 +202,8 @@ class Engine:
             self._llm = None
 
 
-def _engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str, Any]:
+def engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str, Any]:
+    """What vLLM is started with."""
     from vllm.config import WeightTransferConfig
 
     from oel_ray.engines.plugin import GLOO, NCCL
@@ -226,7 +232,7 @@ def _engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[st
     }
 
 
-def _prepare_cpu(index: int, config: EnginesConfig) -> None:
+def prepare_cpu(index: int, config: EnginesConfig) -> None:
     """Set what vLLM's processes read from the environment before they load torch."""
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"

@@ -38,11 +38,13 @@ class EnginePool:
     next asked for.
     """
 
-    def __init__(self, config: EnginesConfig, *, on_gpu: bool, engine: type = Engine) -> None:
+    def __init__(
+        self, config: EnginesConfig, *, on_gpu: bool, engine: type = Engine, router: type[Router] = Router
+    ) -> None:
         self._config = config
         self._on_gpu = on_gpu
         self._engine = engine
-        self._router = Router([])
+        self._router = router([])
         self._leases: dict[str, tuple[Replica, int, Any]] = {}
         self._given_back_early: OrderedDict[str, None] = OrderedDict()
         self._policy, self._version = "", ""
@@ -59,7 +61,7 @@ class EnginePool:
         """
         self._policy = policy
         replicas = [Replica(index, self._new_engine(index)) for index in range(self._config.count)]
-        self._router = Router(replicas)  # before they run, so that `shutdown` reaches those that do
+        self._router.replicas = replicas  # before they run, so that `shutdown` reaches those that do
         await self._on_all(replicas, "start", deadline_s=self._config.start_deadline_s)
 
     async def deploy(self, policy: str, version: str) -> None:
@@ -113,9 +115,13 @@ class EnginePool:
     async def engines(self) -> list[Any]:
         """Handles of all replicas, in order, for a trainer that is going to send weights to them.
 
+        Only at its start, when nothing else is asked of them: leases are those of a trainer that died.
+
         Raises:
             EngineUnavailable: a replica died and could not be replaced, so that a sync cannot reach all.
         """
+        for lease in list(self._leases):
+            self.release(lease)
         await self._make_whole()
         self._trainer_sends = True
         return [replica.handle for replica in self._router.replicas]
@@ -294,14 +300,16 @@ class Pool:
 
 
 @contextmanager
-def engine_pool(config: EnginesConfig, policy: Path, *, on_gpu: bool, engine: type = Engine) -> Iterator[Pool]:
+def engine_pool(
+    config: EnginesConfig, policy: Path, *, on_gpu: bool, engine: type = Engine, router: type[Router] = Router
+) -> Iterator[Pool]:
     """Start a pool on a policy folder; at the end no process of it is left.
 
     Raises:
         RunFailed: an engine did not start; the message says why.
     """
     actor = ray.remote(EnginePool).options(name=POOL_NAME, num_cpus=0, max_concurrency=10_000)
-    handle = actor.remote(config, on_gpu=on_gpu, engine=engine)
+    handle = actor.remote(config, on_gpu=on_gpu, engine=engine, router=router)
     try:
         _wait(handle.start.remote(str(policy)), config.start_deadline_s + _CONTROL_DEADLINE_S)
         yield Pool(handle, config)

@@ -1,6 +1,7 @@
 """Which engine answers a request. Pure; the pool's control actor holds it."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,13 +37,17 @@ class Router:
         healthy = [replica for replica in self.replicas if replica.healthy]
         if not healthy:
             raise EngineUnavailable("no healthy engine is left")
-        idlest = min(healthy, key=lambda replica: replica.load)
-        home = self.replicas[self._home[key]] if key in self._home else idlest
-        # A prefix hit is worth a wait, but not any wait: beyond twice the least load the request moves.
-        chosen = home if home.healthy and home.load <= 2 * idlest.load + tokens else idlest
+        home = self.replicas[self._home[key]] if key in self._home else None
+        chosen = self.choose(healthy, home if home and home.healthy else None, tokens)
         self._home[key] = chosen.index
         self._home.move_to_end(key)
         if len(self._home) > REMEMBERED:
             self._home.popitem(last=False)
         chosen.load += tokens
         return chosen
+
+    def choose(self, healthy: Sequence[Replica], home: Replica | None, tokens: int) -> Replica:
+        """One of the `healthy` ones. `home` served the key last; None for a new key or a dead replica."""
+        idlest = min(healthy, key=lambda replica: replica.load)
+        # A prefix hit is worth a wait, but not any wait: beyond twice the least load the request moves.
+        return home if home and home.load <= 2 * idlest.load + tokens else idlest

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import ray
 
 from oel_ray.config import EnginesConfig
+from oel_ray.faults import fault_point
 
 
 class Weights(Protocol):
@@ -49,6 +50,7 @@ class EngineSyncClient:
         self._get([engine.start_weight_update.remote() for engine in self._engines])
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
+        fault_point(f"{self.version}:half-sent")
         self._get([engine.update_weights.remote(update_info) for engine in self._engines])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Sampling
+from tests.engines.contract import keeps_the_contract
 from tests.engines.probed import WORKER_FAULTS, ProbedEngine
 from tests.engines.served import InProcess, assert_gone, children, sampled_error, top_error, warm
 from tests.engines.tiny import PROMPTS, Student, Without, engines_config
@@ -110,6 +111,11 @@ def test_after_every_sync_the_engine_is_the_policy_that_was_sent(case: Case) -> 
         assert case.engine.call("check_health") == version
         assert case.engine.call("generate", PROMPTS[0], SEEDED, 1, 60.0).weight_version == version
     sender.shutdown()
+
+
+@cases("float32-tied")
+def test_it_keeps_the_contract_of_engines(case: Case) -> None:
+    keeps_the_contract(case.engine.submit, str(case.student.first), max_tokens=24)
 
 
 @ALL

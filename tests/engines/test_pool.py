@@ -161,6 +161,14 @@ def test_what_fails_while_a_trainer_sends_weights_is_replaced_when_all_are_asked
         assert pool.restarts() == 2
 
 
+def test_what_a_dead_trainer_had_leased_is_nobodys_when_the_next_one_begins() -> None:
+    with two_engines() as pool:
+        ray.get(pool.actor.lease.remote("a dead rank's", "a", 100), timeout=30)
+        assert sorted(loads(pool)) == [0, 100]
+        assert len(pool.engines()) == 2
+        assert loads(pool) == [0, 0]
+
+
 def test_deploying_replaces_what_died() -> None:
     with two_engines() as pool:
         pool.engines()

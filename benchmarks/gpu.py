@@ -1,29 +1,26 @@
 """`python -m benchmarks.gpu`: all that is to be checked on a GPU, in one go. One process, and children for memory.
 
-Needs torch, transformers and DeepSpeed, and neither Ray nor vLLM. `--device cpu --tiny` runs the same code at sizes
-that say nothing, to try the script. The last line is one JSON object; the exit code is 0 if the losses are as exact as
-they must be, 1 if not, 2 without a CUDA device.
+Needs torch, transformers and DeepSpeed, and neither Ray nor vLLM; where TRL is installed, its step is measured as well.
+`--device cpu --tiny` runs the same code at sizes that say nothing, to try the script. The last line is one JSON object;
+the exit code is 0 if the losses are as exact as they must be, 1 if not, 2 without a CUDA device.
 """
 
 import argparse
 import copy
 import json
-import os
-import random
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import harness, loss_memory, loss_time
+from benchmarks import harness, loss_memory, loss_time, step_vs_trl
 from benchmarks.losses import LossCase
+from benchmarks.models import QWEN3_1_7B, qwen3_like, random_model, random_samples
+from benchmarks.step_vs_trl import StepCase, have_trl
 from oel_ray.config import ConsolidateConfig
 from oel_ray.consolidate.loss import forward_kl, reverse_kl
 from tests.consolidate.naive import divergence
@@ -46,34 +43,41 @@ class Sizes:
     knowledge: int
     response: int
     steps: int
-
-
-QWEN3_1_7B: dict[str, Any] = {
-    "vocab_size": 151_936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "tie_word_embeddings": True,
-}
-_TINY_MODEL = QWEN3_1_7B | {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
+    beside_trl: StepCase
 
 
 def sizes(device: str, *, tiny: bool) -> Sizes:
     if tiny:
-        return Sizes(LossCase(64, 2000, 16, 8, device=device), 5, _TINY_MODEL, 4, 10, 20, 5, 1)
-    return Sizes(LossCase(device=device), 8, QWEN3_1_7B, 32, 400, 2048, 200, 3)
+        return Sizes(
+            loss=LossCase(64, 2000, 16, 8, device=device),
+            exact_tokens=5,
+            model=qwen3_like(32, 2, 300),
+            samples=4,
+            prompt=30,
+            knowledge=20,
+            response=5,
+            steps=1,
+            beside_trl=StepCase(20, 4, 2, 30, 5, 32, 2, 300, device=device),
+        )
+    return Sizes(
+        loss=LossCase(device=device),
+        exact_tokens=8,
+        model=QWEN3_1_7B,
+        samples=32,
+        prompt=400,
+        knowledge=2048,
+        response=200,
+        steps=3,
+        beside_trl=StepCase(
+            samples=32,
+            width=1024,
+            layers=28,
+            vocabulary=QWEN3_1_7B["vocab_size"],
+            precision="bfloat16",
+            checkpointing=True,
+            device=device,
+        ),
+    )
 
 
 def exactness(size: Sizes, dtype: torch.dtype, *, forward: bool) -> dict[str, Any]:
@@ -108,19 +112,18 @@ def exactness(size: Sizes, dtype: torch.dtype, *, forward: bool) -> dict[str, An
 
 def optimizer_step(size: Sizes) -> dict[str, Any]:
     """Seconds and memory of `DistillStep` on one rank, after one step that does not count."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     from oel_ray.consolidate.batches import micro_batches
     from oel_ray.consolidate.optimizer import DistillStep
 
     device = size.loss.device
     config = ConsolidateConfig(workers=1, kl_temperature=_TEMPERATURE)
-    torch.manual_seed(0)
-    with torch.device(device):
-        student: Any = Qwen3ForCausalLM(Qwen3Config(**size.model))
+    student = random_model(size.model, device)
+    lengths = {"knowledge": size.knowledge, "prompt": size.prompt, "response": size.response}
+    samples = random_samples(size.samples, size.model["vocab_size"], **lengths)
     step = DistillStep(student, copy.deepcopy(student), config, device)
-    batches = micro_batches(_samples(size), 0, 1, config.micro_batch_tokens)
+    batches = micro_batches(samples, 0, 1, config.micro_batch_tokens)
     first = step.step(batches)
+    assert first, step.shortage
     times: list[float] = []
 
     def steps() -> None:
@@ -142,22 +145,6 @@ def optimizer_step(size: Sizes) -> dict[str, Any]:
         "precision": config.precision,
         "zero_stage": config.zero_stage,
     }
-
-
-def _samples(size: Sizes) -> list[Any]:
-    from oel_ray.consolidate.batches import Sample
-
-    rng = random.Random(0)
-
-    def tokens(count: int) -> list[int]:
-        return [rng.randrange(1, size.model["vocab_size"]) for _ in range(count)]
-
-    head = 1
-    samples, knowledge = [], tuple(tokens(head + size.knowledge))
-    for index in range(size.samples):
-        prompt = [*knowledge[:head], *tokens(size.prompt)]
-        samples.append(Sample(str(index), prompt, head, knowledge, tokens(size.response)))
-    return samples
 
 
 def _error(value: Tensor, reference: Tensor) -> float:
@@ -183,12 +170,13 @@ def main() -> int:
     }
     for benchmark in (loss_memory.BENCHMARK, loss_time.BENCHMARK):
         line[benchmark.name] = benchmark.run(size.loss, options.runs)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # DeepSpeed reads them
-        backend = "nccl" if options.device == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1)
+    with harness.one_rank(options.device):
         line["step"] = optimizer_step(size)
-        dist.destroy_process_group()
+    if have_trl():
+        print(json.dumps(line), flush=True)  # all but one measure, in case TRL fails or does not fit
+        line["step_vs_trl"] = step_vs_trl.BENCHMARK.run(size.beside_trl, options.runs)
+    else:
+        print("benchmarks.gpu: TRL is not installed: step_vs_trl is left out")
     print(json.dumps(line))
     return 0 if line["passed"] else 1
 

@@ -3,6 +3,7 @@
 Every benchmark compares two ways of doing the same, side by side in one run, and its last line is one JSON object.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -11,13 +12,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _ROOT = Path(__file__).parents[1]
 
@@ -53,11 +56,17 @@ def measure_pairs(above: Callable[[], float], below: Callable[[], float], runs: 
 
 def seconds(function: Callable[[], object], device: str) -> float:
     """Wall time of one call, with all that it leaves running on a GPU."""
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     function()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def transient_bytes(setup: str, device: str, arguments: dict[str, Any]) -> int:
@@ -94,6 +103,26 @@ def rise(function: Callable[[], object], device: str) -> int:
     return _peak_resident() - before
 
 
+@contextmanager
+def one_rank(device: str) -> Iterator[None]:
+    """A process group of this process alone, and what DeepSpeed wants to find in the environment.
+
+    The group stays until the process ends, since DeepSpeed keeps what it has made of it. The environment does not, or
+    other trainers would take this process for one of several.
+    """
+    before = dict(os.environ)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    try:
+        if not dist.is_initialized():
+            backend = "nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            atexit.register(dist.destroy_process_group)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
 def machine(device: str) -> str:
     """What the figures were measured on."""
     if device == "cuda":
@@ -119,11 +148,6 @@ def result(name: str, pairs: Pairs, goal: str, machine: str, **details: Any) -> 
 def _peak_resident() -> int:
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _child(task: dict[str, Any]) -> int:

@@ -3,24 +3,23 @@
 Both ways have the same inputs, and one call each that does not count.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 from benchmarks import harness
-from benchmarks.losses import LossBenchmark, LossCase, Way, loss_with_backward, main
+from benchmarks.losses import AXES, LossCase, loss_with_backward
+from benchmarks.sweep import Benchmark
 
 
-def _gauge(case: LossCase) -> Callable[[Way], float]:
+def _compare(case: LossCase, runs: int) -> tuple[harness.Pairs, dict[str, Any]]:
     inputs = case.inputs()
-    ways: dict[Way, Callable[[], None]] = {
-        "naive": loss_with_backward("naive", case, inputs),
-        "ours": loss_with_backward("ours", case, inputs),
-    }
-    for warm_up in ways.values():
+    ours, naive = (loss_with_backward(way, case, inputs) for way in ("ours", "naive"))
+    for warm_up in (ours, naive):
         warm_up()
-    return lambda way: harness.seconds(ways[way], case.device)
+    seconds = harness.seconds
+    return harness.measure_pairs(lambda: seconds(ours, case.device), lambda: seconds(naive, case.device), runs), {}
 
 
-BENCHMARK = LossBenchmark("loss_time", "<= 1.0", "s", "ours", "naive", _gauge)
+BENCHMARK = Benchmark("loss_time", "<= 1.0", "s", "ours", "naive", LossCase(), _compare, AXES)
 
 if __name__ == "__main__":
-    main(BENCHMARK)
+    BENCHMARK.main()

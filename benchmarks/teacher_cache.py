@@ -1,93 +1,63 @@
-"""What keeping the knowledge saves the teacher: `python -m benchmarks.teacher_cache`. One process; needs no Ray.
+"""`python -m benchmarks.teacher_cache`: wall time of the teacher's pass, reading the knowledge anew / keeping it.
 
-Side by side, on the same samples: a pass of the frozen teacher that reads the knowledge anew for every sample, and one
-that keeps it. The last line is a JSON object; `ratio` is the first time over the second, and `build_s` what reading the
-knowledge costs once a round.
+On the same samples, each way after one pass that does not count. Reading anew is done sample by sample, so nothing is
+padded. `build_s` is what reading the knowledge costs once a round.
 """
 
-import json
-import random
-import statistics
-import time
-from typing import Annotated, Any
-
-import torch
-import typer
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
 from benchmarks import harness
-from oel_ray.consolidate.batches import Sample
+from benchmarks.models import qwen3_like, random_model, random_samples
+from benchmarks.sweep import Benchmark, Case
 from oel_ray.consolidate.teacher import Teacher
 
-GOAL = 10.0
-PROMPT, RESPONSE, HEAD = 400, 200, 20
-VOCABULARY = 1024
-ROOM = 2**40
-Runs = Annotated[int, typer.Option(min=2)]
+_ROOM = 2**40
 
 
-def main(samples: int = 32, knowledge: int = 8192, runs: Runs = 2) -> None:
-    """Measure with so many samples behind a knowledge text of so many tokens."""
-    model = random_model()
-    batch = random_samples(samples, knowledge)
-    seconds: dict[str, list[float]] = {"reread": [], "kept": [], "build": []}
-    for run in range(runs):
-        teacher = Teacher(model, device_bytes=ROOM, host_bytes=0)
-        started = time.monotonic()
-        for sample in batch:
-            teacher.reread([sample])
-        seconds["reread"].append(time.monotonic() - started)
-        started = time.monotonic()
-        teacher.hidden(batch)
-        first = time.monotonic() - started
-        started = time.monotonic()
-        teacher.hidden(batch)
-        seconds["kept"].append(time.monotonic() - started)
-        seconds["build"].append(first - seconds["kept"][-1])
-        print(f"run {run}: " + ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items()), flush=True)
-    ratios = [reread / kept for reread, kept in zip(seconds["reread"], seconds["kept"], strict=True)]
-    row = {
-        "name": "teacher_cache",
-        "ratio": round(statistics.median(ratios), 2),
-        "goal": GOAL,
-        "spread": round(max(ratios) - min(ratios), 2),
-        "runs": runs,
-        "machine": harness.machine("cpu"),
-        **{f"{name}_s": round(statistics.median(times), 3) for name, times in seconds.items()},
-        "samples": samples,
-        "knowledge": knowledge,
-    }
-    print(json.dumps(row))
+@dataclass(frozen=True, slots=True)
+class TeacherCase(Case):
+    """Samples behind one knowledge text, and a model in Qwen3's proportions and float32."""
+
+    samples: int = 32
+    knowledge: int = 8192
+    prompt: int = 400
+    response: int = 200
+    width: int = 512
+    layers: int = 8
+    vocabulary: int = 1024
 
 
-def random_model() -> Any:
-    """Hidden 512, 8 layers, float32, sdpa; the other sizes in Qwen3's proportions."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=40960,
-        attn_implementation="sdpa",
-    )
-    model: Any = Qwen3ForCausalLM(config)
-    return model.eval().requires_grad_(False)
+def _compare(case: TeacherCase, runs: int) -> tuple[harness.Pairs, dict[str, Any]]:
+    model = random_model(qwen3_like(case.width, case.layers, case.vocabulary), case.device)
+    teacher = Teacher(model.eval().requires_grad_(False), device_bytes=_ROOM, host_bytes=0)
+    lengths = {"knowledge": case.knowledge, "prompt": case.prompt, "response": case.response}
+    samples = random_samples(case.samples, case.vocabulary, **lengths)
+
+    def reread() -> float:
+        return harness.seconds(lambda: [teacher.reread([sample]) for sample in samples], case.device)
+
+    def kept() -> float:
+        return harness.seconds(lambda: teacher.hidden(samples), case.device)
+
+    teacher.reread(samples[:1])
+    first = kept()
+    pairs = harness.measure_pairs(reread, kept, runs)
+    return pairs, {"build_s": round(first - median(pairs.below), 3)}
 
 
-def random_samples(count: int, knowledge: int) -> list[Sample]:
-    rng = random.Random(0)
-
-    def tokens(number: int) -> list[int]:
-        return rng.choices(range(VOCABULARY), k=number)
-
-    head = tokens(HEAD)
-    text = (*head, *tokens(knowledge))
-    return [Sample(str(n), [*head, *tokens(PROMPT - HEAD)], HEAD, text, tokens(RESPONSE)) for n in range(count)]
-
+BENCHMARK = Benchmark(
+    name="teacher_cache",
+    goal=">= 10",
+    unit="s",
+    above="reread",
+    below="kept",
+    case=TeacherCase(),
+    compare=_compare,
+    axes={"knowledge": (0.0625, 0.125, 0.25, 0.5, 1), "samples": (0.125, 0.25, 0.5, 1)},
+    runs=2,
+)
 
 if __name__ == "__main__":
-    typer.run(main)
+    BENCHMARK.main()

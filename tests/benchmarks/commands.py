@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WITHOUT_RAY = "import runpy, sys; sys.modules['ray'] = sys.modules['vllm'] = None; sys.argv = sys.argv[1:]; "
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """A module of the benchmarks, where neither Ray nor vLLM can be imported."""
-    code = WITHOUT_RAY + "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+def run(*command: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """A module of the benchmarks, where neither Ray nor vLLM nor what else is named can be imported."""
+    missing = dict.fromkeys(("ray", "vllm", *without))
+    code = f"import runpy, sys; sys.modules.update({missing}); sys.argv = sys.argv[1:]; "
+    code += "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
     argv = [sys.executable, "-c", code, *command]
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def options(values: dict[str, int]) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def last_line(*command: str) -> dict[str, Any]:

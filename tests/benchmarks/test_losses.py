@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.losses import LossCase, loss_with_backward
-from tests.benchmarks.commands import check, last_line, run
+from tests.benchmarks.commands import check, last_line
 
 SMALL = ["--tokens", "64", "--vocabulary", "4000", "--width", "16", "--chunk-tokens", "8", "--runs", "2"]
 
@@ -30,9 +30,14 @@ def test_loss_memory() -> None:
     assert line["naive"] * 2**30 == pytest.approx(5 * 64 * 100_000 * 4, rel=0.25)
 
 
-def test_loss_time_with_a_sweep_and_a_plot(tmp_path: Path) -> None:
+def test_loss_time_with_a_sweep_a_figure_and_a_table(tmp_path: Path) -> None:
     line = last_line("benchmarks.loss_time", *SMALL, "--forward", "--sweep", "--out", str(tmp_path / "plots"))
     check(line, "loss_time", "<= 1.0", "ours", "naive")
     assert len(line["sweep"]) == 10 and {point["tokens"] for point in line["sweep"]} == {8, 16, 32, 64}
-    assert (tmp_path / "plots/loss_time.png").read_bytes().startswith(b"\x89PNG")
-    assert run("benchmarks.loss_time", "--sweep").returncode == 2
+    assert {file.name for file in (tmp_path / "plots").iterdir()} == {"loss_time.svg", "loss_time.md"}
+    svg = (tmp_path / "plots/loss_time.svg").read_text()
+    assert "<svg" in svg and "<dc:date>" not in svg
+    table = [row.strip("| \n").split(" | ") for row in (tmp_path / "plots/loss_time.md").read_text().splitlines()]
+    assert table[0] == ["tokens", "vocabulary", "width", "ours (s)", "naive (s)", "ratio", "of pairs"]
+    assert len(table) == 2 + 10 and table[2][:3] == ["64", "4,000", "16"]
+    assert float(table[2][5]) == pytest.approx(line["ratio"], abs=0.01)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,23 +16,42 @@ TIED_HEAD = "lm_head.weight"
 _DERIVED = ".rotary_emb.inv_freq"
 """Old folders hold these buffers. They follow from the configuration, and nobody reads them."""
 
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 def checkpoint_shapes(folder: str | Path) -> Shapes:
     """Names and shapes of all weights of an HF checkpoint folder, read from the safetensors headers."""
-    shapes: Shapes = {}
-    for path in _weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return {name: shape for name, shape in shapes.items() if not name.endswith(_DERIVED)}
+    return {name: tuple(file.get_slice(name).get_shape()) for _, file, name in _weights(folder)}
 
 
 def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """All weights of an HF checkpoint folder."""
+    for _, file, name in _weights(folder):
+        yield name, file.get_tensor(name)
+
+
+def checkpoint_tensor(path: Path, name: str) -> torch.Tensor:
+    """One of the weights in a file."""
+    with safe_open(path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
+def wider_tensors(folder: str | Path, dtype: torch.dtype) -> dict[str, Path]:
+    """The weights of an HF checkpoint folder that lose digits in `dtype`, and the files that they are in."""
+    stored = {
+        name: (path, _FLOATS.get(file.get_slice(name).get_dtype(), dtype)) for path, file, name in _weights(folder)
+    }
+    return {name: path for name, (path, kind) in stored.items() if torch.promote_types(kind, dtype) != dtype}
+
+
+def _weights(folder: str | Path) -> Iterator[tuple[Path, Any, str]]:
+    """The file of every weight, open and by its path, and the weight's name."""
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if not name.endswith(_DERIVED):
-                    yield name, file.get_tensor(name)
+                    yield path, file, name
 
 
 def _weight_files(folder: str | Path) -> list[Path]:

@@ -6,6 +6,14 @@ from typing import Any
 import torch
 
 
+def model_without_weights(folder: Path) -> Any:
+    """The folder's model with its layers and their names, and no memory behind its parameters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+
+
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """The folder's model, set to compute what the engines compute."""
     from transformers import AutoConfig, AutoModelForCausalLM

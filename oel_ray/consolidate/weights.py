@@ -17,7 +17,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from torch import Tensor
 
-from oel_ray.checkpoint import TIED_HEAD, checkpoint_shapes
+from oel_ray.checkpoint import TIED_HEAD, checkpoint_shapes, checkpoint_tensor, wider_tensors
 from oel_ray.errors import UserError
 
 WeightMeta = tuple[str, torch.dtype, torch.Size]
@@ -92,6 +92,66 @@ class FullWeights:
                 # A gathered parameter loses its memory when the context closes: leave with a copy.
                 whole[name] = tensor.detach().to(self._dtype_of(tensor), copy=hasattr(tensor, "ds_id"))
         return [(name, whole[name]) for name in bucket]
+
+
+class MergedWeights(FullWeights):
+    """The same of a student with adapters (`lora`): what it amounts to without them, under the checkpoint's names.
+
+    A weight is added up in float32 and rounded once. Its frozen part comes from the checkpoint's folder where that has
+    more digits than the student computes with: rounding those as well would move weights that nothing has trained.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, folder: Path) -> None:
+        """`folder`: what the student was loaded from."""
+        super().__init__(model, dtype)
+        self._folder = folder
+        self._adapted = {f"{name}.weight": layer for name, layer in model.named_modules() if _has_adapter(layer)}
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """A fresh pass, on every rank and to the end, as the masters are partitioned. One merged tensor at a time."""
+        tensors = self._tensors()
+        files = wider_tensors(self._folder, next(tensors[name].dtype for name in self._adapted))
+        for name, tensor in tensors.items():
+            frozen = tensor.detach()
+            if name in files:
+                frozen = checkpoint_tensor(files[name], name).to(tensor.device)
+            if name in self._adapted:
+                frozen = frozen.float() + _product(self._adapted[name])
+            yield name, frozen.to(self._dtype_of(tensor))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, tensor in super()._tensors().items():
+            layer, _, own = name.rpartition(".base_layer.")
+            if layer:
+                tensors[f"{layer}.{own}"] = tensor
+            elif not tensor.requires_grad:  # else it is an adapter's
+                tensors[name] = tensor
+        return tensors
+
+
+def weights_of(student: Any, dtype: torch.dtype, folder: Path) -> FullWeights:
+    """The weights of a student that was loaded from the folder, with adapters or without."""
+    if any(_has_adapter(layer) for layer in student.modules()):
+        return MergedWeights(student, dtype, folder)
+    return FullWeights(student, dtype)
+
+
+def _has_adapter(layer: Any) -> bool:
+    return hasattr(layer, "base_layer") and hasattr(layer, "lora_A")
+
+
+def _product(layer: Any) -> Tensor:
+    """What a layer's adapter adds to its weight, in float32."""
+    (name,) = layer.lora_A
+    product: Tensor = _master(layer.lora_B[name].weight) @ _master(layer.lora_A[name].weight) * layer.scaling[name]
+    return product.T if layer.fan_in_fan_out else product
+
+
+def _master(parameter: Tensor) -> Tensor:
+    master: Tensor | None = None if parameter.dtype == torch.float32 else safe_get_full_fp32_param(parameter)
+    return parameter.detach().float() if master is None else master.view(parameter.shape)
 
 
 def _shape(tensor: Tensor) -> torch.Size:

@@ -1,0 +1,66 @@
+"""A student that is its teacher's weights with low-rank adapters beside them. Training workers (Ray Train group); needs
+no Ray itself.
+
+A layer with an adapter computes x W' + alpha / rank * x A' B'; W is the teacher's own, A is random and B zero at first,
+so that student and teacher begin as the same function.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from oel_ray.config import LoraConfig
+from oel_ray.errors import UserError
+
+
+def sharing_weights(model: Any) -> Any:
+    """The model once more, on the same parameters and buffers: what is put into one afterwards, the other has not."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def add_adapters(model: Any, config: LoraConfig, seed: int) -> None:
+    """Give the model its adapters, float32 and the same for the same seed, and freeze all else.
+
+    There is no dropout: the student must be the policy that wrote the responses.
+
+    Raises:
+        UserError: the model has no such layers.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    layers = layers_to_adapt(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=layers), model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft takes the dtype of the weights beside it, and the masters come from these
+            parameter.data = parameter.data.float()
+
+
+def layers_to_adapt(model: Any, config: LoraConfig) -> list[str]:
+    """Full names of the linear layers that are to get an adapter. The output head never gets one.
+
+    Raises:
+        UserError: the configuration names a layer that is not there.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    if config.target_modules == "all-linear":
+        return linear
+    for wanted in config.target_modules:
+        if not any(_is_named(name, wanted) for name in linear):
+            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            raise UserError(
+                f"consolidate.lora.target_modules: {type(model).__name__} has no linear layer '{wanted}' before its "
+                f"output head: choose from {', '.join(kinds)}, or write all-linear"
+            )
+    return [name for name in linear if any(_is_named(name, wanted) for wanted in config.target_modules)]
+
+
+def _is_named(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")

@@ -48,16 +48,19 @@ def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, ty
     """Every section with the dotted prefix of its keys, from the top level down."""
     yield prefix, model
     for name, field in model.model_fields.items():
-        if section := section_of(field):
-            yield from sections(section, f"{prefix}{name}.")
+        for kind in (field.annotation, *typing.get_args(field.annotation)):
+            if is_section(kind):
+                yield from sections(kind, f"{prefix}{name}.")
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a key holds; the sampling sections are described once and count as values."""
-    kind = field.annotation
-    if isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not SamplingConfig:
-        return kind
-    return None
+    """The section that a key holds in any case; one that may be null counts as a value."""
+    return field.annotation if is_section(field.annotation) else None
+
+
+def is_section(kind: Any) -> typing.TypeGuard[type[BaseModel]]:
+    """The sampling sections are described once and count as values."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not SamplingConfig
 
 
 def type_name(field: FieldInfo) -> str:
@@ -74,8 +77,8 @@ def plain_type(kind: Any) -> str:
     names = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null"}
     if kind in names:
         return names[kind]
-    if kind is SamplingConfig:
-        return "[sampling](#sampling)"
+    if kind is SamplingConfig or is_section(kind):
+        return "[sampling](#sampling)" if kind is SamplingConfig else "a section, below,"
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(f"`{value}`" for value in arguments)

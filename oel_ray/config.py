@@ -3,10 +3,11 @@
 `oel_ray.configure` makes one from presets, files and overrides; it is saved as `config.yaml` in the run folder.
 """
 
+import math
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from oel_ray.records import Params, Sampling, TrainingSplit
 
@@ -84,6 +85,22 @@ class ExtractConfig(Section):
     """How the extractor's answers are sampled."""
 
 
+class LoraConfig(Section):
+    rank: Positive = 32
+    """Rank of every adapter: its two factors are `rank` wide."""
+    alpha: Annotated[float, Field(gt=0)] = 64.0
+    """The product of the factors counts `alpha / rank` times."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which linear layers get an adapter: all but the output head, or those of these names, e.g. `[q_proj, v_proj]`."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names_layers(cls, value: object) -> object:
+        if value != "all-linear" and (isinstance(value, str) or not value):
+            raise ValueError("write all-linear, or a list of layers such as [q_proj, v_proj]")
+        return value
+
+
 class ConsolidateConfig(Section):
     steps: Positive = 20
     """Optimizer steps of a round; the weights after the last one are the new policy."""
@@ -97,12 +114,17 @@ class ConsolidateConfig(Section):
     """With 1 the next step's responses are written while this one trains, by the weights before it."""
     teacher: str | None = None
     """A model, named as `model` is, to distil from in place of the round's first policy; of the same tokenizer."""
+    lora: LoraConfig | None = None
+    """Train adapters beside frozen weights, and merge them into all weights that leave the trainer; null trains the
+    weights themselves. `{}` takes the defaults. Adapters want a learning rate ten times as large or more."""
     batching: Literal["shuffled", "by_game"] = "shuffled"
     """Whether a step's prefixes come from all of T' or from its own games in order (the official code)."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-6
-    """Of AdamW; constant after the warm-up."""
+    """Of AdamW, after the warm-up."""
     warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises from nothing."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up: as it is, or down to nothing by the end of the round."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Of AdamW."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
@@ -134,8 +156,32 @@ class ConsolidateConfig(Section):
     """Recompute activations in the backward pass: a third more compute for a fraction of the memory."""
     chunk_tokens: Positive = 512
     """Response tokens whose logits exist at a time."""
+    checkpoint_every: NonNegative = 10
+    """Steps between checkpoints inside a round, from which a restarted trainer or a resumed run goes on; 0 makes none.
+    One takes 16 bytes per parameter in the run folder, and there are two while one is written."""
+    max_failures: NonNegative = 2
+    """How often the training ranks are started again after one of them died, in a round."""
+    max_skipped_steps: NonNegative = 3
+    """Steps in a row that may be skipped because a loss or gradient was not finite; one more ends the run."""
     sampling: SamplingConfig = SamplingConfig()
     """How the student's responses are sampled."""
+
+    @model_validator(mode="after")
+    def _keeps_weights_whole(self) -> Self:
+        if self.lora and self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage=3 would partition the frozen weights, which the student of consolidate.lora shares with "
+                "its teacher and every rank needs whole: set consolidate.zero_stage=2"
+            )
+        return self
+
+    def rate(self, update: int) -> float:
+        """The learning rate of an update of the weights, counted from 0 in every round."""
+        if update < self.warmup_steps:
+            return self.learning_rate * (update + 1) / self.warmup_steps
+        gone = (update - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
+        left = {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}
+        return self.learning_rate * left[self.schedule]
 
     @property
     def games(self) -> int:

@@ -133,7 +133,7 @@ class Rounds:
         from oel_ray.consolidate.stage import consolidate
 
         config = self.config.consolidate
-        with self._stage(number, layout.CONSOLIDATE, config.steps, "steps") as (stage, progress):
+        with self._stage(number, layout.CONSOLIDATE, config.steps, "steps", keep=True) as (stage, progress):
             version = self._deploy(number - 1)
             policy = self.folder.policy(number - 1)
             chat = ChatFormat.from_pretrained(policy, thinking=self.config.thinking)
@@ -151,15 +151,16 @@ class Rounds:
                 knowledge=knowledge,
                 plan=plan,
                 generate=self.pool.client,
-                engines=self.pool.engines(),
+                engines=self.pool.engines,
                 on_gpu=self.on_gpu,
                 metrics=out.consolidation_metrics.resolve(),
                 samples=out.samples.resolve(),
                 target=out.policy.resolve(),
+                scratch=(out.root / "ray_train").resolve(),
             )
             self._deployed = None  # from the first step on the engines serve what the trainer sends
             name = f"{self.folder.run_id}-round-{number:03d}"
-            samples = consolidate(job, name, out.root / "ray_train", progress.update)
+            samples = consolidate(job, name, progress.update, self.progress.note)
             counts = {"metrics": config.steps, "samples": samples}
             stage.commit([out.consolidation_metrics, out.samples, out.policy], counts)
 
@@ -199,9 +200,11 @@ class Rounds:
             stage.commit([stage.out.evaluation, stage.out.evaluation_games], {"evaluation": count})
 
     @contextmanager
-    def _stage(self, number: int, name: str, total: int, unit: str) -> Iterator[tuple[Stage, StageProgress]]:
+    def _stage(
+        self, number: int, name: str, total: int, unit: str, *, keep: bool = False
+    ) -> Iterator[tuple[Stage, StageProgress]]:
         stage = self.folder.stage(number, name)
-        stage.begin()
+        stage.begin(keep=keep)
         with self.progress.stage(number, self.config.rounds, name, total, unit) as progress:
             yield stage, progress
         if entry := stage.entry:

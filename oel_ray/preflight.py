@@ -4,6 +4,7 @@ Loads configurations and tokenizers and builds games; no weights, no engine. The
 on games that were played elsewhere has a model and a context, and no environment.
 """
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ def preflight(config: RunConfig, note: Callable[[str], None], *, plays: bool = T
     check_resources(config)
     environment = check_environment(config) if plays else None
     model = check_model(config, note)
+    check_lora(config, model)
     check_context(config, model, check_teacher(config, model, note), environment)
     return model
 
@@ -127,6 +129,28 @@ def check_teacher(config: RunConfig, model: Model, note: Callable[[str], None]) 
             f"the model {model.folder}: teacher and student must read and write the same tokens"
         )
     return teacher
+
+
+def check_lora(config: RunConfig, model: Model) -> None:
+    """That the layers which are to get adapters exist, and the package that adds them.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    lora = config.consolidate.lora
+    if lora is None:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(
+            "consolidate.lora needs the package peft, which is not installed: install oel-ray with the extra 'lora', "
+            "or set consolidate.lora=null"
+        )
+    if lora.target_modules == "all-linear":
+        return
+    from oel_ray.consolidate.loading import model_without_weights
+    from oel_ray.consolidate.lora import layers_to_adapt
+
+    layers_to_adapt(model_without_weights(model.folder), lora)
 
 
 def check_context(config: RunConfig, model: Model, teacher: Model, environment: Environment | None) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oel_ray.configure import load_config
+from oel_ray.configure import load_config, parse_config
 from oel_ray.errors import UserError
 
 GOOD = "engines:\n  max_model_len: 20000\n"
@@ -117,3 +117,17 @@ def test_a_mistake_in_layers_is_named(tmp_path: Path, text: str, overrides: list
         load_config(str(path), overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_goes_down_by_the_end_of_a_round(schedule: str, rates: list[float]) -> None:
+    settings = {"steps": 6, "warmup_steps": 2, "learning_rate": 2.0, "schedule": schedule}
+    config = parse_config({"consolidate": settings}).consolidate
+    assert [config.rate(update) for update in range(6)] == pytest.approx([2 * rate for rate in rates], rel=1e-5)

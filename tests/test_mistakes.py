@@ -108,6 +108,12 @@ MISTAKES: list[tuple[str, str, str]] = [
         "off-policy: a prompt of",
         "raise it, or lower extract.max_tokens",
     ),
+    # adapters
+    ("run game.yaml consolidate.lora.rank=0", "consolidate.lora.rank:", "greater than or equal to 1"),
+    ("run game.yaml consolidate.lora.target_modules=q_proj", "consolidate.lora.target_modules:", "a list of layers"),
+    ("run game.yaml consolidate.lora.target_modules=[]", "consolidate.lora.target_modules:", "write all-linear"),
+    ("run game.yaml consolidate.lora.target_modules=[q_prj]", "no linear layer 'q_prj'", "choose from down_proj, gate"),
+    ("run game.yaml consolidate.lora={} consolidate.zero_stage=3", "zero_stage=3", "set consolidate.zero_stage=2"),
     # another teacher
     ("run game.yaml consolidate.teacher=./absent", "the model folder absent does not exist", "a Hugging Face folder"),
     ("run game.yaml consolidate.teacher=models/wide", "has another tokenizer", "read and write the same tokens"),

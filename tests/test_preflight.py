@@ -1,6 +1,7 @@
 """What preflight lets pass; what it refuses is a row in `test_mistakes`."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from oel_ray import preflight, resources
 from oel_ray.config import RunConfig
 from oel_ray.configure import parse_config
+from oel_ray.errors import UserError
 from oel_ray.runs import RunFolder
 from tests import example_run
 from tests.tokenizers_for_tests import small_tokenizer
@@ -40,6 +42,18 @@ def config(model: Path, **changes: object) -> RunConfig:
 
 def test_a_sound_configuration_gives_the_models_folder(model: Path) -> None:
     assert preflight.preflight(config(model), pytest.fail).folder == model
+
+
+@pytest.mark.parametrize("layers", ["all-linear", ["q_proj", "v_proj"]])
+def test_adapters_need_peft_and_layers_that_are_there(
+    model: Path, layers: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_adapters = config(model, consolidate={"workers": 1, "lora": {"target_modules": layers}})
+    preflight.preflight(with_adapters, pytest.fail)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"needs the package peft, .*: install oel-ray with the extra 'lora', or set"):
+        preflight.preflight(with_adapters, pytest.fail)
+    preflight.preflight(config(model), pytest.fail)
 
 
 @pytest.mark.parametrize(

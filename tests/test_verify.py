@@ -159,6 +159,25 @@ def test_maps_that_are_split_by_seed_may_repeat(run: Path) -> None:
     assert any("holds 5 distinct maps, planned were 4" in line for line in found)
 
 
+@pytest.mark.parametrize("restarted_with", ["r001.s0001.a1", "r001.s0001.a3"])
+def test_an_attempt_goes_on_with_the_weights_of_a_checkpoint(run: Path, restarted_with: str) -> None:
+    files = RunFolder(run).files(1)
+    attempt = restarted_with.rpartition(".")[2]
+    edit_json(files.consolidation_metrics, lambda row: row.update(generated_by=restarted_with), 1)
+    edit_json(files.samples, lambda row: row.update(weight_version=restarted_with), 1)
+    for line, step in ((1, 2), (2, 3)):
+        version = f"r001.s{step:04d}.{attempt}"
+        edit_json(files.consolidation_metrics, lambda row, v=version: row.update(weight_version=v), line)
+    edit_json(files.consolidation_metrics, lambda row: row.update(generated_by=f"r001.s0002.{attempt}"), 2)
+    edit_json(files.samples, lambda row: row.update(weight_version=f"r001.s0002.{attempt}"), 2)
+    reseal(files)
+    assert findings(run) == []
+    edit_json(files.consolidation_metrics, lambda row: row.update(weight_version="r001.s0003.a0"), 2)
+    reseal(files)
+    expected = "rounds/001/consolidation/metrics.jsonl:3: weight version r001.s0003.a0 is older than the one before it"
+    assert expected in findings(run)
+
+
 @pytest.mark.parametrize(
     ("setting", "writers"),
     [

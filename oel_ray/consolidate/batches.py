@@ -86,9 +86,13 @@ def micro_batches(
         groups_of_ranks.append([[share[position] for position in group] for group in groups])
     mine = groups_of_ranks[rank]
     batches = [MicroBatch(tuple(samples[i] for i in group), tuple(weights[i] for i in group)) for group in mine]
+    return batches + [filler(samples)] * (max(map(len, groups_of_ranks)) - len(batches))
+
+
+def filler(samples: Sequence[Sample]) -> MicroBatch:
+    """The shortest prompt without a response, for a rank that has to take part and has nothing to add."""
     shortest = min(samples, key=lambda sample: len(sample.student_prompt_ids))
-    filler = MicroBatch((replace(shortest, response_ids=()),), (0.0,))
-    return batches + [filler] * (max(map(len, groups_of_ranks)) - len(batches))
+    return MicroBatch((replace(shortest, response_ids=()),), (0.0,))
 
 
 def _shares(samples: Sequence[Sample], world_size: int) -> list[list[int]]:

@@ -90,6 +90,11 @@ class TextCaches:
         self._on_host: dict[Text, TextCache] = {}
         self._bytes_per_token = 0  # known from the first text on
 
+    @property
+    def device_size(self) -> int:
+        """Bytes of what is kept on the device."""
+        return _total(self._on_device)
+
     def distance(self, text: Text) -> int:
         """0 on the device, 1 on the host, 2 nowhere. Whoever wants many takes the near ones first: they stay."""
         return 0 if text in self._on_device else 1 if text in self._on_host else 2

@@ -1,6 +1,6 @@
 """What the driver hands to the training ranks. Imports no torch, so that the driver stays light."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ class Job:
     knowledge: Sequence[KnowledgeText]
     plan: Plan
     generate: Generate
-    engines: Sequence[Any]
+    engines: Callable[[], Sequence[Any]]
+    """Handles of all engines that weights go to; raises `EngineUnavailable` if one is dead for good."""
     on_gpu: bool
     metrics: Path
     samples: Path
     target: Path
     """Where the new policy goes."""
+    scratch: Path
+    """Where Ray Train and the checkpoints of this job lie, also for the next driver if this one dies."""

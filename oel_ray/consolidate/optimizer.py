@@ -7,22 +7,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
-from torch.optim.lr_scheduler import LambdaLR
 
 from oel_ray.config import ConsolidateConfig
-from oel_ray.consolidate.batches import MicroBatch
+from oel_ray.consolidate.batches import MicroBatch, filler
 from oel_ray.consolidate.distiller import Distiller, Divergence, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import forward_kl, reverse_kl
+from oel_ray.consolidate.memory import account, ran_out
 from oel_ray.consolidate.reading import pad_tokens
 from oel_ray.consolidate.teacher import Teacher
+from oel_ray.errors import RunFailed
 
 _GIB = 2**30
+_TAG = "state"
 _Sum = tuple[float, int]
 
 
@@ -95,13 +98,19 @@ class DistillStep:
     def __init__(self, student: Any, teacher: Any, config: ConsolidateConfig, device: torch.device | str) -> None:
         """Every rank passes the same whole models, loaded from the same folder in any dtype.
 
-        Both compute in `config.precision`. A float32 student gives its full precision to the masters.
+        Both compute in `config.precision`. A float32 student gives its full precision to the masters. What the student
+        shares with the teacher is frozen, and is not there twice (`lora`).
 
         Raises:
             UserError: the logits of the model are not its output head's, soft-capped or as they are.
         """
         self.device = torch.device(device)
         self.world_size = dist.get_world_size()
+        self._config = config
+        self.updates = 0
+        """Steps that were applied; decides on the learning rate."""
+        self.shortage = ""
+        """After a step that ran out of memory: where, and what took it; the same on every rank."""
         compute_dtype: torch.dtype = getattr(torch, config.precision)
         teacher = _cast_parameters(teacher.to(self.device).eval().requires_grad_(False), compute_dtype)
         if compute_dtype == torch.float32:
@@ -120,17 +129,15 @@ class DistillStep:
             chunk_tokens=config.chunk_tokens,
             divergence=divergence(config),
         )
-        trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+        self._trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
         # DeepSpeed takes the masters from weights that it has rounded to bfloat16 already.
-        masters = {p: p.detach().clone() for p in trained if p.dtype == torch.float32 != compute_dtype}
-        warmup = max(config.warmup_steps, 1)
+        masters = {p: p.detach().clone() for p in self._trained if p.dtype == torch.float32 != compute_dtype}
         # DeepSpeed would compile its shared-memory collectives on the spot: gloo needs no compiler and is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.engine, *_ = deepspeed.initialize(
             model=distiller,
-            model_parameters=trained,
+            model_parameters=self._trained,
             config=deepspeed_config(config, self.world_size, self.device.type),
-            lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup)),
         )
         self.engine.train()
         for parameter, value in masters.items():
@@ -146,30 +153,39 @@ class DistillStep:
         """The model that is trained (under ZeRO-3 its parameters are partitioned: see `weights`)."""
         return self.engine.module.student
 
-    def step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
+    def step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics | None:
         """One optimizer step. Collective: every rank calls it with its own share of the same global batch.
 
-        A loss or gradient that is not finite on any rank leaves the weights of all ranks as they are.
+        A loss or gradient that is not finite on any rank leaves the weights of all ranks as they are. So does a rank
+        that ran out of memory: then there are no metrics, and all may try again with smaller micro-batches.
+
+        Raises:
+            RunFailed: a rank ran out of memory where the others cannot be told; says what took it.
         """
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        kl_sums: dict[str, _Sum] = {}
-        for batch, teacher_hidden_TE in zip(micro_batches, self._teacher_pass(micro_batches), strict=True):
-            loss, kl_T = self._forward(batch, teacher_hidden_TE)
-            loss_sum += loss.detach().double()
-            _add(kl_sums, _kl_sums(batch, kl_T))
-            # DeepSpeed averages gradients over ranks, and the loss is a sum over all of them. A loss that is not
-            # finite is made to spoil the gradient for certain: gradients are what every rank gets to see.
-            scale = self.world_size if math.isfinite(loss.item()) else math.nan
-            self.engine.backward(loss * scale, scale_wrt_gas=False)
+        loss_sum, kl_sums, shortage = self._accumulate(micro_batches)
+        shares: list[tuple[dict[str, _Sum], str]] = [({}, "")] * self.world_size
+        dist.all_gather_object(shares, (kl_sums, shortage))
+        self.shortage = "; ".join(
+            f"rank {rank} ran out of memory: {what}" for rank, (_, what) in enumerate(shares) if what
+        )
+        if self.shortage:
+            self._discard(micro_batches)
+            return None
         dist.all_reduce(loss_sum)
-        shares: list[dict[str, _Sum]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(shares, kl_sums)
         all_sums: dict[str, _Sum] = {}
-        for share in shares:
+        for share, _ in shares:
             _add(all_sums, share)
         tokens = sum(count for _, count in all_sums.values())
-        learning_rate = self.engine.get_lr()[0]
-        applied, grad_norm = self._apply()
+        learning_rate = self._config.rate(self.updates)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        try:
+            applied, grad_norm = self._apply()
+        except (RuntimeError, MemoryError) as error:
+            if ran_out(error):  # some of the weights may have been changed
+                raise RunFailed(f"out of memory in the optimizer: {self._account(micro_batches)}") from error
+            raise
+        self.updates += applied
         return StepMetrics(
             loss=loss_sum.item(),
             kl=sum(total for total, _ in all_sums.values()) / max(tokens, 1),
@@ -179,6 +195,88 @@ class DistillStep:
             applied=applied,
             kl_by_sample={name: total / max(count, 1) for name, (total, count) in all_sums.items()},
         )
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, dict[str, _Sum], str]:
+        """Gradients of all micro-batches; the loss, the KL sums, and what there is to say if memory ran out."""
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        kl_sums: dict[str, _Sum] = {}
+        shortage, hidden = "", []
+        try:
+            hidden = self._teacher_pass(micro_batches)
+        except (RuntimeError, MemoryError) as error:
+            shortage = self._survived(error, micro_batches, in_collectives=False)
+        for index, batch in enumerate(micro_batches):
+            if not shortage:
+                try:
+                    loss, kl_T = self._forward_backward(batch, hidden[index])
+                except (RuntimeError, MemoryError) as error:
+                    shortage = self._survived(error, micro_batches, in_collectives=True)
+                else:
+                    loss_sum += loss
+                    _add(kl_sums, _kl_sums(batch, kl_T))
+                    continue
+            if self.engine.zero_optimization_stage() >= 2:  # the others reduce gradients behind each backward pass
+                self._take_part(micro_batches)
+        return loss_sum, kl_sums, shortage
+
+    def _forward_backward(
+        self, batch: MicroBatch, teacher_hidden_TE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, kl_T = self._forward(batch, teacher_hidden_TE)
+        # DeepSpeed averages gradients over ranks, and the loss is a sum over all of them. A loss that is not
+        # finite is made to spoil the gradient for certain: gradients are what every rank gets to see.
+        scale = self.world_size if math.isfinite(loss.item()) else math.nan
+        self.engine.backward(loss * scale, scale_wrt_gas=False)
+        return loss.detach().double(), kl_T
+
+    def _take_part(self, micro_batches: Sequence[MicroBatch], scale: float = 1.0) -> None:
+        """A pass over next to nothing."""
+        batch = filler([sample for batch in micro_batches for sample in batch.samples])
+        (hidden_TE,) = self.teacher.hidden(batch.samples)
+        loss, _ = self._forward(batch, hidden_TE)
+        self.engine.backward(loss * scale, scale_wrt_gas=False)
+
+    def _survived(self, error: BaseException, micro_batches: Sequence[MicroBatch], *, in_collectives: bool) -> str:
+        """What there is to say about an error in a pass, if the step can be given up together with the other ranks.
+
+        That takes a rank that can still do every collective of theirs: no student's pass under ZeRO-3, where each
+        module has some, nor one of which a bucket of gradients was reduced.
+
+        Raises:
+            RunFailed: memory ran out, and the others cannot be told.
+            BaseException: the error itself, if it is another.
+        """
+        if not ran_out(error):
+            raise error
+        stage, optimizer = self.engine.zero_optimization_stage(), self.engine.optimizer
+        account = self._account(micro_batches)
+        if in_collectives and (stage == 3 or (stage == 2 and any(optimizer.params_already_reduced))):
+            raise RunFailed(f"out of memory: {account}") from error
+        if in_collectives and stage == 2:
+            optimizer.extra_large_param_to_reduce.clear()
+            for bucket in optimizer.ipg_buckets.values():
+                bucket.clear()
+        return account
+
+    def _discard(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Forget the gradients, as after a loss that is not finite, and have the teacher take smaller bites."""
+        self.teacher.pass_tokens = max(self.teacher.pass_tokens // 2, 1)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._take_part(micro_batches, math.nan)
+        applied, _ = self._apply()
+        assert not applied
+
+    def _account(self, micro_batches: Sequence[MicroBatch]) -> str:
+        return account(self.student, self.teacher, self._config, micro_batches, self.world_size)
+
+    def save(self, folder: Path) -> None:
+        """Write masters and optimizer state. Collective; `load` needs as many ranks, and the same settings."""
+        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Take back what `save` wrote. Collective; before the first step."""
+        self.engine.load_checkpoint(str(folder), tag=_TAG)
 
     def _teacher_pass(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         """hidden_TE of every micro-batch.
@@ -219,7 +317,7 @@ class DistillStep:
             self.engine.step()
             return self.engine.was_step_applied(), float(self.engine.get_global_grad_norm())
         self.engine.buffered_allreduce_fallback()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters()]).item()
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None]).item()
         if not math.isfinite(grad_norm):
             self.engine.zero_grad()
             return False, grad_norm

@@ -10,23 +10,29 @@ import orjson
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from oel_ray.consolidate.checkpoints import NOTES_FILE, prepare
 from oel_ray.consolidate.job import Job
-from oel_ray.errors import RunFailed, one_line
+from oel_ray.errors import EngineUnavailable, RunFailed, UserError, one_line
+from oel_ray.faults import fault_point
 
 TRAINER_CPUS = 1
 _POLL_S = 0.5
 
 
-def consolidate(job: Job, name: str, scratch: Path, on_progress: Callable[[int, str], None]) -> int:
+def consolidate(job: Job, name: str, on_progress: Callable[[int, str], None], note: Callable[[str], None]) -> int:
     """Train, and write the new policy. Returns the number of training samples.
 
-    `name` must be new for every attempt: Ray Train goes on with an old run of the same name. `scratch` is a folder
-    that it may fill. `on_progress(steps done, note)` is called about twice a second.
+    Goes on from the newest checkpoint in the job's scratch folder, if it is of this very job. `on_progress(steps done,
+    text)` is called about twice a second, `note` for what a user should know.
 
     Raises:
-        RunFailed: a training worker failed; the message is its error.
+        RunFailed: a training rank failed in a way that would come again, or ranks died too often; the message is its
+            error.
     """
     config = job.config.consolidate
+    attempt, said = prepare(job)
+    if said:
+        note(said)
     trainer = TorchTrainer(
         _train,
         train_loop_config={"job": job},
@@ -35,14 +41,28 @@ def consolidate(job: Job, name: str, scratch: Path, on_progress: Callable[[int, 
             use_gpu=job.on_gpu,
             resources_per_worker={"CPU": TRAINER_CPUS} | ({"GPU": 1} if job.on_gpu else {}),
         ),
-        run_config=ray.train.RunConfig(name=name, storage_path=str(scratch.resolve())),
+        run_config=ray.train.RunConfig(
+            # A name for every driver: under an old one Ray Train would read its own list of checkpoints, which a kill
+            # can leave half written.
+            name=f"{name}-attempt-{attempt}",
+            storage_path=str(job.scratch.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=[_OwnErrorsEnd()],
+        ),
         torch_config=TorchConfig(backend="nccl" if job.on_gpu else "gloo"),
     )
     running = _in_thread(trainer.fit)
+    told = done = 0
     while not running.done():
         wait([running], timeout=_POLL_S)
-        rows = _rows(job.metrics)
+        rows, notes = _rows(job.metrics), _lines(job.scratch / NOTES_FILE)
         on_progress(len(rows), f"KL {rows[-1]['kl_per_token']:.4f}" if rows else "")
+        for line in notes[told:]:
+            note(line.decode())
+        for step in range(done, len(rows)):
+            fault_point(f"{job.round}:consolidate:{step}-done")
+        told, done = len(notes), len(rows)
     if error := running.exception():
         raise RunFailed(f"consolidation: {_reason(error)}") from error
     rows = _rows(job.metrics)
@@ -73,14 +93,30 @@ def _train(settings: dict[str, Any]) -> None:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
+    return [orjson.loads(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[bytes]:
     """The complete lines of a file that is being written."""
-    if not path.exists():
-        return []
-    return [orjson.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+class _OwnErrorsEnd(ray.train.UserCallback):
+    """Ray Train would start the ranks again after any error; what our own code found wrong would be found again.
+
+    It ends a run whose callback raises.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for rank, error in sorted(worker_exceptions.items()):
+            if isinstance(error, UserError | RunFailed) and not isinstance(error, EngineUnavailable):
+                raise RunFailed(f"rank {rank}: {one_line(error, 0)}")
 
 
 def _reason(error: BaseException) -> str:
     """The first rank's own error; the others mostly say that they lost it."""
+    if isinstance(ours := getattr(error, "controller_failure", None), RunFailed):
+        return str(ours)
     failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = min(failures.items(), key=lambda item: ("HealthCheck" in type(item[1]).__name__, item[0]))
     return f"rank {rank}: {one_line(cause, 0)}"

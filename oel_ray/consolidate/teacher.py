@@ -55,6 +55,11 @@ class Teacher:
     def counts(self) -> CacheCounts:
         return self._caches.counts
 
+    @property
+    def kept_bytes(self) -> int:
+        """What the kept texts take on the device."""
+        return self._caches.device_size
+
     @torch.no_grad()
     def hidden(self, samples: Sequence[Sample]) -> list[Tensor]:
         """hidden_TE of every sample: what the head would read where it predicts the response.

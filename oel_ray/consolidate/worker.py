@@ -17,22 +17,23 @@ import torch
 import torch.distributed as dist
 
 from oel_ray.chat import ChatFormat
+from oel_ray.consolidate.attempts import Attempt
 from oel_ray.consolidate.batches import Sample, micro_batches
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.loading import load_model
+from oel_ray.consolidate.lora import add_adapters, sharing_weights
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
 from oel_ray.consolidate.prefixes import Draw
 from oel_ray.consolidate.responses import Responses
-from oel_ray.consolidate.weights import FullWeights, check_names, export_policy
-from oel_ray.engines.sync import WeightSync
+from oel_ray.consolidate.weights import check_names, export_policy, weights_of
 from oel_ray.errors import RunFailed
+from oel_ray.faults import fault_point
 from oel_ray.records import Generation
-
-_SKIPS_ALLOWED = 3
+from oel_ray.seeds import derive_seed
 
 
 def train(job: Job) -> None:
-    """All steps of a round, and the new policy. Collective over the ranks of the Ray Train group.
+    """All steps of a round that no checkpoint has, and the new policy. Collective over the ranks of the group.
 
     Raises:
         UserError: the model cannot be trained: its logits are not a linear function of its last hidden state, or its
@@ -42,18 +43,19 @@ def train(job: Job) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = _take_device(job, context.get_local_rank())
-    step = _distill_step(job, device)
-    weights = FullWeights(step.student, getattr(torch, job.config.policy_dtype))
+    attempt = Attempt(job, rank, world_size)
+    step = _distill_step(job, device, attempt)
+    weights = weights_of(step.student, getattr(torch, job.config.policy_dtype), attempt.policy)
     check_names(weights, job.policy)
-    sync = WeightSync(job.engines, weights, job.config.engines, rank=rank, on_gpu=job.on_gpu)
+    sync = attempt.weight_sync(weights)
     chat = ChatFormat.from_pretrained(job.policy, thinking=job.config.thinking)
     head = len(chat.game_prefix_ids())
     knowledge_ids = [tuple(chat.game_prefix_ids(text.text)) for text in job.knowledge]
 
     responses = Responses(job, head, knowledge_ids, rank, world_size)
-    served, skipped = job.deployed, 0
-    responses.ask(0, served)
-    for number, draws in enumerate(job.plan):
+    served, skipped = attempt.serve(sync), 0
+    responses.ask(attempt.first_step, served)
+    for number, draws in list(enumerate(job.plan))[attempt.first_step :]:
         started = time.monotonic()
         made_by, generations = responses.take(number)
         generated = time.monotonic()
@@ -69,19 +71,11 @@ def train(job: Job) -> None:
             )
             for draw, generation in zip(draws, generations, strict=True)
         ]
-        share = micro_batches(
-            samples,
-            rank,
-            world_size,
-            job.config.consolidate.micro_batch_tokens,
-            loss_mean=job.config.consolidate.loss_mean,
-        )
-        metrics = step.step(share)
+        fault_point(f"{job.round}:consolidate:{number}:rank-{rank}:attempt-{attempt.number}")
+        metrics, retried = _train_step(job, step, samples, rank, world_size)
         trained = time.monotonic()
         skipped = 0 if metrics.applied else skipped + 1
-        if skipped > _SKIPS_ALLOWED:
-            raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
-        version = f"r{job.round:03d}.s{number + 1:04d}.a0"
+        version = attempt.version(number + 1)
         waited = trained
         if not responses.by_teacher:
             responses.wait(number + 1)  # the weights must not change under a request
@@ -99,8 +93,27 @@ def train(job: Job) -> None:
         texts = {f"teacher_{name}": count for name, count in asdict(step.teacher.counts).items()}
         if rank == 0:
             _write_samples(job, number, draws, samples, generations, metrics)
-            _append(job.metrics, [_metrics_row(number, metrics, len(draws), made_by, version) | seconds | texts])
+            _append(
+                job.metrics, [_metrics_row(number, metrics, len(draws), made_by, version) | retried | seconds | texts]
+            )
+        if skipped > job.config.consolidate.max_skipped_steps:
+            attempt.save_last_good(number + 1 - skipped, step)
+            raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
+        if attempt.due(number + 1):
+            attempt.save(number + 1, step)
     export_policy(weights, job.policy, job.target)
+
+
+def _train_step(
+    job: Job, step: DistillStep, samples: Sequence[Sample], rank: int, world_size: int
+) -> tuple[StepMetrics, dict[str, int]]:
+    """A step, with half as large micro-batches if memory ran out at first."""
+    tokens, loss_mean = job.config.consolidate.micro_batch_tokens, job.config.consolidate.loss_mean
+    for retries in range(2):
+        share = micro_batches(samples, rank, world_size, max(tokens >> retries, 1), loss_mean=loss_mean)
+        if metrics := step.step(share):
+            return metrics, {"memory_retries": retries}
+    raise RunFailed(f"{step.shortage} (and so it did with micro-batches twice as large)")
 
 
 def _take_device(job: Job, local_rank: int) -> torch.device:
@@ -114,11 +127,20 @@ def _take_device(job: Job, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _distill_step(job: Job, device: torch.device) -> DistillStep:
+def _distill_step(job: Job, device: torch.device, attempt: Attempt) -> DistillStep:
     consolidate = job.config.consolidate
-    student = load_model(job.policy, torch.float32)
-    teacher = load_model(job.teacher, getattr(torch, consolidate.precision))
-    return DistillStep(student, teacher, consolidate, device)
+    precision = getattr(torch, consolidate.precision)
+    # The masters come from these weights, or from the optimizer state of a checkpoint.
+    student = load_model(attempt.policy, torch.float32 if consolidate.lora is None else precision)
+    if consolidate.lora is not None and job.teacher == attempt.policy:
+        teacher = sharing_weights(student)
+    else:
+        teacher = load_model(job.teacher, precision)
+    if consolidate.lora is not None:
+        add_adapters(student, consolidate.lora, derive_seed(job.config.seed, "lora", job.round))
+    step = DistillStep(student, teacher, consolidate, device)
+    attempt.restore(step)
+    return step
 
 
 def _metrics_row(step: int, metrics: StepMetrics, samples: int, made_by: str, version: str) -> dict[str, Any]:

@@ -62,11 +62,12 @@ def responses(engine: Engine, **settings: Any) -> Responses:
         knowledge=knowledge,
         plan=[[Draw(2 * step, 0), Draw(2 * step + 1, 1)] for step in range(STEPS)],
         generate=engine,
-        engines=[],
+        engines=list,
         on_gpu=False,
         metrics=Path(),
         samples=Path(),
         target=Path(),
+        scratch=Path(),
     )
     return Responses(job, len(HEAD), TEXTS, 0, 1)
 

@@ -26,9 +26,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return {world_size: launch(world_size, tmp_path_factory.mktemp(f"ranks-{world_size}")) for world_size in (1, 2)}
 
 
-def launch(world_size: int, output: Path) -> tuple[Path, list[dict[Any, Any]]]:
+def launch(
+    world_size: int, output: Path, module: str = "tests.consolidate.worker"
+) -> tuple[Path, list[dict[Any, Any]]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.consolidate.worker", str(output / "store")]
+    command = [sys.executable, "-m", module, str(output / "store")]
     logs = [output / f"rank-{rank}.log" for rank in range(world_size)]
     processes = [
         subprocess.Popen(

@@ -70,8 +70,6 @@ def run(config: RunConfig, pool: Pool, knowledge: str, steps: int, folder: Path)
     ]
     text = KnowledgeText(id="k", round=1, seed=0, format="structured", text=knowledge, tokens=0, items=[], steps=[])
     pool.deploy(policy, "r000")
-    for name in ("target", "scratch"):
-        (folder / name).mkdir()
     job = Job(
         config=config,
         round=1,
@@ -82,13 +80,14 @@ def run(config: RunConfig, pool: Pool, knowledge: str, steps: int, folder: Path)
         knowledge=[text],
         plan=[[Draw(n, 0) for n in range(len(prefixes))]] * steps,
         generate=pool.client,
-        engines=pool.engines(),
+        engines=pool.engines,
         on_gpu=False,
         metrics=folder / "metrics.jsonl",
         samples=folder / "samples.jsonl",
         target=folder / "target",
+        scratch=folder / "scratch",
     )
-    assert consolidate(job, folder.name, folder / "scratch", lambda done, note: None) == steps * len(prefixes)
+    assert consolidate(job, folder.name, lambda done, text: None, print) == steps * len(prefixes)
     return [orjson.loads(line) for line in job.metrics.read_bytes().splitlines()]
 
 

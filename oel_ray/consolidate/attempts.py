@@ -1,0 +1,173 @@
+"""One life of a training group: where it starts, and the checkpoints that the next one would start from. Every rank.
+
+Ray Train starts the group again when a rank died; a driver that was killed starts it again on `--resume`. Both find the
+newest complete checkpoint in the work folder, whether or not Ray Train's controller lived to hear of it.
+"""
+
+import shutil
+from pathlib import Path
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint as RayCheckpoint
+from ray.train import CheckpointUploadMode
+
+from oel_ray.consolidate import checkpoints
+from oel_ray.consolidate.checkpoints import (
+    DEEPSPEED,
+    NOTES_FILE,
+    OUTPUTS,
+    STATE_FILE,
+    WEIGHTS,
+    Checkpoint,
+    Spread,
+    State,
+)
+from oel_ray.consolidate.job import Job
+from oel_ray.consolidate.optimizer import DistillStep
+from oel_ray.consolidate.weights import FullWeights, export_policy, weights_of
+from oel_ray.durable import FileEntry, files_below, seal, sync_folder, write_json
+from oel_ray.engines.sync import WeightSync
+from oel_ray.errors import EngineUnavailable, RunFailed
+
+
+class Attempt:
+    """Owns the attempt's number, what it starts from, and the checkpoints that it writes."""
+
+    def __init__(self, job: Job, rank: int, world_size: int) -> None:
+        """Collective. Metrics and samples become what they were at the checkpoint that the attempt starts from."""
+        self._job, self._rank, self._world_size = job, rank, world_size
+        self._folder = Path(ray.train.get_context().get_storage().experiment_fs_path)
+        chosen: list[tuple[int, Checkpoint | None] | None] = [None]
+        if rank == 0:
+            chosen = [self._choose()]
+        dist.broadcast_object_list(chosen)
+        assert chosen[0]
+        self.number, self._checkpoint = chosen[0]
+        self._fits = self._checkpoint is None or self._checkpoint.state.spread == Spread.of(job)
+
+    @property
+    def first_step(self) -> int:
+        return self._checkpoint.state.step if self._checkpoint else 0
+
+    def _choose(self) -> tuple[int, Checkpoint | None]:
+        job, number, chosen = self._job, checkpoints.next_attempt(self._job), None
+        for checkpoint in checkpoints.usable(job):
+            if not (damage := checkpoint.damage()):
+                chosen = checkpoint
+                break
+            self.note(f"{damage}: the checkpoint of step {checkpoint.state.step} is not used")
+        if number > 0:
+            where = (
+                f"attempt {number}, after step {chosen.state.step}" if chosen else f"attempt {number}, from the start"
+            )
+            self.note(f"round {job.round}: consolidation goes on: {where} of {len(job.plan)}")
+        if chosen and (ours := Spread.of(job)) != chosen.state.spread:
+            self.note(
+                f"the checkpoint was written with {chosen.state.spread}, and this is {ours}: its weights are taken, "
+                "and the optimizer starts anew"
+            )
+        checkpoints.bring_back_outputs(job, chosen)
+        return number, chosen
+
+    def note(self, text: str) -> None:
+        """Tell the driver, which tells the user."""
+        if self._rank == 0:
+            with (self._job.scratch / NOTES_FILE).open("a") as file:
+                file.write(text + "\n")
+
+    def version(self, step: int) -> str:
+        """The label of the weights after so many steps."""
+        return f"r{self._job.round:03d}.s{step:04d}.a{self.number}"
+
+    @property
+    def policy(self) -> Path:
+        """The folder to load the student from: the round's policy, unless the optimizer state does not fit."""
+        return self._checkpoint.folder / WEIGHTS if self._checkpoint and not self._fits else self._job.policy
+
+    def restore(self, step: DistillStep) -> None:
+        """Put masters and optimizer where the checkpoint has them. Collective."""
+        if self._checkpoint is None:
+            return
+        if self._fits:
+            step.load(self._checkpoint.folder / DEEPSPEED)
+        step.updates = self._checkpoint.state.updates
+
+    def weight_sync(self, weights: FullWeights) -> WeightSync:
+        """The sending end to all engines, of which those that died or hang have been replaced. Collective.
+
+        Raises:
+            RunFailed: one could not be replaced.
+        """
+        job = self._job
+        try:
+            engines = job.engines() if self._rank == 0 else []
+        except EngineUnavailable as error:
+            raise RunFailed(str(error)) from error
+        sync = WeightSync(engines, weights, job.config.engines, rank=self._rank, on_gpu=job.on_gpu)
+        dist.barrier()  # no rank asks for responses before the pool is done with what came before
+        return sync
+
+    def serve(self, sync: WeightSync) -> str:
+        """Bring the engines to the weights that this attempt starts with; returns their version. Collective.
+
+        What an attempt before this one has sent to them is gone then; the round's first policy keeps its name.
+        """
+        job = self._job
+        if self.number == 0 or job.config.consolidate.responses == "teacher":
+            return job.deployed
+        version = self.version(self.first_step) if self._checkpoint else job.deployed
+        sync.send(version)
+        dist.barrier()
+        return version
+
+    def due(self, done: int) -> bool:
+        """Whether a checkpoint is to be written after so many steps."""
+        every = self._job.config.consolidate.checkpoint_every
+        return every > 0 and done % every == 0 and done < len(self._job.plan)
+
+    def save_last_good(self, done: int, step: DistillStep) -> None:
+        """Keep the state after so many steps, since which no step was applied, before the run ends. Collective."""
+        if self._job.config.consolidate.checkpoint_every and done > self.first_step:
+            self.save(done, step)
+
+    def save(self, done: int, step: DistillStep) -> None:
+        """Write a checkpoint of the state after so many steps. Collective."""
+        writing, final = (self._folder / f"{dot}step-{done:04d}" for dot in (".", ""))
+        if self._rank == 0:
+            shutil.rmtree(writing, ignore_errors=True)
+            (writing / OUTPUTS).mkdir(parents=True)
+            for output in (self._job.metrics, self._job.samples):
+                shutil.copy(output, writing / OUTPUTS)
+        dist.barrier()
+        step.save(writing / DEEPSPEED)
+        export_policy(weights_of(step.student, torch.float32, self.policy), self._job.policy, writing / WEIGHTS)
+        files = self._sealed(writing)
+        if self._rank == 0:
+            state = State(
+                key=checkpoints.job_key(self._job),
+                step=done,
+                updates=step.updates,
+                spread=Spread.of(self._job),
+                files=files,
+            )
+            write_json(writing / STATE_FILE, state.model_dump())
+            shutil.rmtree(final, ignore_errors=True)
+            writing.rename(final)
+            sync_folder(self._folder)
+            if self._checkpoint and self._checkpoint.folder.parent != self._folder:
+                shutil.rmtree(self._checkpoint.folder, ignore_errors=True)  # written under an earlier driver
+        # Waits for all ranks. Ray Train deletes the one before, if it was told of it.
+        ray.train.report(
+            {"step": done},
+            checkpoint=RayCheckpoint.from_directory(final) if self._rank == 0 else None,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def _sealed(self, folder: Path) -> dict[str, FileEntry]:
+        """All files, forced to disk and fingerprinted, each by one rank."""
+        mine = files_below(folder)[self._rank :: self._world_size]
+        shares: list[dict[str, FileEntry]] = [{} for _ in range(self._world_size)]
+        dist.all_gather_object(shares, {file.relative_to(folder).as_posix(): seal(file) for file in mine})
+        return {name: entry for share in shares for name, entry in share.items()}

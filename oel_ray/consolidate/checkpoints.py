@@ -1,0 +1,134 @@
+"""Checkpoints inside a round, as files: what lies in one, which one a job can go on from, what it starts from then.
+
+The driver and rank 0. Imports no torch; `attempts` writes them. Nothing of a random state is in them: every draw is
+derived from the run's seed, the round, the step and the prefix.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import orjson
+from pydantic import ValidationError
+
+from oel_ray.consolidate.job import Job
+from oel_ray.durable import FileEntry, fingerprint, write_atomically, write_json
+from oel_ray.records import Record, content_hash
+
+STATE_FILE, ATTEMPT_FILE, NOTES_FILE = "state.json", "attempt.json", "notes.txt"
+DEEPSPEED, WEIGHTS, OUTPUTS = "deepspeed", "weights", "outputs"
+
+_SPREAD = {"workers", "zero_stage", "precision", "micro_batch_tokens", "teacher_cache_gib", "teacher_offload_gib"}
+_SPREAD |= {"gradient_checkpointing", "chunk_tokens", "checkpoint_every", "max_failures", "max_skipped_steps"}
+"""Settings of the section that say how the work is done and not what it is."""
+
+
+class Spread(Record):
+    """What the optimizer state is cut up by: another trainer cannot read it."""
+
+    workers: int
+    zero_stage: int
+    precision: Literal["float32", "bfloat16"]
+
+    @classmethod
+    def of(cls, job: Job) -> "Spread":
+        config = job.config.consolidate
+        return cls(workers=config.workers, zero_stage=config.zero_stage, precision=config.precision)
+
+    def __str__(self) -> str:
+        return f"{self.workers} ranks, ZeRO stage {self.zero_stage}, {self.precision}"
+
+
+class State(Record):
+    """What a checkpoint says about itself. Written last, into a folder that gets its name only after that."""
+
+    key: str
+    """Of the job, see `job_key`."""
+    step: int
+    """Steps done."""
+    updates: int
+    """Those that were applied."""
+    spread: Spread
+    files: dict[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    state: State
+
+    def damage(self) -> str:
+        """The first file that is not as it was written, and how; "" if all are."""
+        for name, recorded in self.state.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != recorded.bytes or fingerprint(path) != recorded:
+                return f"{path} was changed"
+        return ""
+
+
+def job_key(job: Job) -> str:
+    """Equal for jobs that do the same: with one's checkpoint the other goes on as if it were its own."""
+    config = job.config.model_dump(mode="json", exclude={"engines", "cluster", "collect", "evaluate", "rounds", "env"})
+    config["consolidate"] = {key: value for key, value in config["consolidate"].items() if key not in _SPREAD}
+    models = [
+        [(file.name, file.stat().st_size) for file in sorted(folder.iterdir()) if file.is_file()]
+        for folder in (job.policy, job.teacher)
+    ]
+    prefixes = [(prefix.id, prefix.prompt_ids) for prefix in job.prefixes]
+    knowledge = [(text.id, text.text) for text in job.knowledge]
+    plan = [[tuple(draw) for draw in draws] for draws in job.plan]
+    return content_hash(config, job.round, job.deployed, models, prefixes, knowledge, plan)
+
+
+def usable(job: Job) -> list[Checkpoint]:
+    """Complete checkpoints of this job, the newest first."""
+    key, found = job_key(job), []
+    for path in job.scratch.glob(f"*/step-*/{STATE_FILE}"):
+        try:
+            state = State.from_json(path.read_bytes())
+        except (OSError, ValidationError):
+            continue
+        if state.key == key:
+            found.append(Checkpoint(path.parent, state))
+    return sorted(found, key=lambda checkpoint: -checkpoint.state.step)
+
+
+def prepare(job: Job) -> tuple[int, str]:
+    """Make the scratch folder hold what this job can go on from and nothing else, before a driver starts it.
+
+    Returns the number of the attempt that comes next, and what there is to say about it.
+    """
+    shutil.rmtree(job.target, ignore_errors=True)
+    job.target.mkdir()
+    if found := usable(job):
+        for folder in job.scratch.glob("*/*step-*"):
+            if folder != found[0].folder:
+                shutil.rmtree(folder)
+        (job.scratch / NOTES_FILE).unlink(missing_ok=True)
+        return _last_attempt(job) + 1, ""
+    lost = any(job.scratch.glob(f"*/step-*/{STATE_FILE}"))
+    shutil.rmtree(job.scratch, ignore_errors=True)
+    job.scratch.mkdir()
+    what = "damaged, or of other settings, another policy, other games or knowledge"
+    return 0, f"round {job.round}: consolidation starts over: its checkpoints are {what}" if lost else ""
+
+
+def next_attempt(job: Job) -> int:
+    """Count the attempts at this job, from 0."""
+    number = _last_attempt(job) + 1
+    write_json(job.scratch / ATTEMPT_FILE, {"attempt": number})
+    return number
+
+
+def bring_back_outputs(job: Job, checkpoint: Checkpoint | None) -> None:
+    """Make metrics and samples what they were at the checkpoint, and empty without one."""
+    for path in (job.metrics, job.samples):
+        write_atomically(path, (checkpoint.folder / OUTPUTS / path.name).read_bytes() if checkpoint else b"")
+
+
+def _last_attempt(job: Job) -> int:
+    path = job.scratch / ATTEMPT_FILE
+    return int(orjson.loads(path.read_bytes())["attempt"]) if path.exists() else -1

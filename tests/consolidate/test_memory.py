@@ -1,0 +1,84 @@
+"""A rank runs out of memory: all ranks give the step up together, and try it again. Real DeepSpeed on two ranks."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from oel_ray.configure import parse_config
+from oel_ray.consolidate.memory import ran_out
+from oel_ray.consolidate.worker import _train_step
+from oel_ray.errors import RunFailed
+from tests.consolidate.memory_worker import KINDS, PLACES, ZERO_3
+from tests.consolidate.test_training import launch
+from tests.consolidate.tiny import tiny_samples
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    folder: Path = tmp_path_factory.mktemp("memory")
+    return launch(2, folder, "tests.consolidate.memory_worker")[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"), [*((kind, place) for kind in KINDS for place in PLACES), (ZERO_3, "teacher")], ids=str
+)
+def test_a_step_that_was_given_up_changes_nothing(ranks: list[dict[Any, Any]], kind: Any, place: str) -> None:
+    for rank in ranks:
+        losses, weights = rank[(*kind, "nowhere", 0)]
+        (shortage, *again), after = rank[(*kind, place, 1)]
+        assert shortage.startswith("rank 1 ran out of memory: parameters 0.00 GiB")
+        assert again == losses
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in after.items())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_it_may_happen_again(ranks: list[dict[Any, Any]], kind: Any) -> None:
+    for rank in ranks:
+        seen, weights = rank[(*kind, "forward", 2)]
+        assert [isinstance(entry, str) for entry in seen] == [True, True, False, False]
+        assert all(torch.equal(tensor, rank[(*kind, "nowhere", 0)][1][name]) for name, tensor in weights.items())
+
+
+def test_what_took_the_memory_is_said(ranks: list[dict[Any, Any]]) -> None:
+    said = ranks[0]["stage 3"]
+    for part in (
+        "out of memory",
+        "teacher 0.00 GiB",
+        "2 x 12 tokens of width 32",
+        "5 x 128 words",
+        "Lower consolidate.",
+    ):
+        assert part in said, said
+
+
+def test_only_a_lack_of_memory_is_one() -> None:
+    assert ran_out(torch.OutOfMemoryError("CUDA out of memory"))
+    assert ran_out(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"))
+    assert not ran_out(RuntimeError("Connection closed by peer"))
+
+
+class Step:
+    """Has room for so few micro-batches' worth of memory that it runs out the first few times."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.counts = failures, list[int]()
+        self.shortage = "rank 1 ran out of memory: teacher 3.00 GiB"
+
+    def step(self, share: Any) -> Any:
+        self.counts.append(len(share))
+        return None if len(self.counts) <= self.failures else "metrics"
+
+
+def test_the_second_try_has_half_as_large_micro_batches_and_there_is_no_third() -> None:
+    job: Any = SimpleNamespace(config=parse_config({"consolidate": {"micro_batch_tokens": 48}}))
+    samples = tiny_samples(8, seed=0)
+    step: Any = Step(failures=1)
+    assert _train_step(job, step, samples, 0, 1) == ("metrics", {"memory_retries": 1})
+    assert step.counts[1] > step.counts[0]
+    step = Step(failures=2)
+    with pytest.raises(RunFailed, match=r"^rank 1 ran out of memory: teacher"):
+        _train_step(job, step, samples, 0, 1)
+    assert len(step.counts) == 2

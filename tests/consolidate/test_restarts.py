@@ -1,0 +1,161 @@
+"""Ranks and drivers are killed in the middle of a round, and the round ends as if nothing had been. See `driver.py`."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.consolidate.driver import STEPS
+from tests.tiny_models import save_tiny_model
+
+AFTER_FOUR = "1:consolidate:3-done"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert drive(model, folder).returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a driver leaves that was killed after four steps, with checkpoints after two and four."""
+    folder = tmp_path_factory.mktemp("killed")
+    assert drive(model, folder, kill=AFTER_FOUR).returncode == -signal.SIGKILL
+    assert not (folder / "policy" / "model.safetensors").exists()
+    return folder
+
+
+def drive(model: Path, folder: Path, *settings: str, kill: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.consolidate.driver", str(model), str(folder), *settings]
+    ended = subprocess.run(
+        command,
+        env={**os.environ, "OEL_RAY_KILL_AFTER": kill},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    print(ended.stdout, ended.stderr)
+    return ended
+
+
+def rows(folder: Path, name: str, *without: str) -> list[dict[str, Any]]:
+    lines = (folder / f"{name}.jsonl").read_bytes().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in without} for line in lines]
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Prefixes, knowledge and responses in order, losses, and the weights that they led to."""
+    assert rows(ours, "samples", "weight_version") == rows(theirs, "samples", "weight_version")
+    assert [row["loss"] for row in rows(ours, "metrics")] == [row["loss"] for row in rows(theirs, "metrics")]
+    weights = [(folder / "policy" / "model.safetensors").read_bytes() for folder in (ours, theirs)]
+    assert weights[0] == weights[1]
+
+
+def test_a_rank_that_is_killed_in_a_step(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+    ended = drive(model, tmp_path, kill="1:consolidate:3:rank-1:attempt-0")
+    assert ended.returncode == 0
+    assert ended.stdout.count("note:") == 1
+    assert f"attempt 1, after step 2 of {STEPS}" in ended.stdout
+    assert_same(tmp_path, undisturbed)
+    metrics = rows(tmp_path, "metrics")
+    assert [row["weight_version"][-2:] for row in metrics] == ["a0", "a0", "a1", "a1", "a1", "a1"]
+    assert [row["generated_by"] for row in metrics][:4] == ["r000", "r001.s0001.a0", "r001.s0002.a1", "r001.s0003.a1"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_before_the_first_checkpoint(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+    ended = drive(model, tmp_path, kill="1:consolidate:1:rank-0:attempt-0")
+    assert ended.returncode == 0
+    assert "attempt 1, from the start" in ended.stdout
+    assert_same(tmp_path, undisturbed)
+    assert [row["generated_by"] for row in rows(tmp_path, "metrics")][:2] == ["r000", "r001.s0001.a1"]
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed(undisturbed: Path, killed: Path, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed, tmp_path / "again")
+    done = max(int(path.name.removeprefix("step-")) for path in folder.glob("scratch/*/step-*"))
+    assert done >= 2
+    ended = drive(model, folder)
+    assert ended.returncode == 0
+    assert f"attempt 1, after step {done} of {STEPS}" in ended.stdout
+    assert_same(folder, undisturbed)
+    assert len(list(folder.glob("scratch/*/*step-*"))) <= 1
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_takes_the_weights_alone(killed: Path, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed, tmp_path / "again")
+    ended = drive(model, folder, "consolidate.workers=1")
+    assert ended.returncode == 0
+    told = "the checkpoint was written with 2 ranks, ZeRO stage 2, float32, and this is 1 ranks, ZeRO stage 2, float32"
+    assert f"{told}: its weights are taken, and the optimizer starts anew" in ended.stdout
+    assert [row["step"] for row in rows(folder, "metrics")] == list(range(STEPS))
+    assert rows(folder, "metrics", "weight_version")[:2] == rows(killed, "metrics", "weight_version")[:2]
+
+
+@pytest.mark.slow
+def test_checkpoints_of_another_job_are_thrown_away(killed: Path, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed, tmp_path / "again")
+    ended = drive(model, folder, "consolidate.learning_rate=2e-3", kill="1:consolidate:0-done")
+    assert "consolidation starts over: its checkpoints are damaged, or of other settings" in ended.stdout
+    assert ended.returncode == -signal.SIGKILL
+    assert rows(folder, "metrics")[0]["weight_version"] == "r001.s0001.a0"
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_not_used(
+    undisturbed: Path, killed: Path, model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(killed, tmp_path / "again")
+    for path in folder.glob("scratch/*/step-*/weights/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    ended = drive(model, folder)
+    assert ended.returncode == 0
+    assert "weights/model.safetensors was changed: the checkpoint of step" in ended.stdout
+    assert "attempt 1, from the start" in ended.stdout
+    assert_same(folder, undisturbed)
+
+
+@pytest.mark.slow
+def test_one_step_ahead_a_killed_rank_begins_with_the_weights_of_the_checkpoint(model: Path, tmp_path: Path) -> None:
+    ended = drive(model, tmp_path, "consolidate.max_staleness=1", kill="1:consolidate:3:rank-1:attempt-0")
+    assert ended.returncode == 0
+    assert [row["generated_by"] for row in rows(tmp_path, "metrics")] == [
+        "r000",
+        "r000",
+        "r001.s0002.a1",
+        "r001.s0002.a1",
+        "r001.s0003.a1",
+        "r001.s0004.a1",
+    ]
+
+
+@pytest.mark.slow
+def test_what_would_come_again_ends_at_once_and_the_last_good_weights_stay(model: Path, tmp_path: Path) -> None:
+    ended = drive(model, tmp_path, "consolidate.learning_rate=1e30", "consolidate.max_skipped_steps=1")
+    assert ended.returncode == 1
+    assert (
+        "failed: consolidation: rank 0: RunFailed: loss or gradient was not finite in 2 steps in a row" in ended.stdout
+    )
+    assert "attempt 1" not in ended.stdout
+    metrics = rows(tmp_path, "metrics")
+    applied = [row["applied"] for row in metrics]
+    assert applied[-2:] == [False, False]
+    (checkpoint,) = tmp_path.glob(f"scratch/*/step-{len(applied) - 2:04d}")
+    assert load_file(checkpoint / "weights" / "model.safetensors")

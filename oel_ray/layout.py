@@ -9,6 +9,9 @@ from oel_ray.records import Record, Split, TrainingSplit
 SCHEMA_VERSION = 1
 CONFIG_FILE, RUN_FILE, STATUS_FILE, METRICS_FILE = "config.yaml", "run.json", "status.json", "metrics.jsonl"
 MANIFEST_FILE = "MANIFEST.json"
+QUARANTINE = "quarantine"
+WORK = ".work-"
+"""Begins the name of the folder of a stage that is not committed."""
 POLICY_REFERENCE = "policy.json"
 
 PREPARE = "prepare"

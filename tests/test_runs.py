@@ -145,7 +145,17 @@ def test_stages_are_done_once(tmp_path: Path) -> None:
         assert folder.rounds() == [0, 1, 2]
 
 
-def test_begin_empties_what_an_earlier_attempt_left(tmp_path: Path) -> None:
+def test_a_stage_goes_on_with_what_an_attempt_of_its_own_key_left(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, small_config()) as folder:
+        stage = folder.stage(1, "collect")
+        stage.begin("a").trajectories("extraction").write_text("half")
+        assert stage.begin("a").trajectories("extraction").read_text() == "half"
+        assert not stage.begin("b").trajectories("extraction").exists()
+        kept = folder.quarantine / "rounds/001/.work-collect/trajectories/extraction.jsonl"
+        assert kept.read_text() == "half", "it is neither read nor lost"
+
+
+def test_without_a_key_a_stage_starts_with_nothing(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
         stage = folder.stage(1, "collect")
         stage.begin().trajectories("extraction").write_text("half")
@@ -153,6 +163,25 @@ def test_begin_empties_what_an_earlier_attempt_left(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             stage.commit(["trajectories/extraction.jsonl"], {})
         assert not stage.is_done
+
+
+def test_what_no_manifest_names_is_set_aside_on_resume(tmp_path: Path) -> None:
+    example_run.build(tmp_path)
+    later = tmp_path / "rounds/003/trajectories/extraction.jsonl"
+    later.parent.mkdir(parents=True)
+    later.write_text("of a future that was taken back")
+    (tmp_path / "rounds/002/MANIFEST.json").unlink()
+    work = tmp_path / "rounds/002/.work-collect/games.jsonl"
+    work.parent.mkdir()
+    work.write_text("in work")
+    with RunFolder.resume(tmp_path, None) as folder:
+        assert not later.exists()
+        assert (folder.quarantine / "rounds/003/trajectories/extraction.jsonl").read_text().startswith("of a future")
+        assert (folder.quarantine / "rounds/002/policy/model.safetensors").exists()
+        assert [path for path in (tmp_path / "rounds/002").rglob("*") if path.is_file()] == [work]
+        assert verify(tmp_path) == []
+        assert example_run.run_stages(folder)[0] == "2:collect"
+    assert verify(tmp_path) == []
 
 
 @pytest.mark.parametrize("place", ["1:collect", "1:consolidate:moved", "2:evaluate:moved"])
@@ -169,7 +198,8 @@ def test_a_killed_run_goes_on_without_doing_a_stage_twice(tmp_path: Path, place:
     assert resumed.returncode == 0
     assert (f"{round_number}:{name}" in redone) == bool(moved)
     assert verify(path) == []
-    assert {"config.yaml", "run.json", "status.json", "rounds"} == {entry.name for entry in path.iterdir()}
+    there = {"config.yaml", "run.json", "status.json", "rounds"} | ({"quarantine"} if moved else set())
+    assert there == {entry.name for entry in path.iterdir()}
 
 
 @pytest.mark.parametrize("left", ["nothing", "stale lock"])

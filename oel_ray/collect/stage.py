@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 from ray.exceptions import RayTaskError
@@ -16,12 +16,16 @@ from oel_ray.collect.player import player_actor
 from oel_ray.config import RunConfig
 from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, RunFailed, one_line
+from oel_ray.journal import Journal
 from oel_ray.plan import play_response
 from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
+from oel_ray.stopping import draining
 
 PLAYER_CPUS = 1
 _POLL_S = 0.5
 _ATTEMPTS = 3
+
+Played = TypeVar("Played", bound=Trajectory)
 
 
 class Game(NamedTuple):
@@ -40,11 +44,19 @@ class Players:
         self._actors = actors
         self._seats = seats
 
-    def play(self, games: Sequence[Game], on_progress: Callable[[int], None]) -> list[tuple[Trajectory, bool]]:
+    def play(
+        self,
+        games: Sequence[Game],
+        on_progress: Callable[[int], None],
+        on_played: Callable[[Game, Trajectory, bool], None] = lambda game, trajectory, success: None,
+    ) -> list[tuple[Trajectory, bool]]:
         """Play all games; returns trajectory and success of each, in the order of `games`.
+
+        `on_played` is told of each as soon as it has ended.
 
         Raises:
             RunFailed: a game failed three times; names the game and the error.
+            KeyboardInterrupt: the run was asked to stop. Games in play may end first, see `draining`.
         """
         results: list[tuple[Trajectory, bool] | None] = [None] * len(games)
         waiting = deque((index, 1) for index in range(len(games)))
@@ -52,28 +64,56 @@ class Players:
         free = deque(actor for _ in range(self._seats) for actor in self._actors)
         running: dict[Any, tuple[int, int, Any]] = {}
         done = 0
-        while waiting or running:
-            while waiting and free:
-                index, attempt = waiting.popleft()
-                actor = free.popleft()
-                running[_start(actor, games[index])] = (index, attempt, actor)
-            ready, _ = ray.wait(list(running), timeout=_POLL_S)
-            for reference in ready:
-                index, attempt, actor = running.pop(reference)
-                result = _result(reference, games[index], attempt)
-                if isinstance(result, DIED):
-                    free = deque(other for other in free if other != actor)
-                    if not free and not running:
-                        raise RunFailed(f"all players died: {str(result).splitlines()[0]}")
-                else:
-                    free.append(actor)
-                if isinstance(result, Exception):
-                    waiting.append((index, attempt + 1))
-                else:
-                    results[index] = result
-                    done += 1
-            on_progress(done)
+        with draining() as drain:
+            while True:
+                while waiting and free and not drain.asked:
+                    index, attempt = waiting.popleft()
+                    actor = free.popleft()
+                    running[_start(actor, games[index])] = (index, attempt, actor)
+                if not running or drain.over:
+                    break
+                ready, _ = ray.wait(list(running), timeout=_POLL_S)
+                for reference in ready:
+                    index, attempt, actor = running.pop(reference)
+                    result = _result(reference, games[index], attempt)
+                    if isinstance(result, DIED):
+                        free = deque(other for other in free if other != actor)
+                        if not free and not running:
+                            raise RunFailed(f"all players died: {str(result).splitlines()[0]}")
+                    else:
+                        free.append(actor)
+                    if isinstance(result, Exception):
+                        waiting.append((index, attempt + 1))
+                    else:
+                        results[index] = result
+                        done += 1
+                        on_played(games[index], *result)
+                on_progress(done)
         return [result for result in results if result is not None]
+
+
+def play_missing(
+    players: Players,
+    games: Sequence[Game],
+    journal: Journal[Played],
+    record: Callable[[Game, Trajectory, bool], Played],
+    on_progress: Callable[[int], None],
+) -> list[Played]:
+    """The records of all games in their order: those in the journal, and those that are played now and added to it.
+
+    Raises what `Players.play` raises.
+    """
+    known = {played.id: played for played in journal.records}
+    missing = [game for game in games if game.episode.id not in known]
+
+    def keep(game: Game, trajectory: Trajectory, success: bool) -> None:
+        known[trajectory.id] = record(game, trajectory, success)
+        journal.append(known[trajectory.id])
+
+    before = len(games) - len(missing)
+    on_progress(before)
+    players.play(missing, lambda done: on_progress(before + done), keep)
+    return [known[game.episode.id] for game in games]
 
 
 @contextmanager

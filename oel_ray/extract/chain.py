@@ -11,7 +11,7 @@ from typing import Literal
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.config import ExtractConfig
-from oel_ray.extract.items import fit, join, structured_items, unstructured_items, within
+from oel_ray.extract.items import fit, items_after, join, structured_items, unstructured_items, within
 from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory
 from oel_ray.seeds import derive_seed
 
@@ -68,19 +68,23 @@ async def accumulate(
     generate: Generate,
     run_seed: int,
     max_model_len: int,
+    known: Sequence[AccumulationStep] = (),
     on_step: Callable[[AccumulationStep], None] | None = None,
 ) -> KnowledgeText:
     """Accumulate one knowledge text from an empty one: a step per trajectory, no selection.
+
+    Goes on behind the first steps if they are `known`.
 
     Raises:
         EngineUnavailable: `generate` found no engine.
     """
     identity = knowledge_id(round_number, seed_index)
-    items: list[KnowledgeItem] = []
-    steps: list[AccumulationStep] = []
-    text = ""
+    steps = list(known)
+    items = items_after(steps)
+    text = join([item.text for item in items])
 
-    for index, trajectory in enumerate(reading_order(trajectories, run_seed, round_number, seed_index)):
+    order = reading_order(trajectories, run_seed, round_number, seed_index)
+    for index, trajectory in enumerate(order[len(steps) :], start=len(steps)):
         response: Generation | None = None
         found: list[str] = []
         status: Literal["added", "unclosed_thought", "no_items", "over_long"] = "no_items"

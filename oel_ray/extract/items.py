@@ -7,7 +7,7 @@ text is always `join` of its items, for every format.
 from collections.abc import Callable, Iterable, Sequence
 
 from oel_ray.prompts import ITEM_MARKER
-from oel_ray.records import KnowledgeItem, KnowledgeText
+from oel_ray.records import AccumulationStep, KnowledgeItem, KnowledgeText
 
 
 def structured_items(answer: str) -> list[str]:
@@ -43,13 +43,19 @@ def fit(items: Sequence[str], max_tokens: int, count: Callable[[str], int]) -> t
     return list(items[dropped:]), dropped
 
 
-def text_after(knowledge: KnowledgeText, steps: int) -> KnowledgeText:
-    """A knowledge text as it was after the first `steps` trajectories that its accumulation read."""
+def items_after(steps: Iterable[AccumulationStep]) -> list[KnowledgeItem]:
+    """The items that are in a knowledge text after these steps of its accumulation, the first one included."""
     items: list[KnowledgeItem] = []
-    for step in knowledge.steps[:steps]:
+    for step in steps:
         items += [KnowledgeItem(text=item, trajectory_id=step.trajectory_id) for item in step.added]
         items = items[step.dropped :]
+    return items
+
+
+def text_after(knowledge: KnowledgeText, steps: int) -> KnowledgeText:
+    """A knowledge text as it was after the first `steps` trajectories that its accumulation read."""
     done = knowledge.steps[:steps]
+    items = items_after(done)
     text, tokens = join([item.text for item in items]), done[-1].knowledge_tokens if done else 0
     return knowledge.model_copy(update={"text": text, "tokens": tokens, "items": items, "steps": done})
 

@@ -1,17 +1,20 @@
 """The extraction stage: K accumulations at once, spread over Ray actors. `extract` runs in the driver."""
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from oel_ray.chat import ChatFormat
 from oel_ray.config import ExtractConfig, RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
+from oel_ray.journal import Journal
 from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
+from oel_ray.stopping import draining
 
 WORKER_CPUS = 1
 """Logical CPUs of one extraction worker. It renders and tokenises; the engines do the rest."""
@@ -38,8 +41,26 @@ class ExtractionWorker:
         self._run_seed = run_seed
         self._max_model_len = max_model_len
         self._finished_steps = 0
+        self._stopping = False
 
-    async def accumulate(self, trajectories: Sequence[Trajectory], seed_index: int, round_number: int) -> KnowledgeText:
+    async def accumulate(
+        self,
+        trajectories: Sequence[Trajectory],
+        seed_index: int,
+        round_number: int,
+        journal: Journal[AccumulationStep] | None = None,
+    ) -> KnowledgeText:
+        """One accumulation, which goes on behind the steps in the journal and adds its own to it."""
+        known = list(journal.records) if journal else []
+        self._finished_steps += len(known)
+
+        def on_step(step: AccumulationStep) -> None:
+            if journal:
+                journal.append(step)
+            self._finished_steps += 1
+            if self._stopping:
+                raise RunFailed("the accumulation was asked to stop")
+
         return await accumulate(
             trajectories,
             seed_index=seed_index,
@@ -49,15 +70,17 @@ class ExtractionWorker:
             generate=self._generate,
             run_seed=self._run_seed,
             max_model_len=self._max_model_len,
-            on_step=self._count,
+            known=known,
+            on_step=on_step,
         )
 
     async def progress(self) -> int:
         """Steps finished so far, over all accumulations of this worker."""
         return self._finished_steps
 
-    def _count(self, _: AccumulationStep) -> None:
-        self._finished_steps += 1
+    async def stop(self) -> None:
+        """End every accumulation behind the step that it is at."""
+        self._stopping = True
 
 
 def extract(
@@ -67,17 +90,24 @@ def extract(
     policy: Path,
     generate: Generate,
     on_progress: Callable[[int, int], None],
+    journal: Callable[[str, type[AccumulationStep]], Journal[AccumulationStep]] | None = None,
 ) -> list[KnowledgeText]:
     """All accumulations of a round, in the order of their seeds.
 
-    `on_progress(finished steps, all steps)` is called about twice a second, whether or not a step has finished.
+    `on_progress(finished steps, all steps)` is called about twice a second, whether or not a step has finished. With
+    `journal`, which opens one by its name, accumulations go on where theirs end.
 
     Raises:
         RunFailed: an accumulation failed; the others are given up.
+        KeyboardInterrupt: the run was asked to stop. Steps that have begun may end first, see `draining`.
     """
     chains = config.extract.seeds
     total = chains * len(trajectories)
     workers: list[Any] = []
+    journals = [journal(f"steps-{seed:02d}.jsonl", AccumulationStep) if journal else None for seed in range(chains)]
+    for known in filter(None, journals):
+        unbroken = takewhile(lambda step: step[0] == step[1].index, enumerate(known.records))
+        known.cut(len(list(unbroken)))
     try:
         actor = ray.remote(ExtractionWorker).options(num_cpus=WORKER_CPUS, max_concurrency=chains + 1)
         workers.extend(
@@ -93,16 +123,22 @@ def extract(
         )
         shared = ray.put(list(trajectories))
         seeds = {
-            workers[seed % len(workers)].accumulate.remote(shared, seed, round_number): seed for seed in range(chains)
+            workers[seed % len(workers)].accumulate.remote(shared, seed, round_number, journals[seed]): seed
+            for seed in range(chains)
         }
         texts: dict[int, KnowledgeText] = {}
         waiting, finished_steps = list(seeds), 0
-        while waiting:
-            ready, waiting = ray.wait(waiting, timeout=_POLL_S)
-            for reference in ready:
-                texts[seeds[reference]] = _result(reference, seeds[reference])
-            finished_steps = _finished_steps(workers, finished_steps)
-            on_progress(finished_steps, total)
+        with draining() as drain:
+            while waiting and not drain.over:
+                if drain.asked:
+                    for worker in workers:
+                        worker.stop.remote()
+                ready, waiting = ray.wait(waiting, timeout=_POLL_S)
+                # Accumulations that were asked to stop have no text, and theirs is in the journals.
+                for reference in ready if not drain.asked else []:
+                    texts[seeds[reference]] = _result(reference, seeds[reference])
+                finished_steps = _finished_steps(workers, finished_steps)
+                on_progress(finished_steps, total)
         return [texts[seed] for seed in range(chains)]
     finally:
         for worker in workers:
@@ -112,9 +148,7 @@ def extract(
 def _finished_steps(workers: list[Any], before: int) -> int:
     try:
         return sum(ray.get([worker.progress.remote() for worker in workers], timeout=_POLL_S))
-    except GetTimeoutError:  # a worker that is still loading its tokenizer
-        return before
-    except RayError:  # a dead worker: its accumulations say so in a moment, with their seed
+    except RayError:  # a worker that still loads its tokenizer, or a dead one, whose accumulations say so in a moment
         return before
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -35,8 +36,12 @@ SMALL = [
     "engines.count=1",
 ]
 MARK = "OEL_RAY_TEST_RUN_OF"
-BOUNDARIES = ["1:consolidate:moved"]
-ALL_BOUNDARIES = ["0:prepare", "0:evaluate", "1:collect", "1:extract", "1:evaluate_in_context", "1:consolidate:moved"]
+KILLS = ["1:collect:4-done"]
+ALL_KILLS = [
+    "0:prepare", "0:evaluate:2-done", "1:collect:1-done", "1:extract:2-done", "1:extract:moved",
+    "1:evaluate_in_context:5-done", "1:consolidate:moved", "1:evaluate:1-done",
+]  # fmt: skip
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,8 @@ def texts(folder: Path) -> dict[str, bytes]:
     """The artifacts of a run that are text, apart from those that tell the time."""
     timed = {"MANIFEST.json", "metrics.jsonl", "status.json", "run.json", "config.yaml"}
     files = [path for path in folder.rglob("*") if path.suffix in {".jsonl", ".json"} and path.name not in timed]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files if "policy" not in path.parts}
+    left_out = {"policy", "quarantine"}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if not left_out & {*path.parts}}
 
 
 def test_the_run_folder_holds_what_it_promises(undisturbed: Path) -> None:
@@ -98,18 +104,20 @@ def test_the_policy_changed_and_loads_in_plain_transformers(undisturbed: Path, m
     assert AutoTokenizer.from_pretrained(policy).chat_template
 
 
-@pytest.mark.parametrize("boundaries", [BOUNDARIES, pytest.param(ALL_BOUNDARIES, marks=pytest.mark.slow)])
-def test_killed_between_stages_it_goes_on_to_the_same_bytes(
-    undisturbed: Path, model: Path, tmp_path: Path, boundaries: list[str]
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(ALL_KILLS, marks=SLOW)])
+def test_killed_inside_and_between_stages_it_goes_on_to_the_same_bytes(
+    undisturbed: Path, model: Path, tmp_path: Path, kills: list[str]
 ) -> None:
-    """Also proves that the same run twice is the same run: this one shares nothing with the first but its settings."""
+    """In the middle of `extract` it is a worker that dies, and the run fails.
+
+    Also proves that the same run twice is the same run: this one shares nothing with the first but its settings."""
     folder = tmp_path / "killed"
     before = {process.pid for process in psutil.process_iter()}
     committed: set[str] = set()
-    for number, boundary in enumerate(boundaries):
+    for number, kill in enumerate(kills):
         start = ["--resume"] if number else ["exact", f"model={model}", *SMALL]
-        killed = oel("run", *start, "--run-dir", str(folder), kill_after=boundary)
-        assert killed.returncode == -signal.SIGKILL, (boundary, killed.stderr)
+        killed = oel("run", *start, "--run-dir", str(folder), kill_after=kill)
+        assert killed.returncode == (1 if "extract:2" in kill else -signal.SIGKILL), (kill, killed.stderr)
         done = stages(folder)
         assert committed <= set(done), "a committed stage was lost"
         committed = set(done)
@@ -124,9 +132,31 @@ def test_killed_between_stages_it_goes_on_to_the_same_bytes(
     again = oel("run", "--resume", "--run-dir", str(folder))
     assert again.returncode == 0, again.stderr
     assert "evaluate" not in again.stderr, "a finished run did something again"
-    ours = [process for process in psutil.process_iter() if process.pid not in before and is_ours(process)]
-    _, left = psutil.wait_procs(ours, timeout=30)  # Ray's agents end a moment after the driver
-    assert not left, left
+    assert not left_over(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT] * 2])
+@pytest.mark.parametrize("at", ["000/.work-evaluate/games.jsonl", "001/.work-extract/steps-00.jsonl"])
+def test_stopped_by_signals_it_goes_on_to_the_same_bytes(
+    undisturbed: Path, model: Path, tmp_path: Path, signals: list[signal.Signals], at: str
+) -> None:
+    folder = tmp_path / "stopped"
+    before = {process.pid for process in psutil.process_iter()}
+    command = [sys.executable, "-m", "oel_ray", "run", "exact", f"model={model}", *SMALL, "--run-dir", str(folder)]
+    environment = {**os.environ, MARK: str(os.getpid())}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (folder / "rounds" / at).exists():
+        time.sleep(0.01)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert not left_over(before)
+    assert oel("run", "--resume", "--run-dir", str(folder)).returncode == 0
+    assert texts(folder) == texts(undisturbed)
+    assert oel("verify", str(folder), "--replay").returncode == 0
 
 
 def test_stages_by_hand_on_files_of_another_run_give_what_it_gave(
@@ -155,6 +185,13 @@ def test_stages_by_hand_on_files_of_another_run_give_what_it_gave(
 def stages(folder: Path) -> dict[str, dict[str, object]]:
     manifests = [json.loads(path.read_text()) for path in sorted(folder.glob("rounds/*/MANIFEST.json"))]
     return {f"{m['round']}:{name}": entry for m in manifests for name, entry in m["stages"].items()}
+
+
+def left_over(before: set[int]) -> list[psutil.Process]:
+    """Processes of a run that are still there half a minute after it. Ray's agents end a moment after the driver."""
+    ours = [process for process in psutil.process_iter() if process.pid not in before and is_ours(process)]
+    left: list[psutil.Process] = psutil.wait_procs(ours, timeout=30)[1]
+    return left
 
 
 def is_ours(process: psutil.Process) -> bool:

@@ -1,34 +1,23 @@
-"""Which games an evaluation plays, with players that need no engine."""
+"""Which games an evaluation plays, and what is kept of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from oel_ray.collect.stage import Game, Players
 from oel_ray.config import EvaluateConfig
-from oel_ray.evaluate.stage import evaluation_games
+from oel_ray.evaluate.stage import evaluated, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory
 from tests import example_run
 
 
-class KnowingPlayers(Players):
-    """Wins with knowledge in the prompt; remembers what was in it."""
-
-    def __init__(self) -> None:
-        self.prompts: list[str] = []
-
-    def play(self, games: Sequence[Game], on_progress: Callable[[int], None]) -> list[tuple[Trajectory, bool]]:
-        end = {"instructions": "", "template": "", "turns": [], "outcome": "", "ended_by": "environment"}
-        self.prompts = [game.knowledge.text if game.knowledge else "" for game in games]
-        return [(Trajectory(**game.episode.model_dump(), **end), bool(game.knowledge)) for game in games]
-
-
 def evaluate(knowledge: Sequence[Sequence[KnowledgeText]]) -> tuple[list[EvaluationGame], list[str]]:
-    players = KnowingPlayers()
+    """The games as they are kept, and the knowledge in their prompts."""
     maps = [
         Episode(id=f"h-{n}", round=0, split="held_out", env="e", params={}, seed=n, map_hash=f"m{n}") for n in range(2)
     ]
-    games = evaluation_games(players, maps, EvaluateConfig(seeds=2), 1, lambda _: None, knowledge)
-    return games, players.prompts
+    planned = evaluation_games(maps, EvaluateConfig(seeds=2), 1, knowledge)
+    end = {"instructions": "", "template": "", "turns": [], "outcome": "", "ended_by": "environment"}
+    played = [evaluated(game, Trajectory(**game.episode.model_dump(), **end), True) for game in planned]
+    return played, [game.knowledge.text if game.knowledge else "" for game in planned]
 
 
 def test_the_bare_policy_plays_every_map_with_every_seed() -> None:

@@ -97,6 +97,19 @@ def test_every_seed_reads_all_trajectories_in_an_order_of_its_own() -> None:
     assert orders[1] != [game.id for game in reading_order(games, 3, 2, 1)]
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_chain_that_was_cut_off_goes_on_as_if_it_had_not_been(chat: ChatFormat, form: str) -> None:
+    settings = config(format=form, max_tokens=400 if form == "raw" else 60)
+    whole = asyncio.run(chain(chat, ScriptedGenerate(), settings, seed=1))
+    assert any(step.dropped for step in whole.steps)
+    for done in range(6):
+        rest = ScriptedGenerate(lambda key, index, done=done: item(key, index + done))  # type: ignore[misc]
+        seen = list[AccumulationStep]()
+        assert asyncio.run(chain(chat, rest, settings, seed=1, known=whole.steps[:done], on_step=seen.append)) == whole
+        assert seen == whole.steps[done:]
+        assert len(rest.requests) == (0 if form == "raw" else 5 - done)
+
+
 @pytest.mark.parametrize("show", [True, False])
 def test_previous_knowledge_is_shown_or_hidden(chat: ChatFormat, show: bool) -> None:
     fake = ScriptedGenerate()

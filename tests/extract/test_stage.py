@@ -1,6 +1,8 @@
 """The Ray side of extraction, on a Ray of two CPUs."""
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import ray
 from oel_ray.config import ExtractConfig, RunConfig, SamplingConfig
 from oel_ray.errors import RunFailed
 from oel_ray.extract.stage import extract
+from oel_ray.journal import Journal
+from oel_ray.records import AccumulationStep
 from tests.extract.fakes import HeldAtSecondStep
 from tests.tokenizers_for_tests import small_tokenizer
 from tests.trajectories_for_tests import make_trajectory
@@ -41,6 +45,38 @@ def test_the_stage_shows_progress_and_returns_texts_by_seed(policy: Path, tmp_pa
     assert (4, 12) in reports
     assert reports == sorted(reports)
     assert reports[-1] == (12, 12)
+
+
+def known(folder: Path) -> list[list[AccumulationStep]]:
+    return [journals(folder)(f"steps-0{seed}.jsonl", AccumulationStep).records for seed in range(4)]
+
+
+def journals(folder: Path) -> Callable[[str, type[AccumulationStep]], Journal[AccumulationStep]]:
+    return lambda name, kind: Journal(folder / name, kind, folder / "bad", "test")
+
+
+def test_a_run_that_is_asked_to_stop_ends_the_steps_that_it_is_at_and_goes_on_there(
+    policy: Path, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    reports: list[int] = []
+
+    def stop_in_the_second_step(done: int, total: int) -> None:
+        reports.append(done)
+        if done == 4 and reports.count(4) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        if reports.count(4) == 2:
+            gate.touch()  # by now the workers know
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(GAMES, 1, CONFIG, policy, HeldAtSecondStep(gate), stop_in_the_second_step, journals(tmp_path))
+    assert [len(steps) for steps in known(tmp_path)] == [2] * 4
+    lines = (tmp_path / "steps-03.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "steps-03.jsonl").write_bytes(lines[1])  # without its first step the second is of no use
+
+    texts = extract(GAMES, 1, CONFIG, policy, HeldAtSecondStep(gate), lambda *_: None, journals(tmp_path))
+    assert known(tmp_path) == [text.steps for text in texts]
+    assert [len(text.items) for text in texts] == [3, 3, 3, 3]
 
 
 def test_a_failing_accumulation_ends_the_stage_with_one_line(policy: Path, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: help setup quickstart test lint
+.PHONY: help setup quickstart test fuzz lint
 help:
 	@echo "make quickstart   set up, then run three rounds of online experiential learning on this machine's CPU"
 	@echo "make test         set up, then lint, type-check and test"
+	@echo "make fuzz         set up, then read 100,000 damaged trajectory files; minutes"
 	@echo "make setup        only set up .venv"
 
 setup: $(READY)
@@ -43,3 +44,6 @@ lint: setup
 
 test: lint
 	@$(BIN)/python -m pytest
+
+fuzz: setup
+	@OEL_RAY_FUZZ=100000 $(BIN)/python -m pytest --timeout=3600 tests/test_fuzz.py

@@ -40,8 +40,8 @@ class ChatFormat:
         """`tokenizer`: a transformers tokenizer with a chat template.
 
         Raises:
-            UserError: the tokenizer has no chat template, or one that changes the user's message; or it reads
-                special tokens in plain text; or the end of a thought would not be seen.
+            UserError: the tokenizer has no chat template, or one that changes the user's message or that text in it
+                could imitate; or the end of a thought would not be seen.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("the model's tokenizer has no chat template: use an instruction-tuned model")
@@ -53,11 +53,22 @@ class ChatFormat:
             raise UserError("the model's chat template does not show the user's message exactly once")
         self.before_ids: list[int] = self._ids(before, special=True)
         self.after_ids: list[int] = self._ids(after, special=True)
-        for token in set(tokenizer.all_special_tokens) - {tokenizer.unk_token}:
-            if tokenizer.convert_tokens_to_ids(token) in self._ids(token):
+        framing = {*self.before_ids, *self.after_ids}
+        added = {token.content for index, token in tokenizer.added_tokens_decoder.items() if index in framing}
+        self.control_tokens: list[str] = sorted(
+            {*tokenizer.all_special_tokens, *added} - {tokenizer.unk_token, THINK_OPEN, THINK_CLOSE}
+        )
+        control = {token: tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens}
+        for token, index in control.items():
+            if index in self._ids(token):
                 raise UserError(
                     f"the model's tokenizer cannot take '{token}' as plain text: a game could end the prompt"
                 )
+        if not {*control.values()} & {*self.after_ids}:
+            raise UserError(
+                "the model's chat template ends a message with plain text, which a game could write as well: use a "
+                "model whose template has a special token there"
+            )
 
         # Engines leave special tokens out of a response's text.
         if thinking and THINK_CLOSE not in tokenizer.decode(

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from oel_ray.records import Params, Sampling, TrainingSplit
+from oel_ray.records import Params, Rejection, Sampling, TrainingSplit
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -79,6 +79,9 @@ class ExtractConfig(Section):
     """Whether the extractor sees the knowledge accumulated so far."""
     max_tokens: Positive = 8192
     """L_max: tokens of one knowledge text; the oldest whole items are dropped beyond it."""
+    reject: tuple[Rejection, ...] = ("control", "url", "code")
+    """Items of an answer that are left out, and counted: those with special tokens or the marks of a turn, with web
+    addresses, with code. `[]` takes all; in the format `raw` nothing is left out."""
     workers: Positive = 1
     """Actors that the K chains are spread over."""
     sampling: SamplingConfig = SamplingConfig(top_p=0.8, top_k=20, max_tokens=8192)

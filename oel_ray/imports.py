@@ -7,6 +7,7 @@ A trajectory needs `instructions` and `turns`, a turn `observation` and `respons
 Token ids and weight versions are never taken over: they belong to the tokenizer and the weights of whoever wrote them.
 """
 
+import codecs
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -40,7 +41,9 @@ ELSEWHERE = "elsewhere"
 """The trajectory that an imported knowledge item names if nobody knows a better one."""
 
 _NAMED = 5
-_ID = re.compile(r"[\w.:-]{1,200}", re.ASCII)
+_ID = re.compile(r"\w[\w.:-]{0,199}", re.ASCII)
+_LINE_BYTES = 2**24
+"""What a line may have at most. Depth and the kinds of values are bounded by the schema, tokens by the model."""
 
 
 class _GivenTurn(Record):
@@ -54,7 +57,7 @@ class _GivenTurn(Record):
     finish_reason: str = ""
 
 
-class _GivenTrajectory(Record):
+class _GivenTrajectory(Record, allow_inf_nan=False):
     instructions: str
     turns: Annotated[list[_GivenTurn], Field(min_length=1)]
     outcome: str = ""
@@ -103,16 +106,21 @@ def read_trajectories(
     trajectories: list[Trajectory] = []
     bad: list[str] = []
     ids: set[str] = set()
-    for line, text in enumerate(_bytes(path).splitlines(), start=1):
+    for line, text in enumerate(_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not text.strip():
             continue
         try:
+            if len(text) > _LINE_BYTES:
+                raise ValueError(f"is longer than {_LINE_BYTES} bytes")
             given = _GivenTrajectory.model_validate_json(text)
             name = given.id or f"r{number:03d}-{'x' if split == 'extraction' else 'c'}-{line - 1:04d}"
             trajectory = _trajectory(given, name, number, split, config, chat)
             problem = next(_problems(trajectory, ids, config, chat), None)
+            trajectory.to_json()
         except ValidationError as error:
             problem = first_problem(error)
+        except (ValueError, TypeError) as error:  # the last for numbers of more than 64 bits
+            problem = str(error)
         if problem:
             bad.append(f"line {line}: {problem}")
         else:

@@ -16,6 +16,8 @@ Params = dict[str, bool | int | float | str | list[int]]
 EndedBy = Literal["environment", "turn_limit", "context_limit"]
 TrainingSplit = Literal["extraction", "consolidation"]
 Split = Literal[TrainingSplit, "held_out"]
+Rejection = Literal["control", "url", "code"]
+"""What speaks against an item of knowledge: marks of a turn or special tokens, addresses, code."""
 
 
 class Record(BaseModel):
@@ -120,14 +122,16 @@ class EvaluationGame(Trajectory):
 class AccumulationStep(Record):
     """What one trajectory added to one accumulation.
 
-    `status` is "added", or the reason why nothing was: "unclosed_thought", "no_items", "over_long".
-    `dropped` counts the oldest items that left the text to keep it within L_max.
+    `status` is "added", or the reason why nothing was: "unclosed_thought", "no_items", "over_long", "rejected".
+    `rejected` counts items that were not taken, by reason, see `Rejection`. `dropped` counts the oldest items that left
+    the text to keep it within L_max.
     """
 
     index: int
     trajectory_id: str
-    status: Literal["added", "unclosed_thought", "no_items", "over_long"]
+    status: Literal["added", "unclosed_thought", "no_items", "over_long", "rejected"]
     added: list[str]
+    rejected: dict[str, int] = {}
     dropped: int
     knowledge_tokens: int
     response_tokens: int
@@ -194,6 +198,7 @@ def content_hash(*parts: Any) -> str:
 
 
 def first_problem(error: ValidationError) -> str:
-    """Where a record does not fit its schema and why, without line breaks."""
+    """Where a record does not fit its schema and why, in one short line that a terminal takes as text."""
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    where = ascii(".".join(map(str, first["loc"])))[1:-1]
+    return f"{where[:100]}: {first['msg']}".removeprefix(": ")

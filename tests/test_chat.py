@@ -165,10 +165,19 @@ def broken(**changes: Any) -> Any:
         (broken(apply_chat_template=lambda *args, **options: "user: nothing"), "exactly once"),
         (broken(apply_chat_template=lambda messages, **options: messages[0]["content"] * 2), "exactly once"),
         (broken(reads_specials=True), "as plain text"),
+        (broken(apply_chat_template=lambda messages, **_: f"USER: {messages[0]['content']} ASSISTANT:"), "could write"),
     ],
 )
 def test_a_tokenizer_that_cannot_keep_the_contract_is_refused(tokenizer: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
+        ChatFormat(tokenizer, thinking=False)
+
+
+def test_a_mark_of_a_turn_that_text_can_give_is_refused() -> None:
+    tokenizer = copy.deepcopy(small_tokenizer())
+    tokenizer.add_tokens([AddedToken("<turn>", special=False)])
+    tokenizer.chat_template = "<turn>{{ messages[0].content }}<|im_end|><turn>"
+    with pytest.raises(UserError, match="cannot take '<turn>' as plain text"):
         ChatFormat(tokenizer, thinking=False)
 
 

@@ -82,6 +82,11 @@ def test_every_bad_line_is_named(tmp_path: Path, chat: ChatFormat) -> None:
     [
         (SMALLEST | {"id": "../../etc"}, "has characters other than"),
         (SMALLEST | {"id": "a b"}, "has characters other than"),
+        (SMALLEST | {"id": ".."}, "has characters other than"),
+        (SMALLEST | {"seed": 2**70}, "Integer exceeds 64-bit range"),
+        (SMALLEST | {"params": {"size": float("nan")}}, "params.size.bool: Input should be a valid"),
+        (json.dumps(SMALLEST)[:-1] + ', "round": ' + "[" * 500 + "]" * 500 + "}", "recursion limit exceeded"),
+        (json.dumps(SMALLEST | {"outcome": "x" * 2**24}), "is longer than 16777216 bytes"),
         (SMALLEST | {"turns": []}, "turns: List should have at least 1 item"),
         (SMALLEST | {"turns": [{"observation": "word " * 40_000, "response": "r"}]}, "fit beside a response"),
         (SMALLEST | {"turns": [{"observation": 3, "response": "r"}]}, "turns.0.observation: Input should be a valid"),
@@ -92,6 +97,12 @@ def test_a_bad_line_says_why(tmp_path: Path, chat: ChatFormat, line: Any, messag
     with pytest.raises(UserError, match="1 bad line: line 1: ") as error:
         read_trajectories(path, 1, "consolidation", CONFIG, chat)
     assert message in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_line(tmp_path: Path, chat: ChatFormat) -> None:
+    path = write(tmp_path / "log.jsonl", SMALLEST)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_trajectories(path, 1, "extraction", CONFIG, chat)) == 1
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])

@@ -11,7 +11,7 @@ from typing import Literal
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.config import ExtractConfig
-from oel_ray.extract.items import fit, items_after, join, structured_items, unstructured_items, within
+from oel_ray.extract.items import fit, items_after, join, screen, structured_items, unstructured_items, within
 from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory
 from oel_ray.seeds import derive_seed
 
@@ -87,7 +87,7 @@ async def accumulate(
     for index, trajectory in enumerate(order[len(steps) :], start=len(steps)):
         response: Generation | None = None
         found: list[str] = []
-        status: Literal["added", "unclosed_thought", "no_items", "over_long"] = "no_items"
+        status: Literal["added", "unclosed_thought", "no_items", "over_long", "rejected"] = "no_items"
         if config.format == "raw":
             found = [prompts.transcript(trajectory.instructions, trajectory.turns, trajectory.outcome)]
         elif (prompt_ids := extraction_prompt_ids(trajectory, text, config, chat, max_model_len)) is None:
@@ -101,9 +101,12 @@ async def accumulate(
             else:
                 found = structured_items(answer) if config.format == "structured" else unstructured_items(answer)
 
+        found, rejected = screen(found, () if config.format == "raw" else config.reject, chat.control_tokens)
         added = within(found, config.max_tokens, chat.count)
         if found:
             status = "added" if added else "over_long"
+        elif rejected:
+            status = "rejected"
         items += [KnowledgeItem(text=item, trajectory_id=trajectory.id) for item in added]
         kept, dropped = fit([item.text for item in items], config.max_tokens, chat.count)
         items = items[dropped:]
@@ -114,6 +117,7 @@ async def accumulate(
                 trajectory_id=trajectory.id,
                 status=status,
                 added=added,
+                rejected=dict(rejected),
                 dropped=dropped,
                 knowledge_tokens=chat.count(text),
                 response_tokens=len(response.token_ids) if response else 0,

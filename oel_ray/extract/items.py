@@ -4,10 +4,20 @@ An item is the text that it contributes to the knowledge text; a structured item
 text is always `join` of its items, for every format.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from oel_ray.prompts import ITEM_MARKER
-from oel_ray.records import AccumulationStep, KnowledgeItem, KnowledgeText
+from oel_ray.records import AccumulationStep, KnowledgeItem, KnowledgeText, Rejection
+
+_PATTERNS: dict[Rejection, str] = {
+    "control": r"<\|[\w/-]+\|>|<(start|end)_of_turn>|\[/?INST\]|<</?SYS>>|^\W*(system|user|assistant|human) *:",
+    "url": r"\b\w+://|\bwww\.\w",
+    "code": r"```|<script|#!/|\$\(|\b(sudo|curl|wget|rm) -|\b(eval|exec|system)\(|^\W*(import \w+$|(def|class) \w+\()",
+}
+_SUSPECT = {reason: re.compile(pattern, re.IGNORECASE | re.MULTILINE) for reason, pattern in _PATTERNS.items()}
+"""Marks of a turn in any model's style: knowledge may be read by another one."""
 
 
 def structured_items(answer: str) -> list[str]:
@@ -23,6 +33,24 @@ def structured_items(answer: str) -> list[str]:
 def unstructured_items(answer: str) -> list[str]:
     """The whole answer as one item; none if it is blank."""
     return [answer.strip()] if answer.strip() else []
+
+
+def screen(
+    items: Sequence[str], reasons: Sequence[Rejection], control_tokens: Iterable[str]
+) -> tuple[list[str], Counter[str]]:
+    """The items that nothing speaks against, and for each of the reasons how many it ruled out.
+
+    Knowledge is read as advice by every later prompt, and what it says ends in the weights.
+    """
+
+    def against(item: str) -> Iterator[Rejection]:
+        said = item.removeprefix(ITEM_MARKER)
+        marked = any(token in said for token in control_tokens)
+        yield from (reason for reason in reasons if _SUSPECT[reason].search(said) or (reason == "control" and marked))
+
+    verdicts = [next(against(item), None) for item in items]
+    kept = [item for item, reason in zip(items, verdicts, strict=True) if reason is None]
+    return kept, Counter(filter(None, verdicts))
 
 
 def join(items: Sequence[str]) -> str:

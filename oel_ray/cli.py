@@ -183,6 +183,36 @@ def show(
 
 
 @app.command()
+def knowledge(
+    run_dir: RunDir,
+    diff: Annotated[tuple[str, str] | None, typer.Option(metavar="ID ID", help="Compare two knowledge texts.")] = None,
+    drop: Annotated[
+        str | None, typer.Option(metavar="GAME", help="Take back what this game taught, and all that was made of it.")
+    ] = None,
+) -> None:
+    """List what a run has learned, with how much was rejected and why.
+
+    After --drop, 'oel run --resume' does again what learned from that game; the old files stay in the quarantine.
+    """
+    from oel_ray import knowledge as learned
+    from oel_ray.runs import RunFolder
+    from oel_ray.show import plain
+
+    lines = learned.difference(RunFolder.open(run_dir), *diff) if diff else learned.listing(RunFolder.open(run_dir))
+    if drop:
+        from oel_ray.chat import ChatFormat
+
+        learned.taught_by(RunFolder.open(run_dir), drop)
+        with RunFolder.resume(run_dir, None) as folder:
+            policy, thinking = folder.policy(0), folder.config.thinking
+            again = learned.drop(
+                folder, drop, lambda text: ChatFormat.from_pretrained(policy, thinking=thinking).count(text)
+            )
+            lines = [f"to be done again: {stage}" for stage in again]
+    print(*(plain(line).plain for line in lines), sep="\n")
+
+
+@app.command()
 def report(
     run_dir: RunDir,
     out: Annotated[Path | None, typer.Option(help="Where to write it.  [RUN_DIR/report]")] = None,

@@ -132,14 +132,11 @@ def _take_over(path: Path, me: Holder) -> None:
 
 
 def _is_dead(holder: Holder) -> bool:
-    if holder.host != socket.gethostname():
-        return False
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
+    if holder.host == socket.gethostname():
+        try:
+            os.kill(holder.pid, 0)
+        except OSError as error:
+            return isinstance(error, ProcessLookupError)
     return False
 
 

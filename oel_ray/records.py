@@ -146,7 +146,10 @@ class KnowledgeItem(Record):
 
 
 class KnowledgeText(Record):
-    """The result of one accumulation: the final text (e^k) and how it came about."""
+    """The result of one accumulation: the final text (e^k) and how it came about.
+
+    `withdrawn` names games whose items somebody took out of it afterwards; the steps still show them.
+    """
 
     id: str
     round: int
@@ -156,6 +159,7 @@ class KnowledgeText(Record):
     tokens: int
     items: list[KnowledgeItem]
     steps: list[AccumulationStep]
+    withdrawn: list[str] = []
 
 
 class Prefix(Record):

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -223,6 +223,13 @@ class RunFolder:
             for path in files_below(files.root):
                 if path not in named and not path.relative_to(files.root).parts[0].startswith(WORK):
                     yield path
+
+    def withdraw(self, round_number: int, kept: Collection[str]) -> list[str]:
+        """Take all stages but the `kept` ones out of a manifest, so that they are to be done again; returns them."""
+        manifest = self.manifest(round_number)
+        stages = {name: entry for name, entry in manifest.stages.items() if name in kept}
+        write_json(self.files(round_number).manifest, manifest.model_copy(update={"stages": stages}).model_dump())
+        return [name for name in manifest.stages if name not in kept]
 
     def set_aside(self, paths: Sequence[Path]) -> None:
         """Move files and folders of the run into the quarantine, where they have the same names."""

@@ -270,7 +270,8 @@ class _Check:
             self.found(path, 0, f"{text.id} read {len(set(read))} trajectories and left {len(missing)} out")
         if len(set(read)) < len(read):
             self.found(path, 0, f"{text.id} read a trajectory twice")
-        added = [(item, step.trajectory_id) for step in text.steps for item in step.added]
+        steps = [step for step in text.steps if step.trajectory_id not in text.withdrawn]
+        added = [(item, step.trajectory_id) for step in steps for item in step.added]
         items = [(item.text, item.trajectory_id) for item in text.items]
         if items != added[len(added) - len(items) :]:
             self.found(path, 0, f"the items of {text.id} are not the last ones that its steps added")

@@ -143,6 +143,8 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run --resume --run-dir absent", "absent does not exist", "give the folder of a run"),
     ("run --resume --run-dir notes", "notes holds no run", "give the folder of a run"),
     ("run --resume --run-dir held", "held is in use by process", "wait for it to end"),
+    ("knowledge finished --diff r001-k00 r001-k09", "no knowledge text r001-k09", "'oel knowledge RUN_DIR' lists them"),
+    ("knowledge finished --drop nobody", "was learned from 'nobody'", "'oel show' names the game of each item"),
     ("run game.yaml --resume --run-dir begun", "rounds: 1 -> 2", "leave CONFIG out"),
     ("run --resume --run-dir begun", "the model folder /lost/model does not exist", "give a Hugging Face folder"),
     # one stage

@@ -83,7 +83,7 @@ def items_after(steps: Iterable[AccumulationStep]) -> list[KnowledgeItem]:
 def text_after(knowledge: KnowledgeText, steps: int) -> KnowledgeText:
     """A knowledge text as it was after the first `steps` trajectories that its accumulation read."""
     done = knowledge.steps[:steps]
-    items = items_after(done)
+    items = [item for item in items_after(done) if item.trajectory_id not in knowledge.withdrawn]
     text, tokens = join([item.text for item in items]), done[-1].knowledge_tokens if done else 0
     return knowledge.model_copy(update={"text": text, "tokens": tokens, "items": items, "steps": done})
 

@@ -30,7 +30,7 @@ from oel_ray.errors import RunFailed
 from oel_ray.evaluate.metrics import evaluation
 from oel_ray.evaluate.stage import evaluated, evaluation_games
 from oel_ray.extract.items import growth
-from oel_ray.models import resolve_model
+from oel_ray.models import model_files, resolve_model
 from oel_ray.progress import Progress, StageProgress
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
 from oel_ray.resources import ray_cluster
@@ -75,7 +75,7 @@ def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
     model = resolve_model(config.model, progress.note)
     out = stage.begin()
     reference = out.policy / layout.POLICY_REFERENCE
-    write_json(reference, {"model": str(model)})
+    write_json(reference, {"model": str(model), "files": model_files(model)})
     stage.commit([reference], {})
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from oel_ray.durable import read_json
+from oel_ray.durable import fingerprint, read_json
 from oel_ray.errors import UserError
 
 MICRO = "micro"
@@ -18,6 +18,8 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 _HUB_ANSWER_S = 10.0
+_READ = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin"}
+_SMALL_BYTES = 2**26
 
 
 def cache_folder() -> Path:
@@ -46,6 +48,15 @@ def resolve_model(model: str, note: Callable[[str], None]) -> Path:
     if lacking := _lacking(folder):
         raise UserError(f"the model folder {folder} has no {lacking}")
     return folder.resolve()
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """What tells a model folder from a changed one: the content of its small files, the sizes of its weights."""
+    sizes = {file: file.stat().st_size for file in sorted(folder.iterdir()) if file.suffix in _READ}
+    return {
+        file.name: fingerprint(file).sha256[:16] if size < _SMALL_BYTES else f"{size} bytes"
+        for file, size in sizes.items()
+    }
 
 
 def _lacking(folder: Path) -> str | None:

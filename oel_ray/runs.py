@@ -41,6 +41,7 @@ from oel_ray.layout import (
     StageEntry,
 )
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
+from oel_ray.models import model_files
 from oel_ray.records import AnyRecord, KnowledgeText, content_hash
 from oel_ray.schedule import unfinished
 
@@ -129,13 +130,13 @@ class RunFolder:
         """Open a run that is to go on with its saved configuration; one that is given must equal it. Takes no lock.
 
         Raises:
-            UserError: no run lies there, or the configuration changed.
+            UserError: no run lies there, or the configuration changed, or the model that it began with.
         """
         folder = cls.open(path)
-        if config is not None and (changes := _changes(folder.config, config)):
+        if changes := [*(_changes(folder.config, config) if config else ()), *folder.changed_model()]:
             raise UserError(
                 f"the configuration differs from the one that {folder.path} was started with: {', '.join(changes)}; "
-                "leave CONFIG out to go on with the saved one, or choose another folder"
+                "leave CONFIG out to go on with the saved one, put the model's files back, or choose another folder"
             )
         return folder
 
@@ -210,6 +211,14 @@ class RunFolder:
         policy = self.files(round_number).policy
         reference = policy / POLICY_REFERENCE
         return Path(read_json(reference)["model"]) if reference.exists() else policy
+
+    def changed_model(self) -> list[str]:
+        """How the base model differs from what it was when the run began, as long as a round starts from it."""
+        model = self.policy(0)
+        if CONSOLIDATE in self.committed.get(1, ()) or not model.is_dir():
+            return []
+        recorded = read_json(self.files(0).policy / POLICY_REFERENCE)["files"]
+        return _differences(_flat(recorded, f"{model}/"), _flat(model_files(model), f"{model}/"))
 
     def policy_files(self, round_number: int) -> dict[str, FileEntry]:
         """What the manifest says of that policy. Of the base model's it says where the model lies."""
@@ -364,7 +373,10 @@ def _holds_a_run(path: Path) -> str:
 
 
 def _changes(old: RunConfig, new: RunConfig) -> list[str]:
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return _differences(_flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json")))
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys]
 

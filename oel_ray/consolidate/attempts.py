@@ -17,7 +17,6 @@ from oel_ray.consolidate import checkpoints
 from oel_ray.consolidate.checkpoints import (
     DEEPSPEED,
     NOTES_FILE,
-    OUTPUTS,
     STATE_FILE,
     WEIGHTS,
     Checkpoint,
@@ -130,16 +129,14 @@ class Attempt:
     def save_last_good(self, done: int, step: DistillStep) -> None:
         """Keep the state after so many steps, since which no step was applied, before the run ends. Collective."""
         if self._job.config.consolidate.checkpoint_every and done > self.first_step:
-            self.save(done, step)
+            self.save(done, step, "-last-good")  # Ray Train may be about to delete the folder of the plain name
 
-    def save(self, done: int, step: DistillStep) -> None:
+    def save(self, done: int, step: DistillStep, suffix: str = "") -> None:
         """Write a checkpoint of the state after so many steps. Collective."""
-        writing, final = (self._folder / f"{dot}step-{done:04d}" for dot in (".", ""))
+        writing, final = (self._folder / f"{dot}step-{done:04d}{suffix}" for dot in (".", ""))
         if self._rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
-            (writing / OUTPUTS).mkdir(parents=True)
-            for output in (self._job.metrics, self._job.samples):
-                shutil.copy(output, writing / OUTPUTS)
+            checkpoints.keep_outputs(self._job, done, writing)
         dist.barrier()
         step.save(writing / DEEPSPEED)
         export_policy(weights_of(step.student, torch.float32, self.policy), self._job.policy, writing / WEIGHTS)

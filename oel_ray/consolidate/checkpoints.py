@@ -123,6 +123,14 @@ def next_attempt(job: Job) -> int:
     return number
 
 
+def keep_outputs(job: Job, step: int, folder: Path) -> None:
+    """Put metrics and samples of the first so many steps into a checkpoint's folder."""
+    (folder / OUTPUTS).mkdir(parents=True)
+    for path in (job.metrics, job.samples):
+        rows = [row for row in path.read_bytes().splitlines(keepends=True) if orjson.loads(row)["step"] < step]
+        (folder / OUTPUTS / path.name).write_bytes(b"".join(rows))
+
+
 def bring_back_outputs(job: Job, checkpoint: Checkpoint | None) -> None:
     """Make metrics and samples what they were at the checkpoint, and empty without one."""
     for path in (job.metrics, job.samples):

@@ -113,6 +113,17 @@ def test_attempts_are_counted_on(job: Job) -> None:
     assert checkpoints.prepare(job) == (3, "")
 
 
+def test_a_checkpoint_keeps_the_rows_of_its_own_steps(job: Job, tmp_path: Path) -> None:
+    """The last good weights are kept when steps behind them have been written down."""
+    for path in (job.metrics, job.samples):
+        path.write_bytes(b"".join(b'{"step": %d}\n' % step for step in (0, 0, 1, 2, 2)))
+    checkpoints.keep_outputs(job, 2, tmp_path / "step")
+    for path in (job.metrics, job.samples):
+        assert (
+            tmp_path / "step" / checkpoints.OUTPUTS / path.name
+        ).read_bytes() == b'{"step": 0}\n' * 2 + b'{"step": 1}\n'
+
+
 def test_without_a_checkpoint_nothing_is_said_or_left(job: Job) -> None:
     job.scratch.mkdir()
     (job.scratch / "old").mkdir()

@@ -151,6 +151,10 @@ class ConsolidateConfig(Section):
     micro_batch_tokens: Positive = 8192
     """Tokens of prompts and responses, padding included, that one rank's student reads at a time; one sample may be
     longer."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Whether the student reads the samples of a micro-batch as one row, without padding. `auto` does where it reads
+    with flash attention (on GPUs in bfloat16 with the package flash-attn) and keeps samples apart by their positions;
+    another attention looks at all pairs of tokens of the row. `never` leaves flash attention alone as well."""
     teacher_cache_gib: Gibibytes = 8.0
     """Memory on the device of one rank for what its teacher keeps of the knowledge texts it has read."""
     teacher_offload_gib: Gibibytes = 16.0

@@ -44,6 +44,7 @@ def preflight(config: RunConfig, note: Callable[[str], None], *, plays: bool = T
     environment = check_environment(config) if plays else None
     model = check_model(config, note)
     check_lora(config, model)
+    check_packing(config, model)
     check_context(config, model, check_teacher(config, model, note), environment)
     return model
 
@@ -151,6 +152,19 @@ def check_lora(config: RunConfig, model: Model) -> None:
     from oel_ray.consolidate.lora import layers_to_adapt
 
     layers_to_adapt(model_without_weights(model.folder), lora)
+
+
+def check_packing(config: RunConfig, model: Model) -> None:
+    """That the student can read its samples as one row, if it is to in any case.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if config.consolidate.packing == "always":
+        from oel_ray.consolidate.loading import model_without_weights
+        from oel_ray.consolidate.reading import layout_for
+
+        layout_for(model_without_weights(model.folder), "always")
 
 
 def check_context(config: RunConfig, model: Model, teacher: Model, environment: Environment | None) -> None:

@@ -78,6 +78,17 @@ def test_the_context_is_what_the_engines_can_serve(
         write_config(model)
 
 
+def test_a_model_that_cannot_read_packed_samples_is_found(model: Path) -> None:
+    packed = config(model, consolidate={"workers": 1, "packing": "always"})
+    preflight.preflight(packed, pytest.fail)
+    write_config(model, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    try:
+        with pytest.raises(UserError, match=r"^consolidate.packing=always: .*: set consolidate.packing=auto$"):
+            preflight.preflight(packed, pytest.fail)
+    finally:
+        write_config(model)
+
+
 def test_a_resumed_run_needs_the_policy_that_it_goes_on_with(model: Path, tmp_path: Path) -> None:
     asked = []
 

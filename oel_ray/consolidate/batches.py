@@ -70,9 +70,17 @@ def token_weights(samples: Sequence[Sample], loss_mean: LossMean) -> list[float]
 
 
 def micro_batches(
-    samples: Sequence[Sample], rank: int, world_size: int, max_tokens: int, *, loss_mean: LossMean = "response"
+    samples: Sequence[Sample],
+    rank: int,
+    world_size: int,
+    max_tokens: int,
+    *,
+    loss_mean: LossMean = "response",
+    packed: bool = False,
 ) -> list[MicroBatch]:
-    """This rank's share of the global batch, in micro-batches of at most `max_tokens` with padding, longest first.
+    """This rank's share of the global batch, in micro-batches of at most `max_tokens`, longest samples first.
+
+    Padding counts, unless they are to be `packed`.
 
     A rank has the samples of few knowledge texts, in every step much the same ones, as its teacher keeps them. Over
     all ranks every sample occurs once with its weight. Every rank gets the same number of micro-batches, because each
@@ -82,7 +90,7 @@ def micro_batches(
     weights = token_weights(samples, loss_mean)
     groups_of_ranks = []
     for share in _shares(samples, world_size):
-        groups = padded_groups([samples[index].student_tokens for index in share], max_tokens)
+        groups = length_groups([samples[index].student_tokens for index in share], max_tokens, packed=packed)
         groups_of_ranks.append([[share[position] for position in group] for group in groups])
     mine = groups_of_ranks[rank]
     batches = [MicroBatch(tuple(samples[i] for i in group), tuple(weights[i] for i in group)) for group in mine]
@@ -108,15 +116,22 @@ def _shares(samples: Sequence[Sample], world_size: int) -> list[list[int]]:
     return shares
 
 
-def padded_groups(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def length_groups(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
     """Indices of neighbours in length, the longest first: so that memory runs out at once or never.
 
-    A group padded to its longest is at most `max_tokens`, or a single one that is longer.
+    A group, padded to its longest unless it is `packed`, is at most `max_tokens`, or a single one that is longer.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(index)
+        group = [*(groups[-1] if groups else []), index]
+        rows, width = pass_shape([lengths[member] for member in group], packed=packed)
+        if groups and rows * width <= max_tokens:
+            groups[-1] = group
         else:
             groups.append([index])
     return groups
+
+
+def pass_shape(lengths: Sequence[int], *, packed: bool) -> tuple[int, int]:
+    """Rows, and tokens of each, that samples of these lengths make in one pass."""
+    return (1, sum(lengths)) if packed else (len(lengths), max(lengths))

@@ -53,16 +53,20 @@ class Distiller(nn.Module):
     def forward(
         self,
         tokens_BS: Tensor,
-        mask_BS: Tensor,
+        mask_BS: Tensor | None,
         rows_T: Tensor,
         teacher_hidden_TE: Tensor,
         teacher_head_VE: Tensor,
         weights_T: Tensor,
         teacher_bias_V: Tensor | None = None,
         teacher_soft_cap: float | None = None,
+        positions_BS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The divergence of the response tokens: the weighted sum, and that of each token."""
-        hidden_TD = response_hidden(self.student, tokens_BS, mask_BS, rows_T)
+        """The divergence of the response tokens: the weighted sum, and that of each token.
+
+        The first three and `positions_BS` are those of a `LaidOut`.
+        """
+        hidden_TD = response_hidden(self.student, tokens_BS, mask_BS, rows_T, positions_BS)
         loss, kl_T = self.loss(
             hidden_TD, teacher_hidden_TE, teacher_head_VE, weights_T, teacher_bias_V, teacher_soft_cap
         )

@@ -14,6 +14,14 @@ def model_without_weights(folder: Path) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
+def use_flash_attention(model: Any) -> None:
+    """Have the model read with flash attention, if its package is installed and the model attends as it can."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if model._supports_flash_attn and model.config._attn_implementation == "sdpa" and is_flash_attn_2_available():
+        model.set_attn_implementation("flash_attention_2")
+
+
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """The folder's model, set to compute what the engines compute."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -20,7 +20,7 @@ from oel_ray.consolidate.batches import MicroBatch, filler
 from oel_ray.consolidate.distiller import Distiller, Divergence, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import forward_kl, reverse_kl
 from oel_ray.consolidate.memory import account, ran_out
-from oel_ray.consolidate.reading import pad_tokens
+from oel_ray.consolidate.reading import attention_of, can_pack, layout_for, pack_tokens
 from oel_ray.consolidate.teacher import Teacher
 from oel_ray.errors import RunFailed
 
@@ -102,7 +102,8 @@ class DistillStep:
         shares with the teacher is frozen, and is not there twice (`lora`).
 
         Raises:
-            UserError: the logits of the model are not its output head's, soft-capped or as they are.
+            UserError: the logits of the model are not its output head's, soft-capped or as they are; or its samples are
+                to be packed, and it cannot read them so.
         """
         self.device = torch.device(device)
         self.world_size = dist.get_world_size()
@@ -121,6 +122,9 @@ class DistillStep:
             device_bytes=config.teacher_cache_gib * _GIB,
             host_bytes=config.teacher_offload_gib * _GIB,
         )
+        self._lay_out = layout_for(student, config.packing)
+        self._attention: str = student.config._attn_implementation
+        self._teacher_reads_so = type(teacher) is type(student) and (can_pack(teacher) or not self.packs)
         if config.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         distiller = Distiller(
@@ -152,6 +156,11 @@ class DistillStep:
     def student(self) -> Any:
         """The model that is trained (under ZeRO-3 its parameters are partitioned: see `weights`)."""
         return self.engine.module.student
+
+    @property
+    def packs(self) -> bool:
+        """Whether the samples of a micro-batch are one row, without padding."""
+        return self._lay_out is pack_tokens
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics | None:
         """One optimizer step. Collective: every rank calls it with its own share of the same global batch.
@@ -288,14 +297,20 @@ class DistillStep:
         together = [s for batch, known in zip(micro_batches, informed, strict=True) if known for s in batch.samples]
         hidden = iter(self.teacher.hidden(together))
         return [
-            torch.cat([next(hidden) for _ in batch.samples] if known else self.teacher.reread(batch.samples))
+            torch.cat([next(hidden) for _ in batch.samples] if known else self._read_as_student(batch))
             for batch, known in zip(micro_batches, informed, strict=True)
         ]
+
+    def _read_as_student(self, batch: MicroBatch) -> list[torch.Tensor]:
+        if not self._teacher_reads_so:
+            return self.teacher.reread(batch.samples)
+        with attention_of(self.teacher.model, self._attention):
+            return self.teacher.reread(batch.samples, self._lay_out)
 
     def _forward(self, batch: MicroBatch, teacher_hidden_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one micro-batch, and the KL of each of its response tokens, sample by sample."""
         responses = [sample.response_ids for sample in batch.samples]
-        student = pad_tokens([sample.student_prompt_ids for sample in batch.samples], responses, self.device)
+        student = self._lay_out([sample.student_prompt_ids for sample in batch.samples], responses, self.device)
         weights = [w for response, w in zip(responses, batch.weights, strict=True) for _ in response]
         weights_T = torch.tensor(weights, dtype=torch.float32, device=self.device)
         head = self.teacher.model.get_output_embeddings()
@@ -308,6 +323,7 @@ class DistillStep:
             weights_T,
             head.bias,
             logit_soft_cap(self.teacher.model),
+            student.positions_BS,
         )
         return loss, kl_T
 

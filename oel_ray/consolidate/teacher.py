@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from oel_ray.consolidate.batches import Sample, padded_groups
+from oel_ray.consolidate.batches import Sample, length_groups
 from oel_ray.consolidate.caches import CacheCounts, Text, TextCache, TextCaches
-from oel_ray.consolidate.reading import pad_tokens, response_hidden
+from oel_ray.consolidate.reading import LayOut, has_fixed_rotations, pad_tokens, response_hidden
 
 PASS_TOKENS = 2048
 """Tokens of one forward pass. More of them in a row would mostly look at masked positions of each other."""
 
 _PAIRWISE_MASKS = ("eager", "sdpa")
-_FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 
 def can_keep_texts(model: Any) -> bool:
@@ -31,13 +30,11 @@ def can_keep_texts(model: Any) -> bool:
     """
     config = model.config.get_text_config()
     layers = DynamicCache(config=config).layers
-    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     return (
         len(layers) == config.num_hidden_layers
         and all(type(layer) is DynamicLayer for layer in layers)
         and model.config._attn_implementation in _PAIRWISE_MASKS
-        and rotation in _FIXED_ROTATIONS
-        and not getattr(config, "alibi", False)
+        and has_fixed_rotations(model)
     )
 
 
@@ -79,18 +76,18 @@ class Teacher:
         return found
 
     @torch.no_grad()
-    def reread(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """The same, from one padded pass over everything, as the student reads its own prompts."""
+    def reread(self, samples: Sequence[Sample], lay_out: LayOut = pad_tokens) -> list[Tensor]:
+        """The same, from one pass over everything."""
         responses = [sample.response_ids for sample in samples]
-        batch = pad_tokens([sample.teacher_prompt_ids for sample in samples], responses, self.model.device)
-        hidden_TE = response_hidden(self.model, batch.tokens_BS, batch.mask_BS, batch.rows_T)
+        batch = lay_out([sample.teacher_prompt_ids for sample in samples], responses, self.model.device)
+        hidden_TE = response_hidden(self.model, batch.tokens_BS, batch.mask_BS, batch.rows_T, batch.positions_BS)
         return list(torch.split(hidden_TE, [len(response) for response in responses]))
 
     def _reread_passes(
         self, samples: Sequence[Sample], wanted: Sequence[int]
     ) -> Iterator[tuple[list[int], list[Tensor]]]:
         lengths = [len(samples[index].teacher_prompt_ids) + len(samples[index].response_ids) for index in wanted]
-        for group in padded_groups(lengths, self.pass_tokens):
+        for group in length_groups(lengths, self.pass_tokens):
             part = [wanted[position] for position in group]
             yield part, self.reread([samples[index] for index in part])
 

@@ -20,7 +20,7 @@ from oel_ray.chat import ChatFormat
 from oel_ray.consolidate.attempts import Attempt
 from oel_ray.consolidate.batches import Sample, micro_batches
 from oel_ray.consolidate.job import Job
-from oel_ray.consolidate.loading import load_model
+from oel_ray.consolidate.loading import load_model, use_flash_attention
 from oel_ray.consolidate.lora import add_adapters, sharing_weights
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
 from oel_ray.consolidate.prefixes import Draw
@@ -110,7 +110,9 @@ def _train_step(
     """A step, with half as large micro-batches if memory ran out at first."""
     tokens, loss_mean = job.config.consolidate.micro_batch_tokens, job.config.consolidate.loss_mean
     for retries in range(2):
-        share = micro_batches(samples, rank, world_size, max(tokens >> retries, 1), loss_mean=loss_mean)
+        share = micro_batches(
+            samples, rank, world_size, max(tokens >> retries, 1), loss_mean=loss_mean, packed=step.packs
+        )
         if metrics := step.step(share):
             return metrics, {"memory_retries": retries}
     raise RunFailed(f"{step.shortage} (and so it did with micro-batches twice as large)")
@@ -138,6 +140,8 @@ def _distill_step(job: Job, device: torch.device, attempt: Attempt) -> DistillSt
         teacher = load_model(job.teacher, precision)
     if consolidate.lora is not None:
         add_adapters(student, consolidate.lora, derive_seed(job.config.seed, "lora", job.round))
+    if job.on_gpu and precision == torch.bfloat16 and consolidate.packing != "never":
+        use_flash_attention(student)
     step = DistillStep(student, teacher, consolidate, device)
     attempt.restore(step)
     return step

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oel_ray.consolidate.batches import LossMean, MicroBatch, Sample, micro_batches, padded_groups, token_weights
+from oel_ray.consolidate.batches import LossMean, MicroBatch, Sample, length_groups, micro_batches, token_weights
 
 HEAD = 2
 
@@ -17,8 +17,10 @@ def samples_of(lengths: list[int]) -> list[Sample]:
     return [sample(number, length, text=number % 4, prompt=1 + number % 5) for number, length in enumerate(lengths)]
 
 
-def shares_of(samples: list[Sample], ranks: int, budget: int, mean: LossMean = "response") -> list[list[MicroBatch]]:
-    return [micro_batches(samples, rank, ranks, budget, loss_mean=mean) for rank in range(ranks)]
+def shares_of(
+    samples: list[Sample], ranks: int, budget: int, mean: LossMean = "response", *, packed: bool = False
+) -> list[list[MicroBatch]]:
+    return [micro_batches(samples, rank, ranks, budget, loss_mean=mean, packed=packed) for rank in range(ranks)]
 
 
 def texts(share: list[MicroBatch]) -> set[tuple[int, ...]]:
@@ -67,6 +69,22 @@ def test_a_micro_batch_with_its_padding_keeps_the_budget_unless_it_is_one_sample
 
 
 @settings(deadline=None)
+@given(lengths, st.integers(1, 5), st.integers(1, 80))
+def test_a_packed_micro_batch_counts_its_own_tokens_alone(lengths: list[int], ranks: int, budget: int) -> None:
+    samples = samples_of([n + 1 for n in lengths])
+    packed, padded = (shares_of(samples, ranks, budget, packed=packed) for packed in (True, False))
+    for share in packed:
+        for batch in share:
+            assert sum(s.student_tokens for s in batch.samples) <= budget or len(batch.samples) == 1
+    assert len(packed[0]) <= len(padded[0])
+    ids = [
+        sorted(s.id for share in shares for b in share for s, w in zip(b.samples, b.weights, strict=True) if w)
+        for shares in (packed, padded)
+    ]
+    assert ids[0] == ids[1] == sorted(s.id for s in samples)
+
+
+@settings(deadline=None)
 @given(st.permutations(range(40)), st.integers(1, 10), st.integers(1, 6))
 def test_a_rank_has_few_texts_and_its_share_of_the_tokens(order: list[int], count: int, ranks: int) -> None:
     samples = [sample(number, 5, text=number % count) for number in order if number < 40 // count * count]
@@ -100,9 +118,10 @@ def test_a_filler_is_the_shortest_prompt() -> None:
 
 
 def test_neighbours_in_length_are_together_and_the_longest_come_first() -> None:
-    assert padded_groups([1, 18, 2, 20, 3, 19], 60) == [[3, 5, 1], [4, 2, 0]]
-    assert padded_groups([5, 70, 5], 60) == [[1], [0, 2]]
-    assert padded_groups([], 60) == []
+    assert length_groups([1, 18, 2, 20, 3, 19], 60) == [[3, 5, 1], [4, 2, 0]]
+    assert length_groups([1, 18, 2, 20, 3, 19], 60, packed=True) == [[3, 5, 1, 4], [2, 0]]
+    assert length_groups([5, 70, 5], 60) == [[1], [0, 2]]
+    assert length_groups([], 60) == []
 
 
 def test_weights_of_both_means() -> None:

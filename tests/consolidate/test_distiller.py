@@ -1,10 +1,13 @@
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import (
     CohereConfig,
@@ -20,7 +23,7 @@ from transformers import (
 from oel_ray.consolidate.batches import MicroBatch, Sample, micro_batches, token_weights
 from oel_ray.consolidate.distiller import Distiller, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import forward_kl, reverse_kl
-from oel_ray.consolidate.reading import pad_tokens
+from oel_ray.consolidate.reading import LayOut, pack_tokens, pad_tokens
 from oel_ray.consolidate.teacher import Teacher
 from oel_ray.errors import UserError
 from tests.consolidate.naive import divergence, soft_capped
@@ -45,13 +48,15 @@ def gemma(seed: int) -> Any:
     return model.eval()
 
 
-def run(distiller: Distiller, teacher: Any, batches: list[MicroBatch]) -> tuple[float, dict[str, list[float]]]:
+def run(
+    distiller: Distiller, teacher: Any, batches: list[MicroBatch], lay_out: LayOut = pad_tokens
+) -> tuple[float, dict[str, list[float]]]:
     """The loss over all micro-batches with gradients left in the model, and the KL of each sample's tokens."""
     distiller.zero_grad()
     total, kl = 0.0, {}
     for batch in batches:
         responses = [sample.response_ids for sample in batch.samples]
-        student_batch = pad_tokens([s.student_prompt_ids for s in batch.samples], responses, "cpu")
+        student_batch = lay_out([s.student_prompt_ids for s in batch.samples], responses, "cpu")
         weights = [w for response, w in zip(responses, batch.weights, strict=True) for _ in response]
         loss, kl_T = distiller(
             student_batch.tokens_BS,
@@ -61,6 +66,7 @@ def run(distiller: Distiller, teacher: Any, batches: list[MicroBatch]) -> tuple[
             teacher.get_output_embeddings().weight,
             torch.tensor(weights),
             teacher_soft_cap=logit_soft_cap(teacher),
+            positions_BS=student_batch.positions_BS,
         )
         loss.backward()
         total += loss.item()
@@ -93,6 +99,40 @@ def test_padding_order_and_micro_batch_size_change_nothing(kind: str) -> None:
             assert torch.allclose(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(1, 7), seed=st.integers(0, 1000), budget=st.integers(1, 80))
+def test_packed_samples_have_the_loss_and_gradients_of_padded_ones(
+    attention: str, count: int, seed: int, budget: int
+) -> None:
+    samples, teacher, student = tiny_samples(count, seed), tiny_model("tied", 2), tiny_model("tied", 1)
+    student.set_attn_implementation(attention)
+    distiller = Distiller(student, temperature=0.7, chunk_tokens=4)
+    loss, kl = run(distiller, teacher, micro_batches(samples, 0, 1, budget))
+    gradients = {name: p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}
+    packed, kl_packed = run(distiller, teacher, micro_batches(samples, 0, 1, budget, packed=True), pack_tokens)
+    assert packed == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert all(kl_packed[name] == pytest.approx(kl[name], rel=1e-4, abs=1e-5) for name in kl)
+    for name, parameter in distiller.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("changed", range(4))
+def test_a_packed_sample_does_not_depend_on_its_neighbours(attention: str, changed: int) -> None:
+    samples, teacher, student = tiny_samples(4, seed=3), tiny_model("tied", 2), tiny_model("tied", 1)
+    student.set_attn_implementation(attention)
+    distiller = Distiller(student, temperature=0.7, chunk_tokens=4)
+    other = replace(samples[changed], student_prompt_ids=[3, 4, 90, 17], response_ids=[8, 80, 8, 80, 8])
+    _, kl = run(distiller, teacher, [MicroBatch(tuple(samples), (1.0,) * 4)], pack_tokens)
+    samples[changed] = other
+    _, kl_beside_another = run(distiller, teacher, [MicroBatch(tuple(samples), (1.0,) * 4)], pack_tokens)
+    assert kl_beside_another[other.id] != pytest.approx(kl[other.id], rel=1e-2)
+    for name in kl.keys() - {other.id}:
+        assert kl_beside_another[name] == pytest.approx(kl[name], rel=1e-5, abs=1e-6)
+
+
 def test_a_batch_without_a_response_token_has_loss_zero_and_gradients() -> None:
     model = tiny_model("tied", seed=1)
     distiller = Distiller(model, temperature=1.0, chunk_tokens=4)
@@ -105,9 +145,14 @@ def test_rows_are_the_positions_that_predict_the_response() -> None:
     batch = pad_tokens([[5, 6], [7]], [[8, 9], [10, 11, 12]], "cpu")
     assert batch.tokens_BS.tolist() == [[5, 6, 8, 9], [7, 10, 11, 12]]
     assert batch.rows_T.tolist() == [1, 2, 4, 5, 6]
-    assert pad_tokens([[5]], [[6]], "cpu").mask_BS.tolist() == [[1, 1]]
-    with pytest.raises(ValueError, match="no tokens"):
-        pad_tokens([[]], [[1]], "cpu")
+    assert batch.mask_BS is not None and batch.mask_BS.tolist() == [[1, 1, 1, 1]] * 2
+    row = pack_tokens([[5, 6], [7]], [[8, 9], [10, 11, 12]], "cpu")
+    assert row.tokens_BS.tolist() == [[5, 6, 8, 9, 7, 10, 11, 12]]
+    assert row.positions_BS is not None and row.positions_BS.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
+    assert row.rows_T.tolist() == [1, 2, 4, 5, 6]
+    for lay_out in (pad_tokens, pack_tokens):
+        with pytest.raises(ValueError, match="no tokens"):
+            lay_out([[]], [[1]], "cpu")
 
 
 def test_dropout_stays_off_in_training() -> None:

@@ -1,16 +1,38 @@
 """What consolidation needs of a family of models: its own attention, clean padding, the names of its checkpoint."""
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    Llama4TextConfig,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensors
-from oel_ray.consolidate.loading import load_model
-from oel_ray.consolidate.reading import pad_tokens, response_hidden
+from oel_ray.consolidate.loading import load_model, use_flash_attention
+from oel_ray.consolidate.reading import (
+    LayOut,
+    attention_of,
+    can_pack,
+    layout_for,
+    pack_tokens,
+    pad_tokens,
+    response_hidden,
+)
 from oel_ray.consolidate.weights import FullWeights, check_names
 from oel_ray.errors import UserError
 from tests.tiny_models import FAMILIES, tiny_model
@@ -36,17 +58,112 @@ def test_a_loaded_model_attends_as_its_family_does(family: str, tmp_path: Path) 
     assert torch.allclose(torchs, exact, atol=1e-4) == (family != "gemma2"), "transformers has changed: look again"
 
 
+@pytest.mark.parametrize("lay_out", [pad_tokens, pack_tokens])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_changes_no_hidden_state(family: str, tmp_path: Path) -> None:
+def test_company_changes_no_hidden_state(family: str, lay_out: LayOut, tmp_path: Path) -> None:
     model_of(family).save_pretrained(tmp_path)
     model = load_model(tmp_path, torch.float32)
 
     def hidden(prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
-        batch = pad_tokens(prompts, responses, "cpu")
-        return response_hidden(model, batch.tokens_BS, batch.mask_BS, batch.rows_T)
+        batch = lay_out(prompts, responses, "cpu")
+        return response_hidden(model, batch.tokens_BS, batch.mask_BS, batch.rows_T, batch.positions_BS)
 
     alone = [hidden([PROMPT], [[8, 9]]), hidden([SHORT], [[10]])]
     assert torch.allclose(hidden([PROMPT, SHORT], [[8, 9], [10]]), torch.cat(alone), atol=1e-4)
+    assert torch.allclose(hidden([SHORT, PROMPT], [[10], [8, 9]]), torch.cat(alone[::-1]), atol=1e-4)
+    assert can_pack(model)
+
+
+SIZE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+CANNOT_PACK = {
+    "positions that are learnt": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2),
+    "positions that nobody tells": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2),
+    "rotations of the longest prompt": Qwen3Config(**SIZE, head_dim=16, rope_parameters=DYNAMIC),
+    "chunks": Llama4TextConfig(**SIZE, head_dim=16, attention_chunk_size=8, num_local_experts=2),
+    "state": Qwen3NextConfig(**SIZE, head_dim=16, num_experts=2),
+}
+
+
+@pytest.mark.parametrize("kind", CANNOT_PACK)
+def test_a_model_that_cannot_pack_is_padded_or_refused(kind: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CANNOT_PACK[kind])
+    assert not can_pack(model)
+    model.config._attn_implementation = "flash_attention_2"
+    assert layout_for(model, "auto") is pad_tokens
+    with pytest.raises(UserError, match=r"^consolidate.packing=always: \w+ cannot keep samples apart"):
+        layout_for(model, "always")
+
+
+def by_itself(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    position_ids: Tensor,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What flash attention makes of a packed row: it has no mask, and the positions tell where a sample begins."""
+    assert attention_mask is None and len(position_ids) == 1
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    outputs = []
+    for start, end in zip(starts, [*starts[1:], position_ids.shape[1]], strict=True):
+        back = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (back >= 0) & (back < (sliding_window or end))
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scaling))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
+def test_flash_attention_is_told_where_a_packed_sample_begins(family: str) -> None:
+    AttentionInterface.register("by_itself", by_itself)
+    AttentionMaskInterface.register("by_itself", lambda *_, **__: None)
+    model = model_of(family)
+    batch = pack_tokens([PROMPT, SHORT, PROMPT[:60]], [[8, 9], [10], [11] * 5], "cpu")
+    read = partial(response_hidden, model, batch.tokens_BS, None, batch.rows_T, batch.positions_BS)
+    with torch.no_grad():
+        masked = read()
+        with attention_of(model, "by_itself"):
+            assert torch.allclose(read(), masked, atol=1e-4)
+        assert torch.equal(read(), masked)
+
+
+@pytest.mark.parametrize(
+    ("supports", "attention", "installed", "after"),
+    [
+        (True, "sdpa", True, "flash_attention_2"),
+        (False, "sdpa", True, "sdpa"),
+        (True, "eager", True, "eager"),
+        (True, "sdpa", False, "sdpa"),
+    ],
+)
+def test_flash_attention_is_taken_where_it_can_be(
+    supports: bool, attention: str, installed: bool, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager attention stands where a soft cap on the scores wants it."""
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
+    config = SimpleNamespace(_attn_implementation=attention)
+    model = SimpleNamespace(_supports_flash_attn=supports, config=config)
+    model.set_attn_implementation = partial(setattr, config, "_attn_implementation")
+    use_flash_attention(model)
+    assert config._attn_implementation == after
+
+
+def test_samples_are_packed_for_flash_attention_and_where_that_is_asked_for() -> None:
+    model = model_of("qwen3")
+    ways = {}
+    for attention in ("sdpa", "flash_attention_2"):
+        model.config._attn_implementation = attention
+        ways[attention] = [layout_for(model, packing) for packing in ("auto", "always", "never")]
+    assert ways["sdpa"] == [pad_tokens, pack_tokens, pad_tokens]
+    assert ways["flash_attention_2"] == [pack_tokens, pack_tokens, pad_tokens]
 
 
 @pytest.mark.parametrize("tied", [True, False])

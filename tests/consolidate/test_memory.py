@@ -63,6 +63,8 @@ def test_only_a_lack_of_memory_is_one() -> None:
 class Step:
     """Has room for so few micro-batches' worth of memory that it runs out the first few times."""
 
+    packs = False
+
     def __init__(self, failures: int) -> None:
         self.failures, self.counts = failures, list[int]()
         self.shortage = "rank 1 ran out of memory: teacher 3.00 GiB"

@@ -15,7 +15,16 @@ from transformers import AutoModelForCausalLM
 from oel_ray.consolidate.batches import token_weights
 from tests.consolidate.naive import divergence
 from tests.consolidate.tiny import tiny_model
-from tests.consolidate.worker import BFLOAT16, DIVERGENCES, FLOAT32, STEPS, WITHOUT_KNOWLEDGE, settings, step_samples
+from tests.consolidate.worker import (
+    BFLOAT16,
+    DIVERGENCES,
+    FLOAT32,
+    PACKED,
+    STEPS,
+    WITHOUT_KNOWLEDGE,
+    settings,
+    step_samples,
+)
 
 Runs = dict[int, tuple[Path, list[dict[Any, Any]]]]
 
@@ -138,6 +147,15 @@ def test_without_knowledge_the_loss_is_zero(runs: Runs) -> None:
     for _, ranks in runs.values():
         for case in WITHOUT_KNOWLEDGE:
             assert abs(ranks[0]["without knowledge", *case]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in PACKED])
+def test_packed_samples_train_as_padded_ones(runs: Runs, kind: str) -> None:
+    losses, _ = plain_training(kind)
+    for _, ranks in runs.values():
+        for rank in ranks:
+            assert rank["packed", kind] == pytest.approx(losses, rel=1e-4)
+            assert rank["packed without knowledge", kind] == 0.0, "the teacher reads as the student does"
 
 
 def test_streamed_weights_have_checkpoint_names_and_are_masters_rounded_once(runs: Runs) -> None:

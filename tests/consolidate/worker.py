@@ -19,6 +19,7 @@ FLOAT32 = [(kind, stage, "float32") for kind in ("tied", "untied") for stage in 
 BFLOAT16 = [("tied", 1, "bfloat16"), ("tied", 3, "bfloat16"), ("untied", 2, "bfloat16"), ("untied", 3, "bfloat16")]
 DIVERGENCES = [("untied", 3, "top_k"), ("tied", 2, "top_k_tail"), ("tied", 3, "forward")]
 WITHOUT_KNOWLEDGE = [("tied", 3, "float32"), ("untied", 2, "bfloat16")]
+PACKED = [("tied", 2), ("untied", 3)]
 STEPS = 4
 SAMPLES = 7
 
@@ -55,21 +56,9 @@ def step_samples(index: int, *, knowledge: bool = True) -> Any:
 
 
 def main(store: str, rank: int, world_size: int, output: Path) -> None:
-    from oel_ray.consolidate import optimizer
-
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-
-    # ZeRO-3 leaves parameters as small as a tiny model's on every rank, unless told to partition them all.
-    real = optimizer.deepspeed_config
-
-    def partition_everything(config: Any, world_size: int, device: str) -> dict[str, Any]:
-        settings = real(config, world_size, device)
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return settings
-
-    optimizer.deepspeed_config = partition_everything
-
+    partition_everything()
     results: dict[Any, Any] = {}
     for case in FLOAT32 + (BFLOAT16 if world_size > 1 else []):
         results[case] = run_case(*case, rank, world_size, output)
@@ -79,9 +68,28 @@ def main(store: str, rank: int, world_size: int, output: Path) -> None:
     for case in WITHOUT_KNOWLEDGE:
         step, batches = prepare(*case, rank, world_size, knowledge=False)
         results["without knowledge", *case] = step.step(batches[0]).loss
+    for kind, stage in PACKED:
+        step, batches = prepare(kind, stage, "float32", rank, world_size, packing="always")
+        results["packed", kind] = [step.step(batch).loss for batch in batches]
+        step, batches = prepare(kind, stage, "float32", rank, world_size, knowledge=False, packing="always")
+        results["packed without knowledge", kind] = step.step(batches[0]).loss
     torch.save(results, output / f"rank-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def partition_everything() -> None:
+    """ZeRO-3 leaves parameters as small as a tiny model's on every rank, unless told to partition them all."""
+    from oel_ray.consolidate import optimizer
+
+    real = optimizer.deepspeed_config
+
+    def changed(config: Any, world_size: int, device: str) -> dict[str, Any]:
+        settings = real(config, world_size, device)
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return settings
+
+    optimizer.deepspeed_config = changed
 
 
 def prepare(
@@ -93,15 +101,32 @@ def prepare(
     *,
     knowledge: bool = True,
     divergence: str = "full",
+    packing: str = "auto",
+    adapters: bool = False,
 ) -> tuple[Any, Any]:
+    """The step, and the micro-batches of all steps.
+
+    With `packing` the student attends in another way than the teacher does by itself, as with flash attention.
+    """
+    from oel_ray.config import LoraConfig
     from oel_ray.consolidate.batches import micro_batches
+    from oel_ray.consolidate.lora import add_adapters, sharing_weights
     from oel_ray.consolidate.optimizer import DistillStep
     from tests.consolidate.tiny import tiny_model
 
-    config = settings(stage, precision, world_size, divergence)
-    step = DistillStep(tiny_model(kind, seed=1), tiny_model(kind, seed=1), config, "cpu")
+    config = settings(stage, precision, world_size, divergence).model_copy(update={"packing": packing})
+    student = tiny_model(kind, seed=1)
+    if packing == "always":
+        student.set_attn_implementation("eager")
+    teacher = tiny_model(kind, seed=1)
+    if adapters:
+        student = student.to(getattr(torch, precision))
+        teacher = sharing_weights(student)
+        add_adapters(student, LoraConfig(rank=4), seed=7)
+    step = DistillStep(student, teacher, config, "cpu")
     samples = [step_samples(index, knowledge=knowledge) for index in range(STEPS)]
-    return step, [micro_batches(batch, rank, world_size, config.micro_batch_tokens) for batch in samples]
+    tokens = config.micro_batch_tokens
+    return step, [micro_batches(batch, rank, world_size, tokens, packed=step.packs) for batch in samples]
 
 
 def run_case(kind: Any, stage: int, precision: str, rank: int, world_size: int, output: Path) -> dict[Any, Any]:

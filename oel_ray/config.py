@@ -165,7 +165,7 @@ class ConsolidateConfig(Section):
     """Response tokens whose logits exist at a time."""
     checkpoint_every: NonNegative = 10
     """Steps between checkpoints inside a round, from which a restarted trainer or a resumed run goes on; 0 makes none.
-    One takes 16 bytes per parameter in the run folder, and there are two while one is written."""
+    One takes up to 20 bytes per parameter that is trained in the run folder, and there are two while one is written."""
     max_failures: NonNegative = 2
     """How often the training ranks are started again after one of them died, in a round."""
     max_skipped_steps: NonNegative = 3

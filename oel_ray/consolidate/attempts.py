@@ -25,7 +25,7 @@ from oel_ray.consolidate.checkpoints import (
 )
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.optimizer import DistillStep
-from oel_ray.consolidate.weights import FullWeights, export_policy, weights_of
+from oel_ray.consolidate.weights import FullWeights, export_policy, save_adapters
 from oel_ray.durable import FileEntry, files_below, seal, sync_folder, write_json
 from oel_ray.engines.sync import WeightSync
 from oel_ray.errors import EngineUnavailable, RunFailed
@@ -81,9 +81,12 @@ class Attempt:
         return f"r{self._job.round:03d}.s{step:04d}.a{self.number}"
 
     @property
-    def policy(self) -> Path:
-        """The folder to load the student from: the round's policy, unless the optimizer state does not fit."""
-        return self._checkpoint.folder / WEIGHTS if self._checkpoint and not self._fits else self._job.policy
+    def weights(self) -> Path | None:
+        """The folder of a checkpoint's weights that the student begins with, as the optimizer state does not fit.
+
+        That is a policy, or the adapters that belong to the round's.
+        """
+        return self._checkpoint.folder / WEIGHTS if self._checkpoint and not self._fits else None
 
     def restore(self, step: DistillStep) -> None:
         """Put masters and optimizer where the checkpoint has them. Collective."""
@@ -139,7 +142,10 @@ class Attempt:
             checkpoints.keep_outputs(self._job, done, writing)
         dist.barrier()
         step.save(writing / DEEPSPEED)
-        export_policy(weights_of(step.student, torch.float32, self.policy), self._job.policy, writing / WEIGHTS)
+        if self._job.config.consolidate.lora is None:
+            export_policy(FullWeights(step.student, torch.float32), self._job.policy, writing / WEIGHTS)
+        else:
+            save_adapters(step.student, writing / WEIGHTS)
         files = self._sealed(writing)
         if self._rank == 0:
             state = State(

@@ -40,6 +40,7 @@ class Distiller(nn.Module):
             student_soft_cap=logit_soft_cap(student),
         )
         self.loss = _DistillLoss(student.get_output_embeddings(), objective)
+        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Self:
         """Dropout stays off: the student must be the policy that wrote the responses."""
@@ -71,6 +72,13 @@ class Distiller(nn.Module):
             hidden_TD, teacher_hidden_TE, teacher_head_VE, weights_T, teacher_bias_V, teacher_soft_cap
         )
         return loss, kl_T
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """A checkpoint holds what is trained. DeepSpeed itself would leave in a frozen head that has two names."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
 
 
 class _DistillLoss(nn.Module):

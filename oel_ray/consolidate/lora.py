@@ -6,13 +6,17 @@ so that student and teacher begin as the same function.
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from oel_ray.config import LoraConfig
 from oel_ray.errors import UserError
+
+ADAPTERS_FILE = "adapters.safetensors"
 
 
 def sharing_weights(model: Any) -> Any:
@@ -38,6 +42,14 @@ def add_adapters(model: Any, config: LoraConfig, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft takes the dtype of the weights beside it, and the masters come from these
             parameter.data = parameter.data.float()
+
+
+def load_adapters(model: Any, folder: Path) -> None:
+    """Give the model's adapters the values that `weights.save_adapters` wrote."""
+    values = load_file(folder / ADAPTERS_FILE)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = values[name]
 
 
 def layers_to_adapt(model: Any, config: LoraConfig) -> list[str]:

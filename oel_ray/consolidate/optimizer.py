@@ -5,7 +5,7 @@ Needs an initialised torch.distributed process group, also with one rank.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,12 +238,15 @@ class DistillStep:
         self.engine.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach().double(), kl_T
 
-    def _take_part(self, micro_batches: Sequence[MicroBatch], scale: float = 1.0) -> None:
-        """A pass over next to nothing."""
+    def _take_part(self, micro_batches: Sequence[MicroBatch], *, spoil: bool = False) -> None:
+        """A pass over next to nothing, which leaves no gradient finite if it is to `spoil` them."""
         batch = filler([sample for batch in micro_batches for sample in batch.samples])
-        (hidden_TE,) = self.teacher.hidden(batch.samples)
-        loss, _ = self._forward(batch, hidden_TE)
-        self.engine.backward(loss * scale, scale_wrt_gas=False)
+        if spoil:  # a response, or nothing would reach the layers below a frozen head
+            (sample,) = batch.samples
+            batch = MicroBatch((replace(sample, response_ids=sample.student_prompt_ids[:1]),), (1.0,))
+        head_VE = self.teacher.model.get_output_embeddings().weight
+        loss, _ = self._forward(batch, head_VE.new_zeros(int(spoil), head_VE.shape[1]))
+        self.engine.backward(loss * (math.nan if spoil else 1.0), scale_wrt_gas=False)
 
     def _survived(self, error: BaseException, micro_batches: Sequence[MicroBatch], *, in_collectives: bool) -> str:
         """What there is to say about an error in a pass, if the step can be given up together with the other ranks.
@@ -272,7 +275,7 @@ class DistillStep:
         self.teacher.pass_tokens = max(self.teacher.pass_tokens // 2, 1)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._take_part(micro_batches, math.nan)
+        self._take_part(micro_batches, spoil=True)
         applied, _ = self._apply()
         assert not applied
 
@@ -280,12 +283,16 @@ class DistillStep:
         return account(self.student, self.teacher, self._config, micro_batches, self.world_size)
 
     def save(self, folder: Path) -> None:
-        """Write masters and optimizer state. Collective; `load` needs as many ranks, and the same settings."""
-        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        """Write masters and optimizer state, and nothing that is frozen. Collective.
+
+        `load` needs as many ranks, and the same settings.
+        """
+        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
-        """Take back what `save` wrote. Collective; before the first step."""
-        self.engine.load_checkpoint(str(folder), tag=_TAG)
+        """Take back what `save` wrote, beside the frozen weights that are there. Collective; before the first step."""
+        whole = len(self._trained) == len(list(self.engine.module.parameters()))
+        self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
 
     def _teacher_pass(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         """hidden_TE of every micro-batch.

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oel_ray.checkpoint import TIED_HEAD, checkpoint_shapes, checkpoint_tensor, wider_tensors
+from oel_ray.consolidate.lora import ADAPTERS_FILE
 from oel_ray.errors import UserError
 
 WeightMeta = tuple[str, torch.dtype, torch.Size]
@@ -136,6 +137,15 @@ def weights_of(student: Any, dtype: torch.dtype, folder: Path) -> FullWeights:
     if any(_has_adapter(layer) for layer in student.modules()):
         return MergedWeights(student, dtype, folder)
     return FullWeights(student, dtype)
+
+
+def save_adapters(student: Any, folder: Path) -> None:
+    """Write the float32 masters of a student's adapters (`lora.load_adapters`). Collective: rank 0 writes."""
+    masters = {name: _master(p).cpu().contiguous() for name, p in student.named_parameters() if p.requires_grad}
+    if dist.get_rank() == 0:
+        folder.mkdir()
+        save_file(masters, folder / ADAPTERS_FILE)
+    dist.barrier()
 
 
 def _has_adapter(layer: Any) -> bool:

@@ -21,7 +21,7 @@ from oel_ray.consolidate.attempts import Attempt
 from oel_ray.consolidate.batches import Sample, micro_batches
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.loading import load_model, use_flash_attention
-from oel_ray.consolidate.lora import add_adapters, sharing_weights
+from oel_ray.consolidate.lora import add_adapters, load_adapters, sharing_weights
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
 from oel_ray.consolidate.prefixes import Draw
 from oel_ray.consolidate.responses import Responses
@@ -45,7 +45,7 @@ def train(job: Job) -> None:
     device = _take_device(job, context.get_local_rank())
     attempt = Attempt(job, rank, world_size)
     step = _distill_step(job, device, attempt)
-    weights = weights_of(step.student, getattr(torch, job.config.policy_dtype), attempt.policy)
+    weights = weights_of(step.student, getattr(torch, job.config.policy_dtype), job.policy)
     check_names(weights, job.policy)
     sync = attempt.weight_sync(weights)
     chat = ChatFormat.from_pretrained(job.policy, thinking=job.config.thinking)
@@ -130,16 +130,18 @@ def _take_device(job: Job, local_rank: int) -> torch.device:
 
 
 def _distill_step(job: Job, device: torch.device, attempt: Attempt) -> DistillStep:
-    consolidate = job.config.consolidate
+    consolidate, lora = job.config.consolidate, job.config.consolidate.lora
     precision = getattr(torch, consolidate.precision)
     # The masters come from these weights, or from the optimizer state of a checkpoint.
-    student = load_model(attempt.policy, torch.float32 if consolidate.lora is None else precision)
-    if consolidate.lora is not None and job.teacher == attempt.policy:
-        teacher = sharing_weights(student)
-    else:
+    if lora is None:
+        student = load_model(attempt.weights or job.policy, torch.float32)
         teacher = load_model(job.teacher, precision)
-    if consolidate.lora is not None:
-        add_adapters(student, consolidate.lora, derive_seed(job.config.seed, "lora", job.round))
+    else:
+        student = load_model(job.policy, precision)
+        teacher = sharing_weights(student) if job.teacher == job.policy else load_model(job.teacher, precision)
+        add_adapters(student, lora, derive_seed(job.config.seed, "lora", job.round))
+        if attempt.weights:
+            load_adapters(student, attempt.weights)
     if job.on_gpu and precision == torch.bfloat16 and consolidate.packing != "never":
         use_flash_attention(student)
     step = DistillStep(student, teacher, consolidate, device)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-KINDS = [(0, "float32"), (1, "float32"), (2, "float32"), (2, "bfloat16")]
-ZERO_3 = (3, "float32")
+KINDS = [(0, "float32", "all"), (1, "float32", "all"), (2, "float32", "all"), (2, "bfloat16", "all")]
+KINDS += [(0, "float32", "adapters"), (2, "bfloat16", "adapters")]
+ZERO_3 = (3, "float32", "all")
 PLACES = ["teacher", "forward", "backward"]
 
 
@@ -30,7 +31,7 @@ class Shortage:
         elif place == "forward":
             self._wrap(step, "_forward")
         else:  # behind some of the gradients, before others
-            step.student.get_input_embeddings().weight.register_hook(self._look)
+            next(p for p in step.student.parameters() if p.requires_grad).register_hook(self._look)
 
     def _look(self, gradient: Any) -> None:
         self.calls += 1
@@ -54,16 +55,16 @@ class Shortage:
 def main(store: str, rank: int, world_size: int, output: Path) -> None:
     from oel_ray.consolidate.weights import FullWeights
     from oel_ray.errors import RunFailed
-    from tests.consolidate.worker import copied, prepare
+    from tests.consolidate.worker import prepare
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     last = rank == world_size - 1
     results: dict[Any, Any] = {}
-    for stage, precision in [*KINDS, ZERO_3]:
+    for stage, precision, what in [*KINDS, ZERO_3]:
         places = ["teacher"] if stage == 3 else PLACES
         for place, times in [("nowhere", 0), *((place, 1) for place in places), *[("forward", 2)] * (stage < 3)]:
-            step, batches = prepare("tied", stage, precision, rank, world_size)
+            step, batches = prepare("tied", stage, precision, rank, world_size, adapters=what == "adapters")
             if times:
                 Shortage(step, place, times, here=last)
             seen = []
@@ -73,7 +74,10 @@ def main(store: str, rank: int, world_size: int, output: Path) -> None:
                     seen.append(metrics.loss if metrics else step.shortage)
                     if metrics:
                         break
-            results[stage, precision, place, times] = seen, copied(FullWeights(step.student, torch.float32))
+            weights = (
+                step.student.named_parameters() if what == "adapters" else FullWeights(step.student, torch.float32)
+            )
+            results[stage, precision, what, place, times] = seen, {n: w.detach().clone() for n, w in weights}
     step, batches = prepare("tied", 3, "float32", rank, world_size)
     Shortage(step, "forward", 1, here=True)  # on all ranks, or the others would wait for ever
     try:

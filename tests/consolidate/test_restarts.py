@@ -66,6 +66,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_in_a_step(undisturbed: Path, model: Path, tmp_path: Path) -> None:
     ended = drive(model, tmp_path, kill="1:consolidate:3:rank-1:attempt-0")
     assert ended.returncode == 0
@@ -157,5 +158,41 @@ def test_what_would_come_again_ends_at_once_and_the_last_good_weights_stay(model
     metrics = rows(tmp_path, "metrics")
     applied = [row["applied"] for row in metrics]
     assert applied[-2:] == [False, False]
-    (checkpoint,) = tmp_path.glob(f"scratch/*/step-{len(applied) - 2:04d}")
+    good = len(applied) - 2
+    (checkpoint,) = tmp_path.glob(f"scratch/*/step-{good:04d}-last-good")
     assert load_file(checkpoint / "weights" / "model.safetensors")
+    assert [row["step"] for row in rows(checkpoint / "outputs", "metrics")] == list(range(good))
+
+
+ADAPTERS = ["consolidate.lora={rank: 4, alpha: 8}", "consolidate.learning_rate=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    assert drive(model, folder, *ADAPTERS).returncode == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_a_rank_with_adapters_that_is_killed_in_a_step(undisturbed_adapters: Path, model: Path, tmp_path: Path) -> None:
+    ended = drive(model, tmp_path, *ADAPTERS, kill="1:consolidate:3:rank-1:attempt-0")
+    assert ended.returncode == 0
+    assert f"attempt 1, after step 2 of {STEPS}" in ended.stdout
+    assert_same(tmp_path, undisturbed_adapters)
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_takes_the_adapters_alone(
+    undisturbed_adapters: Path, model: Path, tmp_path: Path
+) -> None:
+    ended = drive(model, tmp_path, *ADAPTERS, kill=AFTER_FOUR)
+    assert ended.returncode == -signal.SIGKILL
+    done = max(int(path.parent.parent.name.removeprefix("step-")) for path in tmp_path.glob("scratch/*/*/*/adapters.*"))
+    ended = drive(model, tmp_path, *ADAPTERS, "consolidate.workers=1")
+    assert ended.returncode == 0
+    assert "its weights are taken, and the optimizer starts anew" in ended.stdout
+    ours, theirs = (rows(folder, "metrics") for folder in (tmp_path, undisturbed_adapters))
+    assert [row["step"] for row in ours] == list(range(STEPS))
+    assert [row["loss"] for row in ours[:done]] == [row["loss"] for row in theirs[:done]]
+    assert ours[done]["kl_per_token"] == pytest.approx(theirs[done]["kl_per_token"], rel=1e-4), "the same function"

@@ -159,6 +159,9 @@ class ConsolidateConfig(Section):
     """Memory on the device of one rank for what its teacher keeps of the knowledge texts it has read."""
     teacher_offload_gib: Gibibytes = 16.0
     """Memory on the host of one rank for what the device has no room for; what fits nowhere is read again each step."""
+    offload_optimizer: bool = False
+    """Keep master weights and optimizer state in the host's memory and step there, for GPUs whose memory they would
+    fill: up to 18 bytes per parameter that is trained, spread over the ranks."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: a third more compute for a fraction of the memory."""
     chunk_tokens: Positive = 512
@@ -180,6 +183,12 @@ class ConsolidateConfig(Section):
                 "zero_stage=3 would partition the frozen weights, which the student of consolidate.lora shares with "
                 "its teacher and every rank needs whole: set consolidate.zero_stage=2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_what_is_partitioned(self) -> Self:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer=true needs ZeRO: set consolidate.zero_stage=1, 2 or 3")
         return self
 
     def rate(self, update: int) -> float:

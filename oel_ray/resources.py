@@ -35,19 +35,24 @@ def check_resources(config: RunConfig) -> None:
     """Compare what a run needs with the cluster that it would join, or else with this machine. Starts no Ray.
 
     Raises:
-        UserError: too little is there, with demand, supply and shortfall; or no Ray answers at the address.
+        UserError: too little is there, with demand, supply and shortfall; or no Ray answers at the address; or a GPU's
+            optimizer is to lie on the host, and there is no GPU.
     """
     if address := _address(config):
         available = _resources_at(address)
-        _check(demand(config, on_gpu=_on_gpu(config, available.get("GPU", 0))), available, f"the cluster at {address}")
-        return
-    gpus = 0 if config.engines.device == "cpu" else _gpus_here()
-    if _on_gpu(config, gpus):
-        # Ray is started with as many logical CPUs as are needed.
-        needed = demand(config, on_gpu=True)
-        _check(needed, {"CPU": needed.cpus, "GPU": gpus}, "this machine")
+        on_gpu = _on_gpu(config, available.get("GPU", 0))
+        _check(demand(config, on_gpu=on_gpu), available, f"the cluster at {address}")
     else:
-        _check_cores(config)
+        gpus = 0 if config.engines.device == "cpu" else _gpus_here()
+        on_gpu = _on_gpu(config, gpus)
+        if on_gpu:
+            # Ray is started with as many logical CPUs as are needed.
+            needed = demand(config, on_gpu=True)
+            _check(needed, {"CPU": needed.cpus, "GPU": gpus}, "this machine")
+        else:
+            _check_cores(config)
+    if config.consolidate.offload_optimizer and not on_gpu:
+        raise UserError("consolidate.offload_optimizer=true means nothing on CPUs: leave it out")
 
 
 @contextmanager

@@ -114,6 +114,12 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run game.yaml consolidate.lora.target_modules=[]", "consolidate.lora.target_modules:", "write all-linear"),
     ("run game.yaml consolidate.lora.target_modules=[q_prj]", "no linear layer 'q_prj'", "choose from down_proj, gate"),
     ("run game.yaml consolidate.lora={} consolidate.zero_stage=3", "zero_stage=3", "set consolidate.zero_stage=2"),
+    ("run game.yaml consolidate.offload_optimizer=true", "means nothing on CPUs", "leave it out"),
+    (
+        "run game.yaml consolidate.offload_optimizer=true consolidate.zero_stage=0",
+        "offload_optimizer=true needs ZeRO",
+        "set consolidate.zero_stage=1",
+    ),
     # another teacher
     ("run game.yaml consolidate.teacher=./absent", "the model folder absent does not exist", "a Hugging Face folder"),
     ("run game.yaml consolidate.teacher=models/wide", "has another tokenizer", "read and write the same tokens"),

@@ -31,14 +31,15 @@ class Spread(Record):
     workers: int
     zero_stage: int
     precision: Literal["float32", "bfloat16"]
+    offload_optimizer: bool
 
     @classmethod
     def of(cls, job: Job) -> "Spread":
-        config = job.config.consolidate
-        return cls(workers=config.workers, zero_stage=config.zero_stage, precision=config.precision)
+        return cls(**{name: getattr(job.config.consolidate, name) for name in cls.model_fields})
 
     def __str__(self) -> str:
-        return f"{self.workers} ranks, ZeRO stage {self.zero_stage}, {self.precision}"
+        host = ", optimizer on the host" if self.offload_optimizer else ""
+        return f"{self.workers} ranks, ZeRO stage {self.zero_stage}, {self.precision}{host}"
 
 
 class State(Record):

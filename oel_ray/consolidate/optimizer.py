@@ -32,7 +32,8 @@ _Sum = tuple[float, int]
 def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) -> dict[str, Any]:
     """DeepSpeed's configuration. `device` is "cpu" or "cuda".
 
-    The caller decides how many micro-batches make a step, so DeepSpeed's own batch arithmetic is a formality.
+    The caller decides how many micro-batches make a step, so DeepSpeed's own batch arithmetic is a formality. On the
+    host, too, the optimizer is torch's: DeepSpeed asks for its own only in place of one that a caller hands over.
     """
     stage = config.zero_stage
     if config.precision == "bfloat16":
@@ -59,6 +60,8 @@ def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) ->
         "zero_optimization": {"stage": stage, "overlap_comm": False},
         "steps_per_print": 2**31,
     }
+    if config.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     if config.precision == "bfloat16":
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -338,7 +341,10 @@ class DistillStep:
         """Step the optimizer unless a gradient is not finite; whether it did, and the gradient norm before clipping."""
         if not self._bare_optimizer:
             self.engine.step()
-            return self.engine.was_step_applied(), float(self.engine.get_global_grad_norm())
+            applied, optimizer = self.engine.was_step_applied(), self.engine.optimizer
+            if self._config.offload_optimizer and not applied:  # DeepSpeed would add the next gradients to these
+                optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+            return applied, float(self.engine.get_global_grad_norm())
         self.engine.buffered_allreduce_fallback()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None]).item()
         if not math.isfinite(grad_norm):

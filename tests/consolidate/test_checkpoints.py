@@ -90,7 +90,8 @@ def test_another_job_starts_over(job: Job, change: Any) -> None:
 
 def test_how_the_work_is_spread_makes_no_other_job(job: Job) -> None:
     saved(job, 2)
-    other = changed(job, workers=1, zero_stage=3, precision="float32", micro_batch_tokens=7)
+    spread = {"workers": 1, "zero_stage": 3, "precision": "float32"}
+    other = changed(job, **spread, micro_batch_tokens=7, packing="always", offload_optimizer=True)
     (found,) = checkpoints.usable(other)
     assert found.state.spread != Spread.of(other)
     assert str(found.state.spread) == "2 ranks, ZeRO stage 2, bfloat16"

@@ -1,12 +1,13 @@
 """Running out of memory: how it shows, and a line on what took it. Training workers (Ray Train group); needs no Ray."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from oel_ray.config import ConsolidateConfig
-from oel_ray.consolidate.batches import MicroBatch
+from oel_ray.consolidate.batches import MicroBatch, pass_shape
 from oel_ray.consolidate.teacher import Teacher
 
 
@@ -17,23 +18,36 @@ def ran_out(error: BaseException) -> bool:
 
 
 def account(
-    student: Any, teacher: Teacher, config: ConsolidateConfig, micro_batches: Sequence[MicroBatch], ranks: int
+    student: Any,
+    teacher: Teacher,
+    config: ConsolidateConfig,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    ranks: int,
+    packed: bool,
 ) -> str:
-    """What takes a rank's memory in a step: what always lies there, and the largest of what comes and goes."""
+    """What takes a rank's memory in a step: what always lies there, and the largest of what comes and goes.
+
+    Weights that the student shares with the teacher are the teacher's.
+    """
     size = 4 if config.precision == "float32" else 2
-    numel = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters() if p.requires_grad)
+    shared = {id(p) for p in teacher.model.parameters()}
+    own = [p for p in student.parameters() if id(p) not in shared]
+    numel, trained = (
+        sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        for parameters in (own, [p for p in own if p.requires_grad])
+    )
     states = 8 if (size == 4 and config.zero_stage == 0) else 12  # float32 parameters are their own masters
+    where = " (on the host)" if config.offload_optimizer else ""
     lying = {
         "parameters": numel * size / (ranks if config.zero_stage == 3 else 1),
-        "gradients": numel * size / (ranks if config.zero_stage >= 2 else 1),
-        "masters and optimizer": numel * states / (ranks if config.zero_stage >= 1 or size == 2 else 1),
+        "gradients": trained * 4 / (ranks if config.zero_stage >= 2 else 1),
+        f"masters and optimizer{where}": trained * states / (ranks if config.zero_stage >= 1 or size == 2 else 1),
         "teacher": sum(p.numel() * p.element_size() for p in teacher.model.parameters()),
         "its kept texts": teacher.kept_bytes,
     }
-    rows, width = max(
-        ((len(batch.samples), max(s.student_tokens for s in batch.samples)) for batch in micro_batches),
-        key=lambda shape: shape[0] * shape[1],
-    )
+    shapes = [pass_shape([s.student_tokens for s in batch.samples], packed=packed) for batch in micro_batches]
+    rows, width = max(shapes, key=math.prod)
     head = student.get_output_embeddings().weight
     words, hidden = getattr(head, "ds_shape", head.shape)
     logits = config.chunk_tokens * words * 4
@@ -41,7 +55,7 @@ def account(
     return (
         f"{', '.join(parts)}; the largest micro-batch is {rows} x {width} tokens of width {hidden}, and a chunk of "
         f"logits {config.chunk_tokens} x {words} words, {_gib(logits)}. Lower consolidate.micro_batch_tokens, "
-        "chunk_tokens or teacher_cache_gib, or raise zero_stage or workers"
+        "chunk_tokens or teacher_cache_gib, raise zero_stage or workers, or set offload_optimizer"
     )
 
 

@@ -283,7 +283,9 @@ class DistillStep:
         assert not applied
 
     def _account(self, micro_batches: Sequence[MicroBatch]) -> str:
-        return account(self.student, self.teacher, self._config, micro_batches, self.world_size)
+        return account(
+            self.student, self.teacher, self._config, micro_batches, ranks=self.world_size, packed=self.packs
+        )
 
     def save(self, folder: Path) -> None:
         """Write masters and optimizer state, and nothing that is frozen. Collective.

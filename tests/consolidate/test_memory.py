@@ -1,14 +1,19 @@
 """A rank runs out of memory: all ranks give the step up together, and try it again. Real DeepSpeed on two ranks."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from oel_ray.config import ConsolidateConfig, LoraConfig
 from oel_ray.configure import parse_config
-from oel_ray.consolidate.memory import ran_out
+from oel_ray.consolidate.batches import MicroBatch
+from oel_ray.consolidate.lora import add_adapters, sharing_weights
+from oel_ray.consolidate.memory import account, ran_out
 from oel_ray.consolidate.worker import _train_step
 from oel_ray.errors import RunFailed
 from tests.consolidate.memory_worker import KINDS, PLACES, ZERO_3
@@ -52,6 +57,32 @@ def test_what_took_the_memory_is_said(ranks: list[dict[Any, Any]]) -> None:
         "Lower consolidate.",
     ):
         assert part in said, said
+
+
+def test_what_student_and_teacher_share_is_counted_once() -> None:
+    size = {
+        "vocab_size": 32_768,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 4,
+        "head_dim": 128,
+    }
+    with torch.device("meta"):
+        student: Any = Qwen3ForCausalLM(Qwen3Config(**size)).bfloat16()
+        other: Any = SimpleNamespace(model=Qwen3ForCausalLM(Qwen3Config(**size)).bfloat16(), kept_bytes=0)
+    shared: Any = SimpleNamespace(model=sharing_weights(student), kept_bytes=0)
+    add_adapters(student, LoraConfig(rank=8), seed=0)
+    config = ConsolidateConfig(offload_optimizer=True)
+    samples = tiny_samples(2, seed=0)
+    batches = [MicroBatch(tuple(samples), (1.0, 1.0))]
+    said = [account(student, teacher, config, batches, ranks=2, packed=True) for teacher in (shared, other)]
+    beside, whole = (dict(re.findall(r"([a-z ]+?)(?: \(on the host\))? ([\d.]+) GiB", text)) for text in said)
+    assert float(beside["parameters"]) < 0.05 < 0.5 < float(beside[" teacher"])
+    assert float(whole["parameters"]) == pytest.approx(
+        float(beside["parameters"]) + float(beside[" teacher"]), abs=0.02
+    )
+    assert " masters and optimizer (on the host) 0.0" in said[0]
+    assert f"the largest micro-batch is 1 x {sum(s.student_tokens for s in samples)} tokens of width 2048" in said[0]
 
 
 def test_only_a_lack_of_memory_is_one() -> None:

@@ -77,6 +77,8 @@ class ExtractConfig(Section):
     games themselves are the knowledge (the paper's baseline)."""
     show_previous: bool = True
     """Whether the extractor sees the knowledge accumulated so far."""
+    keep_repeats: bool = True
+    """Whether a text takes an item that it holds already (paper); what one answer says twice is taken once."""
     max_tokens: Positive = 8192
     """L_max: tokens of one knowledge text; the oldest whole items are dropped beyond it."""
     reject: tuple[Rejection, ...] = ("control", "url", "code")

@@ -122,14 +122,14 @@ class EvaluationGame(Trajectory):
 class AccumulationStep(Record):
     """What one trajectory added to one accumulation.
 
-    `status` is "added", or the reason why nothing was: "unclosed_thought", "no_items", "over_long", "rejected".
-    `rejected` counts items that were not taken, by reason, see `Rejection`. `dropped` counts the oldest items that left
-    the text to keep it within L_max.
+    `status` is "added", or the reason why nothing was: "unclosed_thought", "no_items", "over_long", "repeated" or
+    "rejected". `rejected` counts items that were not taken, by reason: "empty", "over_long", "repeated", or a
+    `Rejection`. `dropped` counts the oldest items that left the text to keep it within L_max.
     """
 
     index: int
     trajectory_id: str
-    status: Literal["added", "unclosed_thought", "no_items", "over_long", "rejected"]
+    status: Literal["added", "unclosed_thought", "no_items", "over_long", "repeated", "rejected"]
     added: list[str]
     rejected: dict[str, int] = {}
     dropped: int

@@ -6,7 +6,8 @@ could move the cursor or retitle the terminal, are made visible.
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,18 +181,21 @@ def _show_trajectory(trajectory: Trajectory, console: Console) -> None:
 def _show_knowledge(text: KnowledgeText, console: Console) -> None:
     title = f"{text.id}: {text.format}, round {text.round}, seed {text.seed}, {text.tokens} tokens"
     console.print(plain(title, "bold"))
-    outcomes: dict[str, int] = {}
-    for step in text.steps:
-        outcomes[step.status] = outcomes.get(step.status, 0) + 1
-    counted = ", ".join(f"{count} {status}" for status, count in outcomes.items())
+    outcomes = Counter(step.status for step in text.steps)
+    rejected = sum((Counter(step.rejected) for step in text.steps), Counter())
     dropped = sum(step.dropped for step in text.steps)
-    console.print(plain(f"{len(text.steps)} trajectories read: {counted}; items dropped for length: {dropped}"))
+    console.print(plain(f"{len(text.steps)} trajectories read: {_counted(outcomes)}"))
+    console.print(plain(f"items dropped for length: {dropped}; not taken: {_counted(rejected)}"))
     console.print(Rule("items", align="left", style="dim"))
     if not text.items:
         console.print("(none)")
     for item in text.items:
         console.print(plain(item.text))
         console.print(Text("    from ", "dim") + plain(item.trajectory_id))
+
+
+def _counted(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.items()) or "none"
 
 
 def _identified(folder: RunFolder) -> Iterator[tuple[Path, bytes, str]]:

@@ -65,6 +65,7 @@ def test_a_knowledge_text_names_its_sources(run: Path) -> None:
     text = rendered(run, "r001-k00")
     assert "- EXPERIENCE ITEM: thing 1\n    from r001-extraction-0001\n" in text
     assert "2 trajectories read: 2 added" in text
+    assert "items dropped for length: 1; not taken: none" in text
 
 
 def test_an_unknown_id_names_near_ones(run: Path) -> None:

@@ -5,13 +5,14 @@ Runs as a coroutine in an extraction worker; many share its event loop. Imports 
 
 import random
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.config import ExtractConfig
-from oel_ray.extract.items import fit, items_after, join, screen, structured_items, unstructured_items, within
+from oel_ray.extract.items import admit, fit, items_after, join, screen, structured_items, unstructured_items
 from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory
 from oel_ray.seeds import derive_seed
 
@@ -87,7 +88,8 @@ async def accumulate(
     for index, trajectory in enumerate(order[len(steps) :], start=len(steps)):
         response: Generation | None = None
         found: list[str] = []
-        status: Literal["added", "unclosed_thought", "no_items", "over_long", "rejected"] = "no_items"
+        status: Literal["added", "unclosed_thought", "no_items", "over_long", "repeated", "rejected"] = "no_items"
+        blank = 0
         if config.format == "raw":
             found = [prompts.transcript(trajectory.instructions, trajectory.turns, trajectory.outcome)]
         elif (prompt_ids := extraction_prompt_ids(trajectory, text, config, chat, max_model_len)) is None:
@@ -98,14 +100,20 @@ async def accumulate(
             answer = strip_thinking(response.text, thinking=chat.thinking)
             if answer is None:
                 status = "unclosed_thought"
+            elif config.format == "structured":
+                found = structured_items(answer)
+                blank = answer.count(prompts.ITEM_MARKER) - len(found)
             else:
-                found = structured_items(answer) if config.format == "structured" else unstructured_items(answer)
+                found = unstructured_items(answer)
 
-        found, rejected = screen(found, () if config.format == "raw" else config.reject, chat.control_tokens)
-        added = within(found, config.max_tokens, chat.count)
-        if found:
-            status = "added" if added else "over_long"
-        elif rejected:
+        held = [] if config.keep_repeats else [item.text for item in items]
+        found, suspect = screen(found, () if config.format == "raw" else config.reject, chat.control_tokens)
+        added, refused = admit(found, held, config.max_tokens, chat.count)
+        if added:
+            status = "added"
+        elif refused:
+            status = "over_long" if refused["over_long"] else "repeated"
+        elif suspect:
             status = "rejected"
         items += [KnowledgeItem(text=item, trajectory_id=trajectory.id) for item in added]
         kept, dropped = fit([item.text for item in items], config.max_tokens, chat.count)
@@ -117,7 +125,7 @@ async def accumulate(
                 trajectory_id=trajectory.id,
                 status=status,
                 added=added,
-                rejected=dict(rejected),
+                rejected=dict(suspect + refused + Counter(empty=blank)),
                 dropped=dropped,
                 knowledge_tokens=chat.count(text),
                 response_tokens=len(response.token_ids) if response else 0,

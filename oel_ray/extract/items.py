@@ -57,9 +57,24 @@ def join(items: Sequence[str]) -> str:
     return "\n".join(items)
 
 
-def within(items: Sequence[str], max_tokens: int, count: Callable[[str], int]) -> list[str]:
-    """The items that fit the budget by themselves. The others must not enter: `fit` would drop all else for them."""
-    return [item for item in items if count(item) <= max_tokens]
+def admit(
+    items: Sequence[str], held: Sequence[str], max_tokens: int, count: Callable[[str], int]
+) -> tuple[list[str], Counter[str]]:
+    """The items that may enter a text, and how many may not, by reason.
+
+    "over_long" is what does not fit the budget by itself: `fit` would drop all else for it. "repeated" is what came
+    before, among `items` or in `held`.
+    """
+    admitted: list[str] = []
+    rejected: Counter[str] = Counter()
+    for item in items:
+        if count(item) > max_tokens:
+            rejected["over_long"] += 1
+        elif item in admitted or item in held:
+            rejected["repeated"] += 1
+        else:
+            admitted.append(item)
+    return admitted, rejected
 
 
 def fit(items: Sequence[str], max_tokens: int, count: Callable[[str], int]) -> tuple[list[str], int]:

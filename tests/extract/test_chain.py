@@ -177,6 +177,23 @@ def test_a_step_that_adds_nothing_says_why_and_keeps_the_rest(answer: str, think
     assert [item.trajectory_id for item in text.items] == ["game-0", "game-2", "game-3", "game-4"]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_not_taken_is_counted(chat: ChatFormat, keep: bool) -> None:
+    good, long = f"{ITEM_MARKER} holes kill", f"{ITEM_MARKER} {'long ' * 500}"
+    answers = [f"So:\n{good}\n{ITEM_MARKER}\n{good}\n{long}\n{ITEM_MARKER} ", good, "nothing", long, good]
+    text = asyncio.run(chain(chat, ScriptedGenerate(answers), config(max_tokens=200, keep_repeats=keep)))
+    again, rejected = ("added", {}) if keep else ("repeated", {"repeated": 1})
+    assert [step.status for step in text.steps] == ["added", again, "no_items", "over_long", again]
+    assert [step.rejected for step in text.steps] == [
+        {"over_long": 1, "repeated": 1, "empty": 2},
+        rejected,
+        {},
+        {"over_long": 1},
+        rejected,
+    ]
+    assert text.text == join([good] * (3 if keep else 1))
+
+
 @pytest.mark.parametrize("form", ["structured", "unstructured"])
 def test_a_chain_whose_thoughts_never_end_gives_an_empty_text(form: str) -> None:
     chat = ChatFormat(small_tokenizer(), thinking=True)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oel_ray.extract.items import fit, growth, join, structured_items, unstructured_items, within
+from oel_ray.extract.items import admit, fit, growth, join, structured_items, unstructured_items
 from oel_ray.prompts import ITEM_MARKER
 from tests import example_run
 
@@ -63,10 +63,12 @@ def test_fit_drops_only_the_oldest_and_no_more_than_it_must(items: list[str], bu
         assert words(join(items[dropped - 1 :])) > budget
 
 
-@given(texts, st.integers(0, 20))
-def test_an_item_that_is_too_long_never_empties_the_store(items: list[str], budget: int) -> None:
-    store = within(items, budget, words)
-    assert store == [item for item in items if words(item) <= budget]
+@given(texts, texts, st.integers(0, 20))
+def test_an_item_that_is_too_long_never_empties_the_store(items: list[str], held: list[str], budget: int) -> None:
+    store, rejected = admit(items, held, budget, words)
+    assert set(store) == {item for item in items if words(item) <= budget} - set(held)
+    assert len(set(store)) == len(store) == len(items) - rejected.total()
+    assert rejected["over_long"] == sum(words(item) > budget for item in items)
     kept, _ = fit(store, budget, words)
     assert bool(kept) == bool(store)
     assert kept[-1:] == store[-1:]

@@ -60,6 +60,11 @@ class CollectConfig(Section):
     """Player actors."""
     seats: Positive = 16
     """Games that one player actor plays at a time."""
+    step_deadline_s: Seconds = 120.0
+    """Seconds that a game may take for one answer; then its player is restarted and the game played again."""
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Failures of games and players, which are made good by playing again, per game of a stage; one more than that, and
+    more than five, ends the run with the most frequent error."""
     sampling: SamplingConfig = SamplingConfig()
     """How the player's responses are sampled."""
     extraction_sampling: SamplingConfig | None = None

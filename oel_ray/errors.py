@@ -9,6 +9,10 @@ class RunFailed(Exception):
     """The run could not go on although the input was right. One line. Exit code 1; the run stays resumable."""
 
 
+class EnvironmentFailed(Exception):
+    """An environment raised an error; one line with its type. The game can be played again."""
+
+
 class EngineUnavailable(RunFailed):
     """No engine is left that could answer, or none answered within its deadline."""
 

@@ -1,16 +1,20 @@
 """Plays games with a policy. `play` is a plain coroutine; `Player` wraps it into a Ray actor with many seats.
 
 All seats of an actor share one event loop and no threads: environments are not safe in threads, and a step takes
-microseconds while a response takes seconds.
+microseconds while a response takes seconds. An environment that does not come back stops them all, so a second loop, in
+a thread of its own, tells which one it is.
 """
 
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
 from oel_ray.config import EnvironmentConfig
 from oel_ray.envs import Environment, make
-from oel_ray.errors import RunFailed
+from oel_ray.errors import EnvironmentFailed, RunFailed, one_line
 from oel_ray.records import EndedBy, Episode, Generate, Sampling, Trajectory, Turn
 from oel_ray.seeds import derive_seed
 
@@ -28,13 +32,16 @@ async def play(
     knowledge: str = "",
     key: str | None = None,
     sampling_seed: int | None = None,
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Trajectory, bool]:
     """Play one fresh environment to its end; returns the trajectory, and whether the game was won.
 
     `key` is the routing key (the episode's id by default). `sampling_seed` tells repeated games of one episode apart.
+    The environment is called in contexts that `inside` makes.
     """
     turns: list[Turn] = []
-    observation = environment.reset()
+    with inside():
+        observation = environment.reset()
     ended_by: EndedBy = "turn_limit"
     outcome = f"The game was stopped after {config.max_turns} turns."
     template = prompts.game_template(show_actions=config.show_actions)
@@ -47,7 +54,8 @@ async def play(
             break
         seed = derive_seed(run_seed, "play", episode.id, sampling_seed or 0, number)
         generation = await generate(prompt_ids, sampling, seed=seed, key=key or episode.id)
-        step = environment.step(generation.text)
+        with inside():
+            step = environment.step(generation.text)
         turns.append(
             Turn(
                 observation=observation,
@@ -63,9 +71,11 @@ async def play(
         observation = step.feedback
         if step.done:
             ended_by, outcome = "environment", step.outcome
-            if config.state_result:
-                outcome = prompts.with_result(outcome, won=environment.success())
             break
+    with inside():
+        won = environment.success()
+    if ended_by == "environment" and config.state_result:
+        outcome = prompts.with_result(outcome, won=won)
     trajectory = Trajectory(
         **episode.model_dump(),
         instructions=environment.instructions,
@@ -74,11 +84,14 @@ async def play(
         outcome=outcome,
         ended_by=ended_by,
     )
-    return trajectory, environment.success()
+    return trajectory, won
 
 
 class Player:
-    """The user's side of a run: builds games from episodes and plays them. Made into a Ray actor by `player_actor`."""
+    """The user's side of a run: builds games from episodes and plays them. Made into a Ray actor by `player_actor`.
+
+    State: the games in play, and which of them is inside its environment.
+    """
 
     def __init__(
         self,
@@ -95,6 +108,7 @@ class Player:
         self._config = config
         self._max_prompt_tokens = max_prompt_tokens
         self._run_seed = run_seed
+        self._inside: list[str] = []
 
     async def play(
         self,
@@ -107,9 +121,22 @@ class Player:
         """Play one episode; see `play`.
 
         Raises:
+            EnvironmentFailed: the environment raised an error, or wanted to exit.
             RunFailed: the seed draws another map here than where the episode was planned.
         """
-        environment = make(episode.env, episode.seed, episode.params)
+
+        @contextmanager
+        def inside() -> Iterator[None]:
+            self._inside = [episode.id]
+            try:
+                yield
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's code may raise anything
+                raise EnvironmentFailed(one_line(error)) from None
+            finally:
+                self._inside = []
+
+        with inside():
+            environment = make(episode.env, episode.seed, episode.params)
         if environment.map_hash != episode.map_hash:
             raise RunFailed(
                 f"{episode.env} drew another map for episode {episode.id} (seed {episode.seed}) than was planned: "
@@ -127,11 +154,26 @@ class Player:
             knowledge=knowledge,
             key=key,
             sampling_seed=sampling_seed,
+            inside=inside,
         )
+
+    async def stuck(self, deadline_s: float) -> str:
+        """After so many seconds: the game that has been in one call of its environment all the while, or "".
+
+        Runs beside the games, in the thread of the concurrency group `watch`.
+        """
+        before = self._inside
+        await asyncio.sleep(deadline_s)
+        return before[0] if before and self._inside is before else ""
 
 
 def player_actor(seats: int, **options: Any) -> Any:
-    """`Player` as a Ray actor class that plays up to `seats` games at a time; `options` are Ray's actor options."""
+    """`Player` as a Ray actor class that plays up to `seats` games at a time; `options` are Ray's actor options.
+
+    Ray starts it again whenever it dies.
+    """
     import ray
 
-    return ray.remote(Player).options(max_concurrency=seats, **options)
+    # Without retries for the actor Ray refuses calls while it starts again; those that must not be repeated say so.
+    actor = ray.remote(concurrency_groups={"watch": 1000})(Player)
+    return actor.options(max_concurrency=seats, max_restarts=-1, max_task_retries=-1, **options)

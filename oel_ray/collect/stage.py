@@ -1,9 +1,11 @@
 """Playing many games: player actors with many seats each. Runs in the driver.
 
-Nothing waits for the slowest of a batch: whenever a game ends its seat takes the next one.
+Nothing waits for the slowest of a batch: whenever a game ends its seat takes the next one. A game that fails, and those
+of a player that dies, are played again, elsewhere if a seat is free there.
 """
 
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,9 @@ import ray
 from ray.exceptions import RayTaskError
 
 from oel_ray.collect.player import player_actor
-from oel_ray.config import RunConfig
+from oel_ray.config import CollectConfig, RunConfig
 from oel_ray.engines.pool import DIED
-from oel_ray.errors import EngineUnavailable, RunFailed, one_line
+from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
 from oel_ray.journal import Journal
 from oel_ray.plan import play_response
 from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
@@ -24,6 +26,10 @@ from oel_ray.stopping import draining
 PLAYER_CPUS = 1
 _POLL_S = 0.5
 _ATTEMPTS = 3
+_ERRORS_IN_ANY_CASE = 5
+_DIED = "a player died"
+_START_S = 120.0
+"""How long a player that starts may be silent."""
 
 Played = TypeVar("Played", bound=Trajectory)
 
@@ -37,12 +43,22 @@ class Game(NamedTuple):
     sampling_seed: int = 0
 
 
-class Players:
-    """The player actors of a run. State: which seat plays what; a lost player's games are played again elsewhere."""
+class _Try(NamedTuple):
+    """A game by its place in the list, which time it is played, and the player where it failed last."""
 
-    def __init__(self, actors: Sequence[Any], seats: int) -> None:
-        self._actors = actors
-        self._seats = seats
+    game: int
+    number: int = 1
+    failed_at: Any = None
+
+
+class Players:
+    """The player actors of a run, and what went wrong with them and their games."""
+
+    def __init__(self, actors: Sequence[Any], seats: int, limits: CollectConfig | None = None) -> None:
+        self.actors = actors
+        self.seats = seats
+        self.limits = limits or CollectConfig()
+        self.failures: list[str] = []
 
     def play(
         self,
@@ -55,41 +71,144 @@ class Players:
         `on_played` is told of each as soon as it has ended.
 
         Raises:
-            RunFailed: a game failed three times; names the game and the error.
+            RunFailed: a game failed three times, or there were more failures than `collect.max_error_rate` allows;
+                names the game or the most frequent error.
             KeyboardInterrupt: the run was asked to stop. Games in play may end first, see `draining`.
         """
-        results: list[tuple[Trajectory, bool] | None] = [None] * len(games)
-        waiting = deque((index, 1) for index in range(len(games)))
-        # Seats in turn over the actors, so that few games spread over all of them.
-        free = deque(actor for _ in range(self._seats) for actor in self._actors)
-        running: dict[Any, tuple[int, int, Any]] = {}
-        done = 0
+        playing = _Playing(self, games, on_played)
         with draining() as drain:
-            while True:
-                while waiting and free and not drain.asked:
-                    index, attempt = waiting.popleft()
-                    actor = free.popleft()
-                    running[_start(actor, games[index])] = (index, attempt, actor)
-                if not running or drain.over:
-                    break
-                ready, _ = ray.wait(list(running), timeout=_POLL_S)
-                for reference in ready:
-                    index, attempt, actor = running.pop(reference)
-                    result = _result(reference, games[index], attempt)
-                    if isinstance(result, DIED):
-                        free = deque(other for other in free if other != actor)
-                        if not free and not running:
-                            raise RunFailed(f"all players died: {str(result).splitlines()[0]}")
-                    else:
-                        free.append(actor)
-                    if isinstance(result, Exception):
-                        waiting.append((index, attempt + 1))
-                    else:
-                        results[index] = result
-                        done += 1
-                        on_played(games[index], *result)
-                on_progress(done)
-        return [result for result in results if result is not None]
+            while playing.done < len(games) and not drain.over and (playing.busy or not drain.asked):
+                playing.step(begin=not drain.asked)
+                on_progress(playing.done)
+        return [result for result in playing.results if result is not None]
+
+    def take_failures(self) -> dict[str, int]:
+        """How often each kind of failure has happened since this was asked last."""
+        kinds = Counter(map(_kind, self.failures))
+        self.failures.clear()
+        return dict(kinds)
+
+
+class _Playing:
+    """Many games in play. State: which seat plays what. An actor that died is started again by Ray."""
+
+    def __init__(
+        self, players: Players, games: Sequence[Game], on_played: Callable[[Game, Trajectory, bool], None]
+    ) -> None:
+        self.results: list[tuple[Trajectory, bool] | None] = [None] * len(games)
+        self.done = 0
+        self._games, self._seats, self._on_played = games, players.seats, on_played
+        self._limits, self._failures = players.limits, players.failures
+        self._allowed = max(_ERRORS_IN_ANY_CASE, int(self._limits.max_error_rate * len(games)))
+        self._failed_before = len(self._failures)
+        self._waiting = deque(_Try(game) for game in range(len(games)))
+        self._running: dict[Any, tuple[_Try, Any]] = {}
+        # Seats in turn over the actors, so that few games spread over all of them.
+        self._free = deque(actor for _ in range(players.seats) for actor in players.actors)
+        # Questions to players: to whom, when, and seats that it gets with its answer.
+        self._watches: dict[Any, tuple[Any, float, int]] = {}
+        for actor in players.actors:
+            self._watch(actor)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any game is in play."""
+        return bool(self._running)
+
+    def step(self, *, begin: bool) -> None:
+        """Fill the free seats, if games are to `begin`, and take what has ended; comes back within a second or so."""
+        while begin and self._waiting and self._free:
+            self._start(self._waiting.popleft())
+        # The watches first: where there always is a result to take, they would wait for ever.
+        ready, _ = ray.wait([*self._watches, *self._running], timeout=_POLL_S)
+        for reference in ready:
+            if reference in self._watches:
+                self._take_watch(reference)
+            else:
+                self._take_result(reference)
+        for actor, asked, _ in list(self._watches.values()):
+            if time.monotonic() - asked > self._limits.step_deadline_s + _START_S:
+                self._lose(actor, "a player did not answer")
+
+    def _start(self, this: _Try) -> None:
+        actor = next((actor for actor in self._free if actor != this.failed_at), self._free[0])
+        self._free.remove(actor)
+        game, knowledge = self._games[this.game], self._games[this.game].knowledge
+        # Games with the same knowledge share a long prefix; they are routed together.
+        text, key = (knowledge.text, knowledge.id) if knowledge else ("", None)
+        play = actor.play.options(max_task_retries=0)
+        self._running[play.remote(game.episode, game.sampling, text, key, game.sampling_seed)] = this, actor
+
+    def _watch(self, actor: Any, seats: int = 0) -> None:
+        # What is asked of a player that was ended Ray repeats until the next one answers, which is all that it says. In
+        # a second the last one is gone.
+        deadline_s, retries = (1.0, -1) if seats else (self._limits.step_deadline_s, 0)
+        stuck = actor.stuck.options(concurrency_group="watch", max_task_retries=retries)
+        self._watches[stuck.remote(deadline_s)] = actor, time.monotonic(), seats
+
+    def _take_watch(self, reference: Any) -> None:
+        actor, _, seats = self._watches.pop(reference)
+        try:
+            stuck: str = ray.get(reference)  # ready
+        except DIED as error:
+            self._lose(actor, f"{_DIED}: {one_line(error, -1)}")
+            return
+        if stuck:
+            self._lose(actor, "an environment hung", stuck)
+        else:
+            self._free.extend([actor] * seats)
+            self._watch(actor)
+
+    def _take_result(self, reference: Any) -> None:
+        this, actor = self._running[reference]
+        try:
+            self.results[this.game] = result = ray.get(reference)  # ready
+            self.done += 1
+        except DIED as error:
+            self._lose(actor, f"{_DIED}: {one_line(error, -1)}")
+            return
+        except RayTaskError as error:
+            if isinstance(error.cause, EngineUnavailable):
+                raise RunFailed(f"game {self._games[this.game].episode.id}: {error.cause}") from error
+            raised = isinstance(error.cause, EnvironmentFailed)
+            self._again(this, actor, f"an environment raised {error.cause}" if raised else one_line(error.cause, 0))
+        else:
+            self._on_played(self._games[this.game], *result)
+        del self._running[reference]
+        self._free.append(actor)
+
+    def _lose(self, actor: Any, what: str, episode: str = "") -> None:
+        """End a player and play its games again; `episode` is the one that was the cause, if that is known."""
+        if not what.startswith(_DIED):
+            ray.kill(actor, no_restart=False)
+        for reference, (this, at) in list(self._running.items()):
+            if at == actor:
+                del self._running[reference]
+                if self._games[this.game].episode.id == episode:
+                    self._again(this, actor, what)
+                else:
+                    self._waiting.appendleft(this._replace(failed_at=actor))
+        self._free = deque(other for other in self._free if other != actor)
+        self._watches = {reference: watch for reference, watch in self._watches.items() if watch[0] != actor}
+        self._watch(actor, self._seats)
+        if not episode:
+            self._count(what)
+
+    def _again(self, this: _Try, actor: Any, what: str) -> None:
+        """Play a game again that failed by itself."""
+        if this.number == _ATTEMPTS:
+            raise RunFailed(f"game {self._games[this.game].episode.id} failed {_ATTEMPTS} times: {what}")
+        self._waiting.append(_Try(this.game, this.number + 1, actor))
+        self._count(what)
+
+    def _count(self, what: str) -> None:
+        self._failures.append(what)
+        failures = self._failures[self._failed_before :]
+        if len(failures) > self._allowed:
+            kinds = Counter(map(_kind, failures))
+            most = max(failures, key=lambda failure: kinds[_kind(failure)])
+            allowed = f"collect.max_error_rate={self._limits.max_error_rate:g} allows {self._allowed}"
+            raise RunFailed(f"{len(failures)} failures, and {allowed}; {kinds[_kind(most)]} times {most}")
 
 
 def play_missing(
@@ -121,46 +240,18 @@ def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Pla
     """Start the player actors of a run; `policy` gives the tokenizer, which no round changes."""
     collect = config.collect
     _, longest_response = play_response(config)
+    longest_prompt = config.engines.max_model_len - longest_response
     actors: list[Any] = []
     try:
         for index in range(collect.players):
             actor = player_actor(collect.seats, name=f"player-{index}", num_cpus=PLAYER_CPUS)
-            actors.append(
-                actor.remote(
-                    policy=str(policy),
-                    thinking=config.thinking,
-                    generate=generate,
-                    config=config.env,
-                    max_prompt_tokens=config.engines.max_model_len - longest_response,
-                    run_seed=config.seed,
-                )
-            )
-        yield Players(actors, collect.seats)
+            actors.append(actor.remote(str(policy), config.thinking, generate, config.env, longest_prompt, config.seed))
+        yield Players(actors, collect.seats, collect)
     finally:
         for actor in actors:
             ray.kill(actor)
 
 
-def _start(actor: Any, game: Game) -> Any:
-    knowledge = game.knowledge
-    # Games with the same knowledge share a long prefix; they are routed together.
-    return actor.play.remote(
-        game.episode,
-        game.sampling,
-        knowledge=knowledge.text if knowledge else "",
-        key=knowledge.id if knowledge else None,
-        sampling_seed=game.sampling_seed,
-    )
-
-
-def _result(reference: Any, game: Game, attempt: int) -> tuple[Trajectory, bool] | Exception:
-    """The result of a finished call, or the error for which the game is to be played again."""
-    try:
-        result: tuple[Trajectory, bool] = ray.get(reference)  # ready
-        return result
-    except (RayTaskError, *DIED) as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if attempt < _ATTEMPTS and not isinstance(cause, EngineUnavailable):
-            failed: Exception = error
-            return failed
-        raise RunFailed(f"game {game.episode.id} failed {attempt} times: {one_line(cause, 0)}") from error
+def _kind(what: str) -> str:
+    """A failure without its details."""
+    return what.partition(":")[0]

@@ -53,12 +53,14 @@ def test_routing_policies_do_what_they_are_called() -> None:
     assert picks("ours") == [0, 0, 1, 1, 0]
 
 
+@pytest.mark.slow
 def test_rollout() -> None:
     line = small("rollout")
     check(line, "rollout", ">= 0.95", "ours", "plain")
     assert line["episodes"] == 8 and 8 <= line["turns"] <= 80 and line["tokens"] > line["turns"]
 
 
+@pytest.mark.slow
 def test_lockstep_plays_the_same_games() -> None:
     line = small("lockstep")
     check(line, "lockstep", ">= 1.5", "lockstep", "ours")
@@ -67,12 +69,14 @@ def test_lockstep_plays_the_same_games() -> None:
     assert simulated["ratio"] == pytest.approx(simulated["lockstep"] / simulated["ours"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_collectors() -> None:
     line = small("collectors")
     check(line, "collectors", ">= 0.9", "all", "one_times_players")
     assert line["players"] == 2 and line["games"] == 8
 
 
+@pytest.mark.slow
 def test_sync() -> None:
     line = small("sync")
     check(line, "sync", "<= 1.5", "sync", "load_weights")

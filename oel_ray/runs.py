@@ -222,8 +222,9 @@ class RunFolder:
         model = self.policy(0)
         if CONSOLIDATE in self.committed.get(1, ()) or not model.is_dir():
             return []
-        recorded = read_json(self.files(0).policy / POLICY_REFERENCE)["files"]
-        return _differences(_flat(recorded, f"{model}/"), _flat(model_files(model), f"{model}/"))
+        files = model_files(model)
+        recorded = read_json(self.files(0).policy / POLICY_REFERENCE).get("files", files)
+        return _differences(_flat(recorded, f"{model}/"), _flat(files, f"{model}/"))
 
     def policy_files(self, round_number: int) -> dict[str, FileEntry]:
         """What the manifest says of that policy. Of the base model's it says where the model lies."""

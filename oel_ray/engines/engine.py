@@ -151,7 +151,7 @@ class Engine:
         try:
             yield
         except BaseException:
-            self._sync_failed = True
+            self._sync_failed, self._sync_open = True, False
             raise
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

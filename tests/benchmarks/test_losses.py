@@ -30,6 +30,7 @@ def test_loss_memory() -> None:
     assert line["naive"] * 2**30 == pytest.approx(5 * 64 * 100_000 * 4, rel=0.25)
 
 
+@pytest.mark.slow
 def test_loss_time_with_a_sweep_a_figure_and_a_table(tmp_path: Path) -> None:
     line = last_line("benchmarks.loss_time", *SMALL, "--forward", "--sweep", "--out", str(tmp_path / "plots"))
     check(line, "loss_time", "<= 1.0", "ours", "naive")

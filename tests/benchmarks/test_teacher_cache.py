@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks.models import qwen3_like, random_model, random_samples
@@ -17,6 +18,7 @@ def test_both_ways_find_the_same() -> None:
     assert teacher.counts.builds == 2
 
 
+@pytest.mark.slow
 def test_teacher_cache_with_a_sweep(tmp_path: Path) -> None:
     line = last_line("benchmarks.teacher_cache", *options(SIZES), "--sweep", "--out", str(tmp_path))
     check(line, "teacher_cache", ">= 10", "reread", "kept")

@@ -17,6 +17,7 @@ import oel_ray.resources  # sets what Ray reads when it is imported
 
 import ray  # isort: skip
 
+from benchmarks.simulated import Reply
 from oel_ray.chat import THINK_CLOSE, ChatFormat
 from oel_ray.collect.stage import Game
 from oel_ray.config import EnginesConfig, RunConfig
@@ -24,7 +25,6 @@ from oel_ray.configure import load_config
 from oel_ray.engines.engine import Engine, engine_args, prepare_cpu
 from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.engines.router import Router
-from oel_ray.engines.simulated import Reply
 from oel_ray.envs import make
 from oel_ray.envs.splits import training_episodes
 from oel_ray.models import resolve_model

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from oel_ray.engines.simulated import ContinuousBatch, Counts, PrefixCache, Reply, Request, Simulation, simulated
+from benchmarks.simulated import ContinuousBatch, Counts, PrefixCache, Reply, Request, Simulation, simulated
 from oel_ray.errors import RunFailed
 from oel_ray.records import Sampling
 from tests.engines.contract import keeps_the_contract

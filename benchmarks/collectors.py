@@ -8,7 +8,6 @@ process is the driver of a Ray of its own.
 import json
 import time
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 from benchmarks import harness, serving
@@ -57,8 +56,7 @@ def measure(config: RunConfig, games_per_seat: int, runs: int) -> dict[str, Any]
         GOAL,
         harness.machine("cpu"),
         unit="games/s",
-        all=round(median(pairs.above), 3),
-        one_times_players=round(median(pairs.below), 3),
+        **pairs.medians("all", "one_times_players"),
         players=collect.players,
         seats=collect.seats,
         games=len(games),

@@ -7,7 +7,6 @@ is the driver of a Ray of its own.
 
 import json
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 from benchmarks import harness, serving
@@ -81,10 +80,9 @@ def measure(config: RunConfig, runs: int) -> dict[str, Any]:
         "extraction",
         pairs,
         GOAL,
-        harness.machine("cuda" if served.on_gpu else "cpu"),
+        harness.machine(served.device),
         unit="s",
-        one_after_the_other=round(median(pairs.above), 3),
-        ours=round(median(pairs.below), 3),
+        **pairs.medians("one_after_the_other", "ours"),
         accumulations=len(written[0]),
         trajectories=len(trajectories),
         response_tokens=sum(step.response_tokens for text in written[0] for step in text.steps),

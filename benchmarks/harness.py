@@ -43,6 +43,11 @@ class Pairs:
         ratios = [above / below for above, below in zip(self.above, self.below, strict=True)]
         return min(ratios), max(ratios)
 
+    def medians(self, above: str, below: str, digits: int = 3) -> dict[str, float]:
+        """Of each way, under its name."""
+        ways = ((above, self.above), (below, self.below))
+        return {name: round(statistics.median(measures), digits) for name, measures in ways}
+
 
 def measure_pairs(above: Callable[[], float], below: Callable[[], float], runs: int) -> Pairs:
     """Both measures `runs` times. Which of a pair comes first is drawn each time, so that drift favours neither."""

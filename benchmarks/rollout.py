@@ -10,7 +10,6 @@ JSON object. The process is the driver of a Ray of its own.
 import json
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks import harness, serving
@@ -44,14 +43,14 @@ def measure(config: RunConfig, episodes_per_seat: int, runs: int) -> dict[str, A
             ours.append(tokens / seconds)
             theirs.append(tokens / serving.write_again(plain, requests, sampling))
             serving.tell(f"run {run}: ours {ours[-1]:.0f}, plain {theirs[-1]:.0f} tokens/s")
+    pairs = harness.Pairs(tuple(ours), tuple(theirs))
     return harness.result(
         "rollout",
-        harness.Pairs(tuple(ours), tuple(theirs)),
+        pairs,
         GOAL,
-        harness.machine("cuda" if served.on_gpu else "cpu"),
+        harness.machine(served.device),
         unit="tokens/s",
-        ours=round(median(ours), 1),
-        plain=round(median(theirs), 1),
+        **pairs.medians("ours", "plain", digits=1),
         episodes=len(games),
         seats=seats,
         tokens=tokens,

@@ -52,6 +52,10 @@ class Serving:
     pool: Pool
     on_gpu: bool
 
+    @property
+    def device(self) -> str:
+        return "cuda" if self.on_gpu else "cpu"
+
     def fresh(self) -> None:
         """Empty the engines' prefix caches."""
         self.pool.deploy(self.policy, VERSION)

@@ -9,7 +9,6 @@ does not depend on the number of tensors is checked with half of the layers. The
 import json
 import tempfile
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -88,8 +87,7 @@ def measure(config: RunConfig, shape: dict[str, Any], runs: int) -> dict[str, An
         GOAL,
         whole.pop("machine"),
         unit="s",
-        sync=round(median(pairs.above), 4),
-        load_weights=round(median(pairs.below), 4),
+        **pairs.medians("sync", "load_weights", digits=4),
         engines=config.engines.count,
         **whole,
     )
@@ -116,7 +114,7 @@ def syncs(config: RunConfig, shape: dict[str, Any], runs: int) -> dict[str, Any]
             before: int = ray.get(engines[0].calls.remote())
             pairs = harness.measure_pairs(send, load, runs)
             calls = (ray.get(engines[0].calls.remote()) - before) / runs
-    machine = harness.machine("cuda" if served.on_gpu else "cpu")
+    machine = harness.machine(served.device)
     return {"pairs": pairs, "calls": calls, "tensors": len(weights), "bytes": weights.nbytes, "machine": machine}
 
 

@@ -258,8 +258,12 @@ class EnginesConfig(Section):
     """Seconds until all engines must answer."""
     generate_deadline_s: Seconds = 600.0
     """Seconds that one response may take."""
+    stall_deadline_s: Seconds = 180.0
+    """Seconds in which an engine must get on, if only by one step; one that does not is replaced."""
     sync_deadline_s: Seconds = 300.0
     """Seconds that sending new weights may take."""
+    check_weights: Literal["few", "all"] = "few"
+    """Of how many tensors an engine compares checksums after each sync; `all` is for looking for faults."""
 
 
 class ClusterConfig(Section):

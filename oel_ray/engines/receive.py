@@ -4,7 +4,8 @@ What vLLM's own engines do not do, and what makes a sync safe to serve after:
 
 - every tensor of the checkpoint must have come, with its full shape, or the sync fails (vLLM only logs a missing
   tensor, and a half-sent fused layer keeps uninitialised memory);
-- a tied output head that the CPU backend keeps in a packed form of its own is packed again.
+- a tied output head that the CPU backend keeps in a packed form of its own is packed again;
+- tensors of which the sender tells the checksums are compared with what the model holds in the end.
 """
 
 from collections.abc import Mapping
@@ -27,12 +28,13 @@ from oel_ray.engines import transport
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What a sync brings: tensors over the wire, or a `folder` that the worker reads itself."""
+    """What a sync brings: tensors over the wire, or a `folder` that the worker reads itself; or `checksums` at last."""
 
     names: list[str] = field(default_factory=list)
     dtype_names: list[str] = field(default_factory=list)
     shapes: list[list[int]] = field(default_factory=list)
     folder: str | None = None
+    checksums: dict[str, int] = field(default_factory=dict)
 
     def specs(self) -> list[transport.TensorSpec]:
         rows = zip(self.names, self.dtype_names, self.shapes, strict=True)
@@ -47,9 +49,11 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._received: Shapes = {}
+        self._checksums: dict[str, int] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def start_weight_update(self) -> None:
-        self._received = {}
+        self._received, self._checksums = {}, {}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -57,8 +61,12 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
             self._received |= checkpoint_shapes(update_info.folder)
             self.model.load_weights(checkpoint_tensors(update_info.folder))
             return
+        if update_info.checksums:
+            self._checksums = update_info.checksums
+            return
         self.receive_stream(update_info)
         self._received |= {spec.name: spec.shape for spec in update_info.specs()}
+        self._dtypes |= {spec.name: spec.dtype for spec in update_info.specs()}
 
     def receive_stream(self, update_info: UpdateInfo) -> None:
         raise NotImplementedError
@@ -67,6 +75,7 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
         self.check_complete()
         finalize_layerwise_reload(self.model, self.model_config)
         self.repack_tied_head()
+        self.check_sums()
 
     def check_complete(self) -> None:
         """Compare what came with the checkpoint that this engine was started from.
@@ -88,6 +97,22 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
                 f"incomplete weight sync: missing {missing[:3]} ({len(missing)}), "
                 f"unknown {unknown[:3]} ({len(unknown)}), of another shape {changed[:3]} ({len(changed)})"
             )
+
+    def check_sums(self) -> None:
+        """Compare the model with the checksums of what was sent, where it holds a tensor whole and by itself.
+
+        Fused, partitioned, packed and converted ones it holds in another form.
+
+        Raises:
+            RuntimeError: naming a tensor that differs.
+        """
+        held = dict(self.model.named_parameters())
+        for name in held.keys() & self._checksums.keys():
+            shape = torch.Size(self._received[name])
+            tensor = held[name][: shape[0]] if shape else held[name]  # a vocabulary may be padded
+            is_comparable = tensor.shape == shape and tensor.dtype == self._dtypes[name]
+            if is_comparable and transport.checksum(tensor) != self._checksums[name]:
+                raise RuntimeError(f"the engine does not hold what was sent: {name} differs")
 
     def repack_tied_head(self) -> None:
         """Pack a tied head again from the embedding that it shares.

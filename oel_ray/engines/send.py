@@ -4,11 +4,12 @@ A source is re-iterable: `metadata()` says what will come, iterating yields (nam
 may be a collective (ZeRO-3 gathers), so every rank iterates and only rank 0 transmits.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch.distributed import ProcessGroup
 from vllm.distributed.weight_transfer.base import (
@@ -22,6 +23,9 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NC
 
 from oel_ray.engines import transport
 from oel_ray.engines.plugin import GLOO, NCCL
+
+_FEW = 8
+"""Tensors whose checksums are told in every sync."""
 
 
 @dataclass
@@ -99,16 +103,26 @@ class NcclSender(NCCLTrainerWeightTransferEngine):
 
 
 class NamedTensors(WeightSource):
-    """A `WeightSource` over anything that has `metadata()` rows of (name, dtype, shape) and yields (name, tensor)."""
+    """A `WeightSource` over anything that has `metadata()` rows of (name, dtype, shape) and yields (name, tensor).
 
-    def __init__(self, weights: Any) -> None:
-        self._weights = weights
+    `checksums` has those of the last pass, of a few tensors, others each time, or of all.
+    """
+
+    def __init__(self, weights: Any, check: Literal["few", "all"] = "few") -> None:
+        self._weights, self._check = weights, check
+        self.checksums: dict[str, int] = {}
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(name, dtype, tuple(shape)) for name, dtype, shape in self._weights.metadata()]
 
     def __iter__(self) -> Any:
-        return iter(self._weights)
+        names = [meta.name for meta in self.metadata()]
+        checked = set(names if self._check == "all" else random.Random().sample(names, min(_FEW, len(names))))
+        self.checksums.clear()
+        for name, tensor in self._weights:
+            if name in checked:
+                self.checksums[name] = transport.checksum(tensor)
+            yield name, tensor
 
 
 def _update_info(specs: list[transport.TensorSpec]) -> dict[str, Any]:

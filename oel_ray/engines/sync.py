@@ -5,7 +5,7 @@ must end the training attempt.
 """
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -35,6 +35,8 @@ class EngineSyncClient:
         self._workers_per_engine = workers_per_engine
         self._deadline_s = deadline_s
         self.version = ""
+        self.checksums: Mapping[str, int] = {}
+        """Of tensors of the sync that is under way, to be compared with what the engines hold."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         # The engines are independent replicas: each gets ranks of its own behind the sender's rank 0.
@@ -56,6 +58,8 @@ class EngineSyncClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         # vLLM's own NCCL sender passes no version: the one set for this sync counts.
         version = weight_version or self.version
+        if self.checksums:
+            self.update_weights({"checksums": dict(self.checksums)})
         self._get([engine.finish_weight_update.remote(version) for engine in self._engines])
 
     def _get(self, references: list[Any]) -> None:
@@ -79,7 +83,9 @@ class WeightSync:
         from oel_ray.engines.send import GlooTrainerInitInfo, NamedTensors, NcclTrainerInitInfo
 
         register()
+        source = NamedTensors(weights, config.check_weights)
         self._client = EngineSyncClient(engines, config.tensor_parallel, config.sync_deadline_s)
+        self._client.checksums = source.checksums
         address, port = ray.util.get_node_ip_address(), _free_port()
         world_size = 1 + len(engines) * config.tensor_parallel
         info: Any = (
@@ -87,9 +93,7 @@ class WeightSync:
             if on_gpu
             else GlooTrainerInitInfo(address, port, world_size, config.sync_deadline_s, rank=0)
         )
-        self._sender = WeightTransferTrainerFactory.trainer_init(
-            info, client=self._client, source=NamedTensors(weights)
-        )
+        self._sender = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
 
     def send(self, version: str) -> None:
         """Bring all engines to the current weights, labelled `version`. Called on every rank."""

@@ -5,6 +5,8 @@ One engine serves all tests of a case. The tests that leave it unable to serve s
 """
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,12 @@ from oel_ray.records import Sampling
 from tests.engines.contract import keeps_the_contract
 from tests.engines.probed import WORKER_FAULTS, ProbedEngine
 from tests.engines.served import InProcess, assert_gone, children, sampled_error, top_error, warm
-from tests.engines.tiny import PROMPTS, Student, Without, engines_config
+from tests.engines.tiny import PROMPTS, Student, Without, engines_config, is_greedy
 
 FLOAT32_LIMIT, BFLOAT16_LIMIT = 1e-3, 0.05
 CACHED = 256  # eight blocks of 32 tokens, of the shortest prompt
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=24)
+LONG = GREEDY.model_copy(update={"max_tokens": 600})
 MISSING = {
     "tied": "model.layers.1.post_attention_layernorm.weight",
     "untied": "model.layers.0.self_attn.k_proj.weight",  # the other two thirds of its fused layer come
@@ -113,9 +116,102 @@ def test_after_every_sync_the_engine_is_the_policy_that_was_sent(case: Case) -> 
     sender.shutdown()
 
 
+def wrong_under_load(case: Case, syncs: int, first_seed: int) -> list[str]:
+    """What is wrong with responses that are asked for all the while, by the weights that each names."""
+    policies, answers, stopped = {}, list[tuple[list[int], Any]](), threading.Event()
+
+    def ask() -> None:
+        while not stopped.is_set():
+            asked = [(ids, case.engine.submit("generate", ids, GREEDY, 0, 60.0)) for ids in PROMPTS]
+            answers.extend((ids, answer.exception(60) or answer.result()) for ids, answer in asked)
+
+    sender = case.engine.sender(case.student.weights)
+    policies["begin"] = case.student.become(first_seed)
+    case.engine.send(sender, "begin")
+    load = threading.Thread(target=ask)
+    load.start()
+    try:
+        for number in range(1, syncs + 1):
+            until = len(answers) + len(PROMPTS)
+            while len(answers) < until:
+                time.sleep(0.01)
+            policies[f"sync-{number}"] = case.student.become(first_seed + number)
+            case.engine.send(sender, f"sync-{number}")
+    finally:
+        stopped.set()
+        load.join(60)
+        sender.shutdown()
+    wrong = [str(answer) for _, answer in answers if isinstance(answer, BaseException)]
+    good = [(ids, answer) for ids, answer in answers if not isinstance(answer, BaseException)]
+    good.sort(key=lambda entry: entry[1].weight_version)
+    assert len({answer.weight_version for _, answer in good}) >= syncs
+    return wrong + [
+        f"stale {answer.weight_version}"
+        for ids, answer in good
+        if not is_greedy(policies[answer.weight_version], ids, answer.token_ids, FLOAT32_LIMIT)
+    ]
+
+
+@cases("float32-tied")
+def test_in_ten_syncs_under_load_no_response_is_mixed_or_stale(case: Case) -> None:
+    assert wrong_under_load(case, 10, 100) == []
+
+
+@cases("float32-tied")
+def test_under_load_a_sync_without_the_reset_is_seen(case: Case) -> None:
+    case.engine.call("keep_stale_cache", True)
+    wrong = wrong_under_load(case, 2, 200)
+    case.engine.call("keep_stale_cache", False)
+    case.engine.call("drop_cache")
+    assert {what.split()[0] for what in wrong} == {"stale"}
+
+
+@cases("float32-tied")
+def test_a_sync_without_the_drain_is_seen(case: Case) -> None:
+    """By the reset, which cannot be done then; and if that is left out, too, by the response."""
+    case.engine.call("freeze", True)
+    sender = case.engine.sender(case.student.weights)
+    for keep, seen in ((False, "could not reset its prefix cache"), (True, "carries weight versions")):
+        case.student.become(300 + keep)
+        case.engine.call("keep_stale_cache", keep)
+        long = case.engine.submit("generate", PROMPTS[0], LONG, 0, 60.0)
+        time.sleep(0.3)
+        with pytest.raises(RuntimeError, match=seen):
+            try:
+                case.engine.send(sender, f"frozen-{keep}")
+            except RuntimeError:
+                case.engine.call("forget_failure")
+                raise
+            long.result(60)
+    sender.shutdown()
+    case.engine.call("keep_stale_cache", False)
+    case.engine.call("freeze", False)
+    case.engine.call("drop_cache")
+
+
+@cases("float32-tied")
+def test_a_sync_without_the_completeness_check_is_seen(case: Case) -> None:
+    policy = case.student.become(400)
+    case.engine.call("in_worker", "leave_out_completeness")
+    sender = case.engine.sender(Without(case.student.weights, ["model.layers.0.mlp.down_proj.weight"]))
+    case.engine.send(sender, "incomplete")
+    assert not case.error(policy) < 5  # it may be NaN
+    case.engine.call("in_worker", "check_completeness_again")
+    sender.shutdown()
+    case.engine.call("load_policy", str(policy), "complete")
+    assert case.error(policy) < 1
+
+
 @cases("float32-tied")
 def test_it_keeps_the_contract_of_engines(case: Case) -> None:
     keeps_the_contract(case.engine.submit, str(case.student.first), max_tokens=24)
+
+
+@cases("float32-tied")
+def test_it_tells_how_much_of_a_prompt_was_in_its_cache(case: Case) -> None:
+    case.engine.call("drop_cache")
+    cached = [case.engine.call("generate", PROMPTS[0], GREEDY, 0, 60.0).cached_tokens for _ in range(2)]
+    assert cached[0] == 0 and CACHED <= cached[1] < len(PROMPTS[0])
 
 
 @ALL
@@ -134,7 +230,7 @@ def test_a_response_does_not_depend_on_what_else_is_asked(case: Case, sampling: 
     prompts = [ids[:length] for ids in PROMPTS for length in (40, 150, 299)][:8]
     alone = [case.engine.call("generate", ids, sampling, seed, 60.0) for seed, ids in enumerate(prompts)]
     together = [case.engine.submit("generate", ids, sampling, seed, 60.0) for seed, ids in enumerate(prompts)]
-    assert [future.result(60) for future in together] == alone
+    assert [future.result(60).token_ids for future in together] == [response.token_ids for response in alone]
     assert len({tuple(response.token_ids) for response in alone}) == len(alone)
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,20 @@ PROMPTS = [prompt(1, 300), prompt(2, 411), prompt(3, 640)]
 @torch.no_grad()
 def plain_logprobs(folder: Path, dtype: str, token_ids: list[int]) -> torch.Tensor:
     """[position, vocabulary]: what comes after every token, by an ordinary forward pass of the folder's model."""
+    logits: torch.Tensor = _plain_model(folder, dtype)(torch.tensor([token_ids])).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def is_greedy(folder: Path, prompt_ids: list[int], token_ids: list[int], tolerance: float) -> bool:
+    """Whether all tokens of a response are those that the folder's model finds likeliest, in float32."""
+    after = plain_logprobs(folder, "float32", prompt_ids + token_ids)[len(prompt_ids) - 1 : -1]
+    chosen = after[torch.arange(len(token_ids)), torch.tensor(token_ids)]
+    return bool((after.max(-1).values - chosen < tolerance).all())
+
+
+@lru_cache(maxsize=2)
+def _plain_model(folder: Path, dtype: str) -> Any:
     # Eager: the only attention of transformers that knows every family's soft caps.
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
     )
-    logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
-    return logits.float().log_softmax(-1)

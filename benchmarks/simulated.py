@@ -199,8 +199,8 @@ class SimulatedEngine:
         self._serving = asyncio.Event()
         self._serving.set()
 
-    async def start(self) -> None:
-        pass
+    async def start(self, version: str = "") -> None:
+        self._version = version or self._version
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling, seed: int, deadline_s: float) -> Generation:
         """One of the replies.
@@ -247,8 +247,11 @@ class SimulatedEngine:
         """The weight version that is served."""
         return self._version
 
-    async def canary(self) -> None:
+    async def progress(self) -> None:
         """What could not answer has no event loop that would get here."""
+
+    async def canary(self) -> None:
+        """As `progress`."""
 
     async def load_policy(self, folder: str, version: str) -> None:
         """Let requests in flight finish, forget their prefixes, and serve under another version."""

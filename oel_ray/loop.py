@@ -11,6 +11,7 @@ A stage writes into a folder of its own and is committed whole; a committed stag
 interrupted goes on with the games, steps or checkpoints that it has.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,21 +217,29 @@ class Rounds:
         record: Callable[[Game, Trajectory, bool], Played],
         progress: StageProgress,
     ) -> list[Played]:
-        """The records of all games, whatever goes wrong meanwhile and is made good; the user is told of it."""
+        """The records of all games, whatever goes wrong meanwhile and is made good."""
         journal = stage.journal("games.jsonl", kind, self.progress.note)
-        played = play_missing(self.players, games, journal, record, progress.update)
-        if failures := self.players.take_failures():
-            told = ", ".join(f"{times} x {what}" for what, times in failures.items())
-            self.progress.note(f"went wrong and was made good: {told}")
-        return played
+        return play_missing(self.players, games, journal, record, progress.update)
 
     @contextmanager
     def _stage(self, number: int, name: str, total: int, unit: str) -> Iterator[tuple[Stage, StageProgress]]:
         stage = self.folder.stage(number, name)
+        before = self.pool.counts()
         with self.progress.stage(number, self.config.rounds, name, total, unit) as progress:
             yield stage, progress
         if entry := stage.entry:
-            self.folder.log_metrics({"round": number, "stage": name, "wall_s": entry.wall_s, **entry.counts})
+            happened = self._happened(before)
+            self.folder.log_metrics({"round": number, "stage": name, "wall_s": entry.wall_s, **entry.counts} | happened)
+
+    def _happened(self, before: Counter[str]) -> dict[str, Any]:
+        """What engines and players did since `before`, for the metrics; the user is told what went wrong meanwhile."""
+        counts, failures = self.pool.counts(), self.players.take_failures()
+        counts.subtract(before)
+        engines = {"engines replaced": counts["engine_restarts"], "requests moved": counts["requests_moved"]}
+        if told := [f"{times} x {what}" for what, times in (engines | failures).items() if times]:
+            self.progress.note(f"went wrong and was made good: {', '.join(told)}")
+        hit_rate = counts["cached_tokens"] / max(counts["prompt_tokens"], 1)
+        return {**counts, "prefix_cache_hit_rate": round(hit_rate, 4), "failures": failures}
 
     def _policy(self, policy_of: int) -> tuple[Any, ...]:
         """All that decides what a policy answers, beside what it is asked."""

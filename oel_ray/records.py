@@ -47,12 +47,14 @@ class Generation(Record):
     """One response of an engine, as the engine returned it.
 
     `token_ids` are the response's own ids, with the end token where the model wrote one; `text` is without it.
+    `cached_tokens` of the prompt came from the engine's prefix cache, which depends on what was asked before.
     """
 
     token_ids: list[int]
     text: str
     finish_reason: str
     weight_version: str
+    cached_tokens: int = 0
 
 
 class Generate(Protocol):

@@ -36,8 +36,8 @@ class Engine:
         if not on_gpu:
             prepare_cpu(index, config)
 
-    async def start(self) -> None:
-        """Load the policy and get ready to serve.
+    async def start(self, version: str = "") -> None:
+        """Load the policy, label it if there is a `version`, and get ready to serve.
 
         Raises:
             RunFailed: vLLM did not start; says why.
@@ -50,6 +50,8 @@ class Engine:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._vllm_args))
         except Exception as error:  # noqa: BLE001 - whatever stops vLLM is told, in one line
             raise RunFailed(f"engine {self.index} did not start: {log.cause(error)}") from None
+        if version:
+            await self._llm.update_weight_version(version)
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling, seed: int, deadline_s: float) -> Generation:
         """One response.
@@ -91,20 +93,8 @@ class Engine:
             text=text,
             finish_reason=output.finish_reason or "",
             weight_version=versions.pop(),
+            cached_tokens=request.num_cached_tokens or 0,
         )
-
-    async def logprobs(self, prompt_ids: list[int], top: int) -> list[tuple[int, float]]:
-        """The `top` most likely next tokens and their log-probabilities, best first: what a canary compares."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=top)
-        self._requests += 1
-        async for request in self._llm.generate(
-            {"prompt_token_ids": list(prompt_ids)}, params, f"{self.index}-{self._requests}"
-        ):
-            best = request.outputs[0].logprobs[0]
-        ranked = sorted(best.items(), key=lambda item: -item[1].logprob)
-        return [(token, entry.logprob) for token, entry in ranked[:top]]
 
     async def check_health(self) -> str:
         """The weight version that is served.
@@ -117,6 +107,17 @@ class Engine:
         with self._able_to_serve():
             await self._llm.check_health()
             return str(await self._llm.get_weight_version())
+
+    async def progress(self) -> None:
+        """Come back when vLLM's engine core has come round between two steps: it does not only live, it goes on.
+
+        At once during a weight sync, which holds it up and has a deadline of its own.
+
+        Raises:
+            EngineUnavailable: see `check_health`.
+        """
+        if not self._sync_open:
+            await self.check_health()
 
     async def canary(self) -> None:
         """Answer a request of one token: what an engine must do before it may serve.
@@ -146,10 +147,9 @@ class Engine:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        if self._sync_failed:
-            raise EngineUnavailable(f"engine {self.index} failed a weight sync and must be restarted")
         try:
-            yield
+            with self._able_to_serve():
+                yield
         except BaseException:
             self._sync_failed, self._sync_open = True, False
             raise
@@ -244,7 +244,9 @@ def prepare_cpu(index: int, config: EnginesConfig) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
         return
-    # Cores of this engine's own. vLLM's "auto" puts every engine of a node on the same ones.
+    # Cores of every rank's own. vLLM's "auto" puts every engine of a node on the same ones.
     cores, threads = sorted(os.sched_getaffinity(0)), config.cpu_threads
-    mine = [cores[(index * threads + offset) % len(cores)] for offset in range(min(threads, len(cores)))]
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
+    first = index * config.tensor_parallel * threads
+    mine = [str(cores[(first + n) % len(cores)]) for n in range(config.tensor_parallel * threads)]
+    ranks = [",".join(sorted(set(mine[n : n + threads]))) for n in range(0, len(mine), threads)]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks)

@@ -7,8 +7,8 @@ after, so it knows the tokens in flight on every engine, and its answers never w
 
 import asyncio
 import uuid
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,12 @@ _CONTROL_DEADLINE_S = 60.0
 
 
 class EnginePool:
-    """The control actor. State: the replicas, their health, the leases on them, which key lives where, and the policy
-    that replacements load.
+    """The control actor. State: the replicas, their health, the leases on them, which key lives where, the policy that
+    replacements load, and what has happened so far.
 
-    A replica that fails is ended and replaced; the new one gets the current weights and answers a canary before it
-    serves. While a trainer sends weights they are known to it alone: what fails then is replaced when all engines are
-    next asked for.
+    A replica that fails or stands still is ended and replaced; the new one has the current weights and answers a canary
+    before it serves. While a trainer sends weights they are known to it alone: what fails then is ended, and replaced
+    when all engines are next asked for.
     """
 
     def __init__(
@@ -49,9 +49,8 @@ class EnginePool:
         self._given_back_early: OrderedDict[str, None] = OrderedDict()
         self._policy, self._version = "", ""
         self._trainer_sends = False
-        self._starts: dict[int, int] = {}
-        self._replacements: dict[int, asyncio.Task[None]] = {}
-        self._why_dead: dict[int, str] = {}
+        self._counts: Counter[str] = Counter(engine_restarts=0)
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self, policy: str) -> None:
         """Start all replicas on a policy folder, side by side.
@@ -60,21 +59,21 @@ class EnginePool:
             RunFailed: a replica did not start; says why.
         """
         self._policy = policy
-        replicas = [Replica(index, self._new_engine(index)) for index in range(self._config.count)]
+        replicas = [Replica(index, self._new_engine(index, 1)) for index in range(self._config.count)]
         self._router.replicas = replicas  # before they run, so that `shutdown` reaches those that do
-        await self._on_all(replicas, "start", deadline_s=self._config.start_deadline_s)
+        await self._on_all(replicas, "start", self._version, deadline_s=self._config.start_deadline_s)
+        self._watching = asyncio.create_task(self._watch())
 
     async def deploy(self, policy: str, version: str) -> None:
-        """Load a policy folder into every replica and label it.
+        """Load a policy folder into every replica and label it. Who misses the deadline is replaced by one that has it.
 
         Raises:
-            EngineUnavailable: a replica died and could not be replaced, or the deadline passed.
+            EngineUnavailable: a replica died and could not be replaced.
         """
         await self._make_whole()
-        await self._on_all(
-            self._router.replicas, "load_policy", policy, version, deadline_s=self._config.sync_deadline_s
-        )
         self._policy, self._version, self._trainer_sends = policy, version, False
+        await asyncio.gather(*map(self._load, self._router.replicas))
+        await self._make_whole()
 
     async def lease(self, lease: str, key: str, tokens: int) -> Any:
         """Handle of the replica for a request. Give the lease, whose name the client made up, back with `release`.
@@ -84,21 +83,25 @@ class EnginePool:
         Raises:
             EngineUnavailable: none is left, and none is coming.
         """
-        while not any(replica.healthy for replica in self._router.replicas) and self._replacements:
-            await asyncio.wait(list(self._replacements.values()), return_when=asyncio.FIRST_COMPLETED)
+        while not any(replica.healthy for replica in self._router.replicas) and (coming := self._replacements()):
+            await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
         if lease in self._given_back_early:
             del self._given_back_early[lease]
             raise EngineUnavailable("the request was given up before its lease was granted")
         try:
             replica = self._router.pick(key, tokens)
         except EngineUnavailable as error:
-            why = "; ".join(self._why_dead.values())
+            why = "; ".join(filter(None, (replica.why_dead for replica in self._router.replicas)))
             raise EngineUnavailable(f"{error} ({why})" if why else str(error)) from None
         self._leases[lease] = (replica, tokens, replica.handle)
         return replica.handle
 
-    def release(self, lease: str, *, failed: bool = False) -> None:
-        """Take a lease back; with `failed`, its replica gets no more requests. One that was never given is no error."""
+    def release(self, lease: str, *, failed: bool = False, counts: Mapping[str, int] | None = None) -> None:
+        """Take a lease back, and what there is to count of its request. One that was never given is no error.
+
+        With `failed`, its replica gets no more requests.
+        """
+        self._counts.update(counts or {})
         if lease not in self._leases:
             # Calls to an async actor may overtake each other, so that the lease may yet be asked for.
             self._given_back_early[lease] = None
@@ -126,12 +129,12 @@ class EnginePool:
         self._trainer_sends = True
         return [replica.handle for replica in self._router.replicas]
 
-    def restarts(self) -> int:
-        """How many replicas were replaced, or were to be, since the pool started."""
-        return sum(self._starts.values()) - len(self._starts)
+    def counts(self) -> dict[str, int]:
+        """See `Pool.counts`."""
+        return dict(self._counts)
 
     async def shutdown(self) -> None:
-        for task in self._replacements.values():
+        for task in filter(None, [self._watching, *self._replacements()]):
             task.cancel()
         for replica in self._router.replicas:
             replica.healthy = False
@@ -140,45 +143,49 @@ class EnginePool:
             _CONTROL_DEADLINE_S,
         )
 
-    def _new_engine(self, index: int) -> Any:
+    def _new_engine(self, index: int, start: int) -> Any:
         config = self._config
-        started = self._starts[index] = self._starts.get(index, 0) + 1
         resources = {"num_gpus": config.tensor_parallel} if self._on_gpu else {"num_cpus": config.cpu_threads}
         actor = ray.remote(max_concurrency=10_000, **resources)(self._engine)
-        name = f"engine-{index}" if started == 1 else f"engine-{index}-start-{started}"  # a killed actor's name lingers
+        name = f"engine-{index}" if start == 1 else f"engine-{index}-start-{start}"  # a killed actor's name lingers
         return actor.options(name=name).remote(index, config, self._policy, on_gpu=self._on_gpu)
 
     def _lose(self, replica: Replica) -> None:
         """Give up a replica; a replacement starts unless only a trainer knows the weights."""
         if replica.healthy:
             replica.healthy = False
-            if not self._trainer_sends:
+            if self._trainer_sends:
+                ray.kill(replica.handle)  # so that whoever waits for it asks another one now
+            else:
                 self._replace(replica)
 
     def _replace(self, replica: Replica) -> None:
-        index = replica.index
-        task = self._replacements[index] = asyncio.create_task(self._replacement(replica))
-        task.add_done_callback(lambda _: self._replacements.pop(index, None))
+        replica.replacement = asyncio.create_task(self._replacement(replica))
+
+    def _replacements(self) -> list[asyncio.Task[None]]:
+        return [replica.replacement for replica in self._router.replicas if replica.replacement]
 
     async def _replacement(self, replica: Replica) -> None:
         """End a replica and start another in its place, as often as the budget allows."""
-        config, index = self._config, replica.index
-        while self._starts[index] <= config.max_restarts:
-            ray.kill(replica.handle)  # with whatever still hangs in it
-            replica.handle, replica.load = self._new_engine(index), 0
-            try:
-                await self._on_all([replica], "start", deadline_s=config.start_deadline_s)
-                if self._version:
-                    load = (self._policy, self._version)
-                    await self._on_all([replica], "load_policy", *load, deadline_s=config.sync_deadline_s)
-                await self._on_all([replica], "canary", deadline_s=_CONTROL_DEADLINE_S)
-            except (RunFailed, RayTaskError, *DIED) as error:
-                self._why_dead[index] = one_line(_plain(error) if isinstance(error, RayTaskError) else error, 0)
-                continue
-            replica.healthy = True
-            self._why_dead.pop(index, None)
-            return
-        self._why_dead.setdefault(index, f"engine {index} died more than engines.max_restarts={config.max_restarts}")
+        config = self._config
+        try:
+            while replica.starts <= config.max_restarts:
+                ray.kill(replica.handle)  # with whatever still hangs in it
+                self._counts["engine_restarts"] += 1
+                replica.starts += 1
+                replica.handle, replica.load = self._new_engine(replica.index, replica.starts), 0
+                try:
+                    await self._on_all([replica], "start", self._version, deadline_s=config.start_deadline_s)
+                    await self._on_all([replica], "canary", deadline_s=_CONTROL_DEADLINE_S)
+                except (RunFailed, RayTaskError, *DIED) as error:
+                    replica.why_dead = one_line(_plain(error) if isinstance(error, RayTaskError) else error, 0)
+                    continue
+                replica.healthy, replica.why_dead = True, ""
+                return
+            died_often = f"engine {replica.index} died more than engines.max_restarts={config.max_restarts}"
+            replica.why_dead = replica.why_dead or died_often
+        finally:
+            replica.replacement = None
 
     async def _make_whole(self) -> None:
         """Have every replica healthy: look at all of them, replace those that are not.
@@ -186,23 +193,40 @@ class EnginePool:
         Raises:
             EngineUnavailable: one could not be replaced.
         """
-        await asyncio.gather(*map(self._look_at, self._router.replicas))
-        for replica in self._router.replicas:
-            if not replica.healthy and replica.index not in self._replacements:
+        replicas = self._router.replicas
+        await asyncio.gather(*(self._look_at(replica, "check_health") for replica in replicas if replica.healthy))
+        for replica in replicas:
+            if not replica.healthy and not replica.replacement:
                 self._replace(replica)
-        if self._replacements:
-            await asyncio.wait(list(self._replacements.values()))
-        if dead := [replica.index for replica in self._router.replicas if not replica.healthy]:
-            raise EngineUnavailable(f"engines {dead} are dead: {'; '.join(self._why_dead[index] for index in dead)}")
+        if coming := self._replacements():
+            await asyncio.wait(coming)
+        if dead := [replica for replica in replicas if not replica.healthy]:
+            indices, reasons = [replica.index for replica in dead], "; ".join(replica.why_dead for replica in dead)
+            raise EngineUnavailable(f"engines {indices} are dead: {reasons}")
 
-    async def _look_at(self, replica: Replica) -> None:
-        """Find out about a replica that died, or failed a weight sync, without a request to tell of it."""
+    async def _load(self, replica: Replica) -> None:
+        """Load the current policy into a replica; lose it if it dies over that, or misses the deadline."""
+        load, deadline_s = (self._policy, self._version), self._config.sync_deadline_s
+        try:
+            await self._on_all([replica], "load_policy", *load, deadline_s=deadline_s)
+        except (EngineUnavailable, *DIED):
+            self._lose(replica)
+
+    async def _watch(self) -> None:
+        """Find out what has died or stands still, although no request may tell of it."""
+        while True:
+            await asyncio.sleep(self._config.stall_deadline_s / 2)
+            healthy = [replica for replica in self._router.replicas if replica.healthy]
+            await asyncio.gather(*(self._look_at(replica, "progress") for replica in healthy))
+
+    async def _look_at(self, replica: Replica, question: str) -> None:
+        """Lose a replica that does not answer a question in time."""
         handle = replica.handle
         try:
-            await asyncio.wait_for(handle.check_health.remote(), _CONTROL_DEADLINE_S)
+            await asyncio.wait_for(getattr(handle, question).remote(), self._config.stall_deadline_s)
         except (RayTaskError, *DIED, TimeoutError):
             if replica.handle is handle:
-                replica.healthy = False
+                self._lose(replica)
 
     async def _on_all(self, replicas: Sequence[Replica], method: str, *args: Any, deadline_s: float) -> None:
         calls = [getattr(replica.handle, method).remote(*args) for replica in replicas]
@@ -232,13 +256,21 @@ class PoolClient:
         while True:
             # The lease has a name before it is given: a client that is cancelled meanwhile can give it back, too.
             lease, failed = uuid.uuid4().hex, False
+            counts: dict[str, int] = {}
             try:
                 engine = await self._lease(lease, key, tokens)
-                return await self._generate(engine, prompt_ids, sampling, seed)
+                generation = await self._generate(engine, prompt_ids, sampling, seed)
+                counts = {
+                    "requests": 1,
+                    "prompt_tokens": len(prompt_ids),
+                    "cached_tokens": generation.cached_tokens,
+                    "response_tokens": len(generation.token_ids),
+                }
+                return generation
             except _EngineFailed:
-                failed = True
+                failed, counts = True, {"requests_moved": 1}
             finally:
-                self._pool.release.remote(lease, failed=failed)
+                self._pool.release.remote(lease, failed=failed, counts=counts)
 
     async def _lease(self, lease: str, key: str, tokens: int) -> Any:
         try:
@@ -280,9 +312,10 @@ class Pool:
         """Serve the policy of a folder, under a version label, from all engines.
 
         Raises:
-            EngineUnavailable: not all engines took it within the deadline.
+            EngineUnavailable: one that died or missed the deadline could not be replaced.
         """
-        _wait(self.actor.deploy.remote(str(policy), version), self.config.sync_deadline_s + _healing_s(self.config))
+        deadline_s = self.config.sync_deadline_s + 2 * _healing_s(self.config)
+        _wait(self.actor.deploy.remote(str(policy), version), deadline_s)
 
     def engines(self) -> list[Any]:
         """Handles of all replicas, for a trainer that is going to send weights to them; replaces those that died.
@@ -290,13 +323,15 @@ class Pool:
         Raises:
             EngineUnavailable: one died and could not be replaced.
         """
-        handles: list[Any] = _wait(self.actor.engines.remote(), _healing_s(self.config))
-        return handles
+        return list(_wait(self.actor.engines.remote(), _healing_s(self.config)))
 
-    def restarts(self) -> int:
-        """How many engines were replaced, or were to be, since the pool started."""
-        count: int = _wait(self.actor.restarts.remote(), _CONTROL_DEADLINE_S)
-        return count
+    def counts(self) -> Counter[str]:
+        """What has happened since the pool started.
+
+        `requests` that were answered, `requests_moved` from an engine that failed to another one, `engine_restarts`;
+        and in tokens `prompt_tokens`, of which the prefix caches held `cached_tokens`, and `response_tokens`.
+        """
+        return Counter(_wait(self.actor.counts.remote(), _CONTROL_DEADLINE_S))
 
 
 @contextmanager
@@ -321,7 +356,7 @@ def engine_pool(
 
 def _healing_s(config: EnginesConfig) -> float:
     """How long an answer of the pool may take that waits for a replica to be replaced."""
-    return config.start_deadline_s + config.sync_deadline_s + 3 * _CONTROL_DEADLINE_S
+    return config.stall_deadline_s + config.start_deadline_s + 2 * _CONTROL_DEADLINE_S
 
 
 def _wait(reference: Any, timeout_s: float) -> Any:
@@ -332,7 +367,7 @@ def _wait(reference: Any, timeout_s: float) -> Any:
     except RayTaskError as error:
         raise _plain(error) from error
     except DIED as error:
-        raise EngineUnavailable(f"the engine pool died: {_first_line(error)}") from error
+        raise EngineUnavailable(f"the engine pool died: {one_line(error, 0)}") from error
 
 
 def _plain(error: RayTaskError) -> RunFailed:
@@ -343,9 +378,5 @@ def _plain(error: RayTaskError) -> RunFailed:
     if isinstance(cause, RunFailed):
         return cause
     if isinstance(cause, DIED):
-        return EngineUnavailable(f"an engine died: {_first_line(cause)}")
-    return RunFailed(f"engines: {type(cause).__name__}: {_first_line(cause)}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+        return EngineUnavailable(f"an engine died: {one_line(cause, 0)}")
+    return RunFailed(f"engines: {one_line(cause, 0)}")

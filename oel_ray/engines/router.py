@@ -1,5 +1,6 @@
 """Which engine answers a request. Pure; the pool's control actor holds it."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,19 @@ REMEMBERED = 100_000
 
 @dataclass
 class Replica:
-    """One engine as the pool sees it. `load` counts the tokens of its requests in flight, prompts and responses."""
+    """One engine as the pool sees it. `load` counts the tokens of its requests in flight, prompts and responses.
+
+    `starts` counts the actors that stood here, `replacement` is the task that puts the next one here, and `why_dead`
+    says what the last one died of that could not be replaced.
+    """
 
     index: int
     handle: Any
     load: int = 0
     healthy: bool = True
+    starts: int = 1
+    replacement: asyncio.Task[None] | None = None
+    why_dead: str = ""
 
 
 @dataclass

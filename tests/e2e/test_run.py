@@ -91,6 +91,11 @@ def test_the_run_folder_holds_what_it_promises(undisturbed: Path) -> None:
     evaluation = json.loads((undisturbed / "rounds/001/evaluation.json").read_text())
     assert evaluation["games"] == 6
     assert evaluation["oracle"] > evaluation["random"]
+    stages = {row["stage"]: row for row in map(json.loads, (undisturbed / "metrics.jsonl").read_text().splitlines())}
+    assert {row["engine_restarts"] for row in stages.values()} == {0}
+    assert all(row["failures"] == {} for row in stages.values())
+    assert stages["collect"]["requests"] >= 7
+    assert 0 < stages["collect"]["prefix_cache_hit_rate"] < 1
 
 
 def test_the_policy_changed_and_loads_in_plain_transformers(undisturbed: Path, model: Path) -> None:

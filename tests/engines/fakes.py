@@ -19,11 +19,16 @@ class FakeEngine:
         self._cancelled = 0
         self._version = f"engine-{index}"
 
-    async def start(self) -> None:
-        pass
+    async def start(self, version: str = "") -> None:
+        self._version = version or self._version
 
     async def load_policy(self, folder: str, version: str) -> None:
+        if self._manner == "never load":
+            await asyncio.Event().wait()
         self._version = version
+
+    async def progress(self) -> None:
+        pass
 
     async def canary(self) -> None:
         pass
@@ -63,23 +68,23 @@ class FakeEngine:
 class WithoutMemory(FakeEngine):
     """The second one does not start, for a reason."""
 
-    async def start(self) -> None:
+    async def start(self, version: str = "") -> None:
         if self._index == 1:
             raise RunFailed("engine 1 did not start: ValueError: no memory for the cache")
 
 
 class Breaking(FakeEngine):
-    async def start(self) -> None:
+    async def start(self, version: str = "") -> None:
         raise KeyError("first line\nsecond line")
 
 
 class Dying(FakeEngine):
-    async def start(self) -> None:
+    async def start(self, version: str = "") -> None:
         os._exit(1)
 
 
 class Endless(FakeEngine):
-    async def start(self) -> None:
+    async def start(self, version: str = "") -> None:
         await asyncio.sleep(600)
 
 
@@ -90,7 +95,7 @@ class OnlyOnce(FakeEngine):
         super().__init__(index, config, policy, on_gpu=on_gpu)
         self._mark = Path(policy) / f"started-{index}"
 
-    async def start(self) -> None:
+    async def start(self, version: str = "") -> None:
         if self._mark.exists():
             raise RunFailed(f"engine {self._index} did not start: no memory for the cache")
         self._mark.touch()
@@ -99,7 +104,7 @@ class OnlyOnce(FakeEngine):
 class Dumb(OnlyOnce):
     """Starts again, and does not answer its canary then."""
 
-    async def start(self) -> None:
+    async def start(self, version: str = "") -> None:
         self._again = self._mark.exists()
         self._mark.touch()
 
@@ -109,7 +114,7 @@ class Dumb(OnlyOnce):
 
 
 class Recording(FakeEngine):
-    """Remembers the steps of weight syncs in the file that it gets as policy."""
+    """Remembers the steps of weight syncs in the file that it gets as policy. Made to, it never gets an update."""
 
     def __init__(self, index: int, config: EnginesConfig, policy: str, *, on_gpu: bool) -> None:
         super().__init__(index, config, policy, on_gpu=on_gpu)
@@ -127,6 +132,9 @@ class Recording(FakeEngine):
 
     async def update_weights(self, update_info: dict[str, int]) -> None:
         self._note(f"update {update_info['names']}")
+        if self._manner == "never update":
+            self._manner = "unwell"  # as an engine is whose update is open
+            await asyncio.Event().wait()
 
     async def finish_weight_update(self, version: str) -> None:
         self._note(f"finish {version}")

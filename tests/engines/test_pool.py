@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,7 +21,7 @@ from oel_ray.engines.sync import EngineSyncClient, WeightSync
 from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
 from tests.engines import fakes
-from tests.engines.probed import ProbedEngine
+from tests.engines.probed import BreakableEngine
 from tests.engines.served import OnRay, assert_gone, children, sampled_error, warm
 from tests.engines.tiny import Student, engines_config
 
@@ -84,6 +85,19 @@ def loads(pool: Pool) -> list[int]:
     return loads
 
 
+def counts_of(pool: Pool, requests: int) -> dict[str, int]:
+    """What the pool counts once it has been told of so many requests, which is done without waiting."""
+    end = time.monotonic() + 5
+    while (counts := pool.counts())["requests"] < requests:
+        assert time.monotonic() < end, counts
+        time.sleep(0.02)
+    return counts
+
+
+def restarts(pool: Pool) -> int:
+    return pool.counts()["engine_restarts"]
+
+
 def assert_no_load(pool: Pool) -> None:
     """Within a moment: leases are given back without waiting."""
     end = time.monotonic() + 5
@@ -136,7 +150,7 @@ def test_dead_engines_are_replaced_and_serve_the_current_weights() -> None:
         assert [engine_of(answer) for answer in ask(pool, "abcd")] == ["r003"] * 4
         handles = pool.engines()
         assert ray.get([handle.check_health.remote() for handle in handles], timeout=30) == ["r003"] * 2
-        assert pool.restarts() == 2
+        assert restarts(pool) == 2
         assert_no_load(pool)
 
 
@@ -148,6 +162,80 @@ def test_a_hung_engine_is_ended_and_replaced(monkeypatch: pytest.MonkeyPatch) ->
         assert [engine_of(answer) for answer in ask(pool, "ab")] == ["r001"] * 2
 
 
+def test_an_engine_that_stands_still_is_replaced_before_its_requests_are_late() -> None:
+    with two_engines(stall_deadline_s=2.0) as pool:
+        pool.deploy(Path("policy"), "r001")
+        behave("stand still", 0)
+        started = time.monotonic()
+        assert [engine_of(answer) for answer in ask(pool, "abcd")] == ["r001"] * 4
+        assert time.monotonic() - started < 15
+        counts = counts_of(pool, 4)
+        assert (counts["engine_restarts"], counts["requests_moved"]) == (1, 2)
+        assert (counts["prompt_tokens"], counts["response_tokens"]) == (40, 4)
+
+
+def test_an_engine_that_dies_unasked_is_replaced() -> None:
+    with two_engines(stall_deadline_s=2.0) as pool:
+        ray.kill(ray.get_actor("engine-1"))
+        end = time.monotonic() + 15
+        while restarts(pool) == 0:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert len(ask(pool, "abcd")) == 4
+        assert pool.counts()["requests_moved"] == 0
+
+
+@pytest.mark.slow
+def test_a_stalled_engine_of_a_trainer_gives_its_requests_up_at_once() -> None:
+    with two_engines(stall_deadline_s=2.0) as pool:
+        pool.deploy(Path("policy"), "r001")
+        pool.engines()
+        behave("stand still", 0)
+        started = time.monotonic()
+        assert [engine_of(answer) for answer in ask(pool, "ab")] == ["r001"] * 2
+        assert time.monotonic() - started < 15
+        assert restarts(pool) == 0
+
+
+def test_who_does_not_load_a_policy_in_time_is_replaced_by_one_that_has_it() -> None:
+    with two_engines(sync_deadline_s=1.0) as pool:
+        behave("never load", 1)
+        pool.deploy(Path("policy"), "r002")
+        assert restarts(pool) == 1
+        assert [engine_of(answer) for answer in ask(pool, "abcd")] == ["r002"] * 4
+
+
+def test_a_sync_that_misses_its_deadline_costs_the_engines_that_have_not_finished(tmp_path: Path) -> None:
+    with two_engines(fakes.Recording, policy=tmp_path / "steps") as pool:
+        engines = pool.engines()
+        client = EngineSyncClient(engines, 1, 1.0)
+        client.start_weight_update()
+        behave("never update", 0)
+        with pytest.raises(ray.exceptions.GetTimeoutError):
+            client.update_weights({"names": ["few"]})
+        again = pool.engines()
+        assert restarts(pool) == 1
+        assert [new == old for new, old in zip(again, engines, strict=True)] == [False, True], (
+            "handles of the same actors"
+        )
+
+
+def test_the_pool_answers_at_once_whatever_its_engines_do() -> None:
+    with two_engines(sync_deadline_s=2.0) as pool:
+        behave("wait", 0, 1)
+        running = [pool.actor.lease.remote(f"lease {n}", "a", 100) for n in range(50)]
+        ray.get(running, timeout=30)
+        behave("never load", 0, 1)
+        loading = pool.actor.deploy.remote("policy", "r002")
+        for _ in range(3):
+            started = time.monotonic()
+            pool.counts()
+            ray.get(pool.actor.lease.remote(uuid.uuid4().hex, "b", 100), timeout=30)
+            assert time.monotonic() - started < 1
+            assert not ray.wait([loading], timeout=0.2)[0]
+        ray.get(loading, timeout=30)
+
+
 def test_what_fails_while_a_trainer_sends_weights_is_replaced_when_all_are_asked_for() -> None:
     with two_engines() as pool:
         pool.deploy(Path("policy"), "r001")
@@ -155,10 +243,10 @@ def test_what_fails_while_a_trainer_sends_weights_is_replaced_when_all_are_asked
         behave("die", 0)
         behave("unwell", 1)  # as after a sync that failed: no request tells of it
         assert [engine_of(answer) for answer in ask(pool, "ab")] == ["r001"] * 2
-        assert pool.restarts() == 0, "the replacement would serve weights that the trainer has left behind"
+        assert restarts(pool) == 0, "the replacement would serve weights that the trainer has left behind"
         handles = pool.engines()
         assert ray.get([handle.check_health.remote() for handle in handles], timeout=30) == ["r001"] * 2
-        assert pool.restarts() == 2
+        assert restarts(pool) == 2
 
 
 def test_what_a_dead_trainer_had_leased_is_nobodys_when_the_next_one_begins() -> None:
@@ -175,7 +263,7 @@ def test_deploying_replaces_what_died() -> None:
         behave("die", 0)
         ask(pool, "ab")
         pool.deploy(Path("policy"), "r002")
-        assert pool.restarts() == 1
+        assert restarts(pool) == 1
         behave("die", 1)
         assert [engine_of(answer) for answer in ask(pool, "abcd")] == ["r002"] * 4
 
@@ -191,7 +279,7 @@ def test_a_replacement_that_does_not_serve_uses_up_the_budget(engine: type, why:
         assert [engine_of(answer) for answer in ask(pool, "ab")] == ["r000"] * 2
         with pytest.raises(EngineUnavailable, match=rf"^engines \[0\] are dead: RunFailed: {why}$"):
             pool.engines()
-        assert pool.restarts() == 2
+        assert restarts(pool) == 2
 
 
 def test_a_machine_without_memory_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +291,9 @@ def test_a_machine_without_memory_is_a_line(monkeypatch: pytest.MonkeyPatch) -> 
 
         with monkeypatch.context() as patch:
             patch.setattr(ray, "get", no_memory)
-            with pytest.raises(EngineUnavailable, match=r"^the engine pool died: 1 worker was killed$"):
+            with pytest.raises(
+                EngineUnavailable, match=r"^the engine pool died: OutOfMemoryError: 1 worker was killed$"
+            ):
                 pool.engines()
         assert len(pool.engines()) == 2
 
@@ -308,8 +398,8 @@ def test_a_rank_that_does_not_send_still_gathers() -> None:
 def test_a_real_engine_behind_ray(tmp_path: Path) -> None:
     """A pool's whole life: start, answers, syncs; an engine that is killed leaves nothing behind and is replaced."""
     student = Student("untied", "bfloat16", tmp_path)
-    config = engines_config("bfloat16")
-    with engine_pool(config, student.first, on_gpu=False, engine=ProbedEngine) as pool:
+    config = engines_config("bfloat16", check_weights="all")
+    with engine_pool(config, student.first, on_gpu=False, engine=BreakableEngine) as pool:
         (handle,) = pool.engines()
         engine = OnRay(handle)
         pool.deploy(student.first, "r000")
@@ -325,6 +415,11 @@ def test_a_real_engine_behind_ray(tmp_path: Path) -> None:
             assert error < 0.05 < 0.5 < stale
             assert [engine_of(answer) for answer in ask(pool, "ab")] == [version] * 2
 
+        assert counts_of(pool, 6)["prompt_tokens"] == 60
+        with pytest.raises(RuntimeError, match=r"does not hold what was sent: model.norm.weight differs"):
+            engine.call("in_worker", "damage_next_weights")
+            sync.send("r001.s0003.a0")
+
         pid: int = ray.get(handle.__ray_call__.remote(lambda _: os.getpid()))
         (actor,) = [process for process in children() if process.pid == pid]
         vllm = actor.children(recursive=True)
@@ -332,5 +427,5 @@ def test_a_real_engine_behind_ray(tmp_path: Path) -> None:
         actor.kill()
         (answer,) = ask(pool, "a")
         assert engine_of(answer) == "r000", "the replacement has what was deployed last"
-        assert pool.restarts() == 1
+        assert restarts(pool) == 1
         assert_gone([actor, *vllm])

@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensors
 from oel_ray.engines import transport
-from oel_ray.engines.receive import CheckedReceiver, NcclReceiver
-from oel_ray.engines.send import _alongside
+from oel_ray.engines.receive import CheckedReceiver, NcclReceiver, UpdateInfo
+from oel_ray.engines.send import NamedTensors, _alongside
 from oel_ray.engines.startup import StartLog
 from oel_ray.engines.transport import TensorSpec, buckets, gloo_group, receive_stream, send_stream
 
@@ -107,6 +108,65 @@ def test_on_gpus_the_checks_are_ours_and_the_wire_is_vllms() -> None:
         assert getattr(NcclReceiver, step) is getattr(CheckedReceiver, step)
     for step in ("init_transfer_engine", "shutdown"):
         assert getattr(NcclReceiver, step) is getattr(NCCLWeightTransferEngine, step)
+
+
+class Sent:
+    """Weights as a trainer has them."""
+
+    def __init__(self, tensors: Named) -> None:
+        self._tensors = tensors
+
+    def metadata(self) -> list[Any]:
+        return [(name, tensor.dtype, tensor.shape) for name, tensor in self._tensors]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self._tensors)
+
+
+def test_a_sender_keeps_checksums_of_a_few_tensors_or_of_all() -> None:
+    tensors = [(f"layer.{n}", torch.full((3,), float(n))) for n in range(40)]
+    few, every = NamedTensors(Sent(tensors)), NamedTensors(Sent(tensors), "all")
+    seen = set()
+    for _ in range(5):
+        assert [name for name, _ in few] == [name for name, _ in tensors]
+        assert len(few.checksums) == 8
+        seen |= few.checksums.keys()
+    assert len(seen) > 8, "not always the same ones"
+    assert dict(every).keys() == every.checksums.keys()
+    assert len(set(every.checksums.values())) == 40
+    assert few.checksums.items() <= every.checksums.items()
+
+
+@pytest.mark.parametrize("broken", ["", "norm.weight", "embed.weight"])
+def test_what_a_model_holds_is_compared_with_what_was_sent(broken: str) -> None:
+    sent = {
+        "norm.weight": torch.randn(8),
+        "embed.weight": torch.randn(10, 8),  # the engine pads it
+        "q_proj.weight": torch.randn(8, 8),  # the engine fuses it
+        "down.weight": torch.randn(8, 4),  # the engine has a part of it
+        "head.weight": torch.randn(10, 8),  # the engine has it in less precision
+    }
+    model = torch.nn.Module()
+    held = {
+        "norm": sent["norm.weight"].clone(),
+        "embed": torch.cat([sent["embed.weight"], torch.zeros(6, 8)]),
+        "down": sent["down.weight"][:, :2],
+        "head": sent["head.weight"].bfloat16(),
+    }
+    for name, tensor in held.items():
+        model.add_module(name, torch.nn.Module())
+        model.get_submodule(name).register_parameter("weight", torch.nn.Parameter(tensor))
+    receiver: Any = NcclReceiver.__new__(NcclReceiver)
+    receiver.model = model
+    receiver._received = {name: tuple(tensor.shape) for name, tensor in sent.items()}
+    receiver._dtypes = {name: tensor.dtype for name, tensor in sent.items()}
+    receiver.receive_weights(UpdateInfo(checksums={name: transport.checksum(tensor) for name, tensor in sent.items()}))
+    if broken:
+        model.get_parameter(broken).data[0].add_(1.0)
+        with pytest.raises(RuntimeError, match=f"does not hold what was sent: {broken} differs"):
+            receiver.check_sums()
+    else:
+        receiver.check_sums()
 
 
 def test_a_group_meets_at_the_address_that_the_peer_can_reach() -> None:

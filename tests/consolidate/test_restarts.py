@@ -188,7 +188,9 @@ def test_another_number_of_ranks_takes_the_adapters_alone(
 ) -> None:
     ended = drive(model, tmp_path, *ADAPTERS, kill=AFTER_FOUR)
     assert ended.returncode == -signal.SIGKILL
-    done = max(int(path.parent.parent.name.removeprefix("step-")) for path in tmp_path.glob("scratch/*/*/*/adapters.*"))
+    done = max(
+        int(path.parent.parent.name.removeprefix("step-")) for path in tmp_path.glob("scratch/*/step-*/*/adapters.*")
+    )
     ended = drive(model, tmp_path, *ADAPTERS, "consolidate.workers=1")
     assert ended.returncode == 0
     assert "its weights are taken, and the optimizer starts anew" in ended.stdout

@@ -58,6 +58,13 @@ class RoundFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.manifest = root / MANIFEST_FILE
+        self.in_context = root / "in_context.jsonl"
+        self.consolidation_metrics = root / "consolidation" / "metrics.jsonl"
+        self.samples = root / "consolidation" / "samples.jsonl"
+        self.policy = root / "policy"
+        self.evaluation = root / "evaluation.json"
+        self.evaluation_games = root / "evaluation.jsonl"
 
     def trajectories(self, split: Split) -> Path:
         return self.root / "trajectories" / f"{split}.jsonl"
@@ -67,31 +74,3 @@ class RoundFiles:
 
     def knowledge_files(self) -> list[Path]:
         return sorted((self.root / "knowledge").glob("seed-*.json"))
-
-    @property
-    def in_context(self) -> Path:
-        return self.root / "in_context.jsonl"
-
-    @property
-    def consolidation_metrics(self) -> Path:
-        return self.root / "consolidation" / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        return self.root / "consolidation" / "samples.jsonl"
-
-    @property
-    def policy(self) -> Path:
-        return self.root / "policy"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "evaluation.json"
-
-    @property
-    def evaluation_games(self) -> Path:
-        return self.root / "evaluation.jsonl"
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / MANIFEST_FILE

@@ -112,4 +112,4 @@ def _bucket(run: Sequence[TensorSpec]) -> tuple[torch.Tensor, Sequence[torch.Ten
     """Memory for the tensors of a bucket, as a whole and as the bytes of each."""
     sizes = [spec.nbytes for spec in run]
     flat = torch.empty(sum(sizes), dtype=torch.uint8)
-    return flat, flat.split(sizes)
+    return flat, torch.split(flat, sizes)

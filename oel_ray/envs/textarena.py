@@ -162,9 +162,9 @@ def read_action(response: str, *, moves_only: bool) -> str:
     """
     answer = response.rpartition(THINK_CLOSE)[2]
     if not moves_only:
-        return [answer.strip(), *_BRACKETED.findall(answer)][-1]
-    move = ["", *_MOVE.findall(answer)][-1].lower()
-    return f"[{_ALIASES.get(move, move)}]" if move else ""
+        return str([answer.strip(), *_BRACKETED.findall(answer)][-1])
+    moves = [move.lower() for move in _MOVE.findall(answer)]
+    return f"[{_ALIASES.get(moves[-1], moves[-1])}]" if moves else ""
 
 
 def single_player_ids() -> list[str]:

@@ -92,8 +92,8 @@ def train(job: Job) -> None:
         }
         texts = {f"teacher_{name}": count for name, count in asdict(step.teacher.caches.counts).items()}
         if rank == 0:
-            known: dict[str, Any] = {"step": number, "samples": len(draws), "generated_by": made_by, "weight_version": version}
-            row = known | asdict(metrics) | retried | seconds | texts
+            row = {"step": number, "samples": len(draws), **asdict(metrics), **retried, **seconds, **texts}
+            row |= {"generated_by": made_by, "weight_version": version}
             _append(job.samples, _sample_rows(job, number, draws, generations, row.pop("kl_by_sample")))
             _append(job.metrics, [row])
         if skipped > job.config.consolidate.max_skipped_steps:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from oel_ray.config import RunConfig
 from oel_ray.durable import FileEntry
-from oel_ray.records import Record, Split, TrainingSplit
+from oel_ray.records import KnowledgeText, Record, Split, TrainingSplit
 
 SCHEMA_VERSION = 1
 CONFIG_FILE, RUN_FILE, STATUS_FILE, METRICS_FILE = "config.yaml", "run.json", "status.json", "metrics.jsonl"
@@ -58,6 +58,13 @@ class RoundFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.manifest = root / MANIFEST_FILE
+        self.in_context = root / "in_context.jsonl"
+        self.consolidation_metrics = root / "consolidation" / "metrics.jsonl"
+        self.samples = root / "consolidation" / "samples.jsonl"
+        self.policy = root / "policy"
+        self.evaluation = root / "evaluation.json"
+        self.evaluation_games = root / "evaluation.jsonl"
 
     def trajectories(self, split: Split) -> Path:
         return self.root / "trajectories" / f"{split}.jsonl"
@@ -68,30 +75,5 @@ class RoundFiles:
     def knowledge_files(self) -> list[Path]:
         return sorted((self.root / "knowledge").glob("seed-*.json"))
 
-    @property
-    def in_context(self) -> Path:
-        return self.root / "in_context.jsonl"
-
-    @property
-    def consolidation_metrics(self) -> Path:
-        return self.root / "consolidation" / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        return self.root / "consolidation" / "samples.jsonl"
-
-    @property
-    def policy(self) -> Path:
-        return self.root / "policy"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "evaluation.json"
-
-    @property
-    def evaluation_games(self) -> Path:
-        return self.root / "evaluation.jsonl"
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / MANIFEST_FILE
+    def knowledge_texts(self) -> list[KnowledgeText]:
+        return [KnowledgeText.from_json(file.read_bytes()) for file in self.knowledge_files()]

@@ -12,7 +12,7 @@ interrupted goes on with the games, steps or checkpoints that it has.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,7 +20,7 @@ from typing import Any
 
 from oel_ray import layout
 from oel_ray.chat import ChatFormat
-from oel_ray.collect.stage import Game, Played, Players, play_missing, players
+from oel_ray.collect.stage import Game, Players, play_missing, players
 from oel_ray.config import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
 from oel_ray.durable import write_json
@@ -104,7 +104,8 @@ class Rounds:
                 for episode in training_episodes(self.config.env, self.config.seed, number, split, count, excluded)
             ]
             stage.begin(*self._policy(number - 1), games)
-            played = self._play(stage, games, Trajectory, lambda _, trajectory, __: trajectory, progress)
+            journal = stage.journal("games.jsonl", Trajectory, self.progress.note)
+            played = play_missing(self.players, games, journal, lambda _, trajectory, __: trajectory, progress.update)
             counts: dict[str, int] = {
                 split: write_jsonl(stage.out.trajectories(split), [game for game in played if game.split == split])
                 for split in wanted
@@ -133,7 +134,7 @@ class Rounds:
 
     def evaluate_in_context(self, number: int) -> None:
         """The teacher's view: the policy that played, with the knowledge in its prompt."""
-        knowledge = growth(self._knowledge(number), self.config.evaluate.accumulation_steps)
+        knowledge = growth(self.folder.files(number).knowledge_texts(), self.config.evaluate.accumulation_steps)
         self._evaluate(number, layout.EVALUATE_IN_CONTEXT, number - 1, knowledge)
 
     def consolidate(self, number: int) -> None:
@@ -148,7 +149,7 @@ class Rounds:
             policy = self.folder.policy(number - 1)
             chat = ChatFormat.from_pretrained(policy, thinking=self.config.thinking)
             starts = prefixes(self._trajectories(number, "consolidation"), chat)
-            knowledge = self._knowledge(number)
+            knowledge = self.folder.files(number).knowledge_texts()
             plan = step_batches(starts, len(knowledge), config, run_seed=self.config.seed, round_number=number)
             out = stage.out
             job = Job(
@@ -198,7 +199,8 @@ class Rounds:
         with self._stage(number, name, len(planned), "games") as (stage, progress):
             self._deploy(policy_of)
             stage.begin(*self._policy(policy_of), planned)
-            games = self._play(stage, planned, EvaluationGame, evaluated, progress)
+            journal = stage.journal("games.jsonl", EvaluationGame, self.progress.note)
+            games = play_missing(self.players, planned, journal, evaluated, progress.update)
             if name == layout.EVALUATE_IN_CONTEXT:
                 stage.commit([stage.out.in_context], {"in_context": write_jsonl(stage.out.in_context, games)})
                 return
@@ -208,18 +210,6 @@ class Rounds:
             stage.out.evaluation.write_bytes(result.to_json() + b"\n")
             count = write_jsonl(stage.out.evaluation_games, games)
             stage.commit([stage.out.evaluation, stage.out.evaluation_games], {"evaluation": count})
-
-    def _play(
-        self,
-        stage: Stage,
-        games: Sequence[Game],
-        kind: type[Played],
-        record: Callable[[Game, Trajectory, bool], Played],
-        progress: StageProgress,
-    ) -> list[Played]:
-        """The records of all games, whatever goes wrong meanwhile and is made good."""
-        journal = stage.journal("games.jsonl", kind, self.progress.note)
-        return play_missing(self.players, games, journal, record, progress.update)
 
     @contextmanager
     def _stage(self, number: int, name: str, total: int, unit: str) -> Iterator[tuple[Stage, StageProgress]]:
@@ -257,6 +247,3 @@ class Rounds:
 
     def _trajectories(self, number: int, split: Split) -> list[Trajectory]:
         return read_jsonl(self.folder.files(number).trajectories(split), Trajectory)
-
-    def _knowledge(self, number: int) -> list[KnowledgeText]:
-        return [KnowledgeText.from_json(path.read_bytes()) for path in self.folder.files(number).knowledge_files()]

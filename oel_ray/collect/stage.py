@@ -19,7 +19,6 @@ from oel_ray.config import CollectConfig, RunConfig
 from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
 from oel_ray.journal import Journal
-from oel_ray.plan import play_response
 from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
 from oel_ray.stopping import draining
 
@@ -77,7 +76,7 @@ class Players:
         """
         playing = _Playing(self, games, on_played)
         with draining() as drain:
-            while playing.done < len(games) and not drain.over and (playing.busy or not drain.asked):
+            while playing.done < len(games) and not drain.over and (playing.running or not drain.asked):
                 playing.step(begin=not drain.asked)
                 on_progress(playing.done)
         return [result for result in playing.results if result is not None]
@@ -102,7 +101,7 @@ class _Playing:
         self._allowed = max(_ERRORS_IN_ANY_CASE, int(self._limits.max_error_rate * len(games)))
         self._failed_before = len(self._failures)
         self._waiting = deque(_Try(game) for game in range(len(games)))
-        self._running: dict[Any, tuple[_Try, Any]] = {}
+        self.running: dict[Any, tuple[_Try, Any]] = {}
         # Seats in turn over the actors, so that few games spread over all of them.
         self._free = deque(actor for _ in range(players.seats) for actor in players.actors)
         # Questions to players: to whom, when, and seats that it gets with its answer.
@@ -110,17 +109,12 @@ class _Playing:
         for actor in players.actors:
             self._watch(actor)
 
-    @property
-    def busy(self) -> bool:
-        """Whether any game is in play."""
-        return bool(self._running)
-
     def step(self, *, begin: bool) -> None:
         """Fill the free seats, if games are to `begin`, and take what has ended; comes back within a second or so."""
         while begin and self._waiting and self._free:
             self._start(self._waiting.popleft())
         # The watches first: where there always is a result to take, they would wait for ever.
-        ready, _ = ray.wait([*self._watches, *self._running], timeout=_POLL_S)
+        ready, _ = ray.wait([*self._watches, *self.running], timeout=_POLL_S)
         for reference in ready:
             if reference in self._watches:
                 self._take_watch(reference)
@@ -137,7 +131,7 @@ class _Playing:
         # Games with the same knowledge share a long prefix; they are routed together.
         text, key = (knowledge.text, knowledge.id) if knowledge else ("", None)
         play = actor.play.options(max_task_retries=0)
-        self._running[play.remote(game.episode, game.sampling, text, key, game.sampling_seed)] = this, actor
+        self.running[play.remote(game.episode, game.sampling, text, key, game.sampling_seed)] = this, actor
 
     def _watch(self, actor: Any, seats: int = 0) -> None:
         # What is asked of a player that was ended Ray repeats until the next one answers, which is all that it says. In
@@ -160,7 +154,7 @@ class _Playing:
             self._watch(actor)
 
     def _take_result(self, reference: Any) -> None:
-        this, actor = self._running[reference]
+        this, actor = self.running[reference]
         try:
             self.results[this.game] = result = ray.get(reference)  # ready
             self.done += 1
@@ -174,16 +168,16 @@ class _Playing:
             self._again(this, actor, f"an environment raised {error.cause}" if raised else one_line(error.cause, 0))
         else:
             self._on_played(self._games[this.game], *result)
-        del self._running[reference]
+        del self.running[reference]
         self._free.append(actor)
 
     def _lose(self, actor: Any, what: str, episode: str = "") -> None:
         """End a player and play its games again; `episode` is the one that was the cause, if that is known."""
         if not what.startswith(_DIED):
             ray.kill(actor, no_restart=False)
-        for reference, (this, at) in list(self._running.items()):
+        for reference, (this, at) in list(self.running.items()):
             if at == actor:
-                del self._running[reference]
+                del self.running[reference]
                 if self._games[this.game].episode.id == episode:
                     self._again(this, actor, what)
                 else:
@@ -239,13 +233,11 @@ def play_missing(
 def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Players]:
     """Start the player actors of a run; `policy` gives the tokenizer, which no round changes."""
     collect = config.collect
-    _, longest_response = play_response(config)
-    longest_prompt = config.engines.max_model_len - longest_response
     actors: list[Any] = []
     try:
         for index in range(collect.players):
             actor = player_actor(collect.seats, name=f"player-{index}", num_cpus=PLAYER_CPUS)
-            actors.append(actor.remote(str(policy), config.thinking, generate, config.env, longest_prompt, config.seed))
+            actors.append(actor.remote(policy, generate, config))
         yield Players(actors, collect.seats, collect)
     finally:
         for actor in actors:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from oel_ray.buckets import buckets
 from oel_ray.consolidate.batches import Sample, length_groups
-from oel_ray.consolidate.caches import CacheCounts, Text, TextCache, TextCaches
-from oel_ray.consolidate.reading import LayOut, has_fixed_rotations, pad_tokens, response_hidden
+from oel_ray.consolidate.caches import Text, TextCache, TextCaches
+from oel_ray.consolidate.reading import has_fixed_rotations, lay_out, response_hidden
 
 PASS_TOKENS = 2048
 """Tokens of one forward pass. More of them in a row would mostly look at masked positions of each other."""
@@ -45,17 +46,8 @@ class Teacher:
         """`model` lies where it computes; the budgets are those of `TextCaches`."""
         self.model = model
         self.pass_tokens = pass_tokens
-        self._caches = TextCaches(self._read_text, model.device, device_bytes, host_bytes)
+        self.caches = TextCaches(self._read_text, model.device, device_bytes, host_bytes)
         self._keeps_texts = can_keep_texts(model)
-
-    @property
-    def counts(self) -> CacheCounts:
-        return self._caches.counts
-
-    @property
-    def kept_bytes(self) -> int:
-        """What the kept texts take on the device."""
-        return self._caches.device_size
 
     @torch.no_grad()
     def hidden(self, samples: Sequence[Sample]) -> list[Tensor]:
@@ -76,12 +68,12 @@ class Teacher:
         return found
 
     @torch.no_grad()
-    def reread(self, samples: Sequence[Sample], lay_out: LayOut = pad_tokens) -> list[Tensor]:
+    def reread(self, samples: Sequence[Sample], *, packed: bool = False) -> list[Tensor]:
         """The same, from one pass over everything."""
         responses = [sample.response_ids for sample in samples]
-        batch = lay_out([sample.teacher_prompt_ids for sample in samples], responses, self.model.device)
-        hidden_TE = response_hidden(self.model, batch.tokens_BS, batch.mask_BS, batch.rows_T, batch.positions_BS)
-        return list(torch.split(hidden_TE, [len(response) for response in responses]))
+        prompts = [sample.teacher_prompt_ids for sample in samples]
+        batch = lay_out(prompts, responses, self.model.device, packed=packed)
+        return list(torch.split(response_hidden(self.model, batch), [len(response) for response in responses]))
 
     def _reread_passes(
         self, samples: Sequence[Sample], wanted: Sequence[int]
@@ -97,11 +89,11 @@ class Teacher:
         by_text: dict[Text, list[int]] = {}
         for index in wanted:
             by_text.setdefault(samples[index].knowledge_ids, []).append(index)
-        for text in sorted(by_text, key=self._caches.distance):
-            cache = self._caches.get(text)
-            for part in _rows(samples, by_text[text], self.pass_tokens):
+        for text in sorted(by_text, key=self.caches.distance):
+            cache = self.caches.get(text)
+            for part in buckets(by_text[text], lambda index: samples[index].tokens_behind, self.pass_tokens):
                 yield part, self._read_behind(cache, len(text), [samples[index] for index in part])
-        self._caches.trim()
+        self.caches.trim()
 
     def _read_text(self, text: Text) -> TextCache:
         cache = DynamicCache(config=self.model.config)
@@ -133,17 +125,3 @@ class Teacher:
             hidden_QE[end - len(sample.response_ids) - 1 : end - 1].clone()  # a view would keep the whole row
             for end, sample in zip(ends, samples, strict=True)
         ]
-
-
-def _rows(samples: Sequence[Sample], indices: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Cut the indices into rows of at most `max_tokens` behind the text, or of one sample that is longer."""
-    row: list[int] = []
-    filled = 0
-    for index in indices:
-        tokens = len(samples[index].rest_ids) + len(samples[index].response_ids)
-        if row and filled + tokens > max_tokens:
-            yield row
-            row, filled = [], 0
-        row.append(index)
-        filled += tokens
-    yield row

@@ -67,24 +67,16 @@ def _search(
     *,
     limit: int,
 ) -> list[str] | None:
-    came_from: dict[State, tuple[str, State] | None] = {start: None}
-    queue = deque([start])
+    met = {start}
+    queue = deque([(start, list[str]())])
     while queue:
-        state = queue.popleft()
+        state, way = queue.popleft()
         if won(state):
-            return _way_to(state, came_from)
+            return way
         for action, after in neighbours(state):
-            if after not in came_from:
-                came_from[after] = (action, state)
-                queue.append(after)
-        if len(came_from) > limit:
+            if after not in met:
+                met.add(after)
+                queue.append((after, [*way, action]))
+        if len(met) > limit:
             return None
     return []
-
-
-def _way_to(state: State, came_from: dict[State, tuple[str, State] | None]) -> list[str]:
-    actions = []
-    while (step := came_from[state]) is not None:
-        action, state = step
-        actions.append(action)
-    return actions[::-1]

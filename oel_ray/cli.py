@@ -41,6 +41,7 @@ Round = Annotated[int | None, typer.Option("--round", min=0, help="The round.  [
 Parameters = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Parameters of the environment, e.g. size=3.")
 ]
+MayChange = Annotated[bool, typer.Option("--allow-config-change", help="Resume with another CONFIG or changed model.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 
 
@@ -52,6 +53,7 @@ def run(
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run folder.  [runs/CONFIG-TIME]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")] = False,
+    allow_config_change: MayChange = False,
 ) -> None:
     """Run a configuration, round after round.
 
@@ -66,6 +68,8 @@ def run(
     from oel_ray.runs import RunFolder
     from oel_ray.show import next_steps, summary_table
 
+    if allow_config_change and not resume:
+        raise UserError("--allow-config-change is for a run that goes on: add --resume, or leave it out")
     if resume and run_dir is None:
         raise UserError("--resume needs the folder of the run: --run-dir RUN_DIR")
     if config is None and not resume:
@@ -74,8 +78,8 @@ def run(
     path = run_dir or _default_run_dir(str(config))
     note = Progress().note
     if resume:
-        preflight_resumed(RunFolder.open_to_resume(path, settings), note)
-        folder = RunFolder.resume(path, settings)
+        preflight_resumed(RunFolder.open_to_resume(path, settings, allow_change=allow_config_change), note)
+        folder = RunFolder.resume(path, settings, allow_change=allow_config_change)
     else:
         assert settings is not None
         RunFolder.check_new(path)
@@ -213,6 +217,31 @@ def knowledge(
 
 
 @app.command()
+def rollback(
+    run_dir: RunDir,
+    to_round: Annotated[int, typer.Option("--to-round", min=0, help="The last round that stays.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Take back the rounds behind one; 'oel run --resume' does them again.
+
+    Their files move to the quarantine. The policy that the next round starts from is that of the last round that stays,
+    or an older one if the gate kept it.
+    """
+    from oel_ray.runs import RunFolder
+
+    folder = RunFolder.open(run_dir)
+    behind = [number for number in folder.rounds() if number > to_round]
+    if not behind:
+        raise UserError(f"{run_dir} has no round behind round {to_round}: choose an earlier one with --to-round")
+    start = f"round {to_round + 1} then starts anew, from the policy of round {folder.deployed(to_round + 1)}"
+    print(f"rounds {behind[0]} to {behind[-1]} leave the run for {run_dir / 'quarantine'}; {start}")
+    if not yes:
+        typer.confirm("Go on?", abort=True)
+    with RunFolder.resume(run_dir, None) as folder:
+        folder.set_aside([folder.files(number).root for number in behind[::-1]])
+
+
+@app.command()
 def report(
     run_dir: RunDir,
     out: Annotated[Path | None, typer.Option(help="Where to write it.  [RUN_DIR/report]")] = None,
@@ -232,6 +261,7 @@ def verify(
 
     Prints a line per broken promise, with file and line; exit code 1 if there is one.
     """
+    from oel_ray.show import remarks
     from oel_ray.verify import Replay
     from oel_ray.verify import verify as verify_run
 
@@ -245,7 +275,7 @@ def verify(
         print(finding)
     if findings:
         _end(1, f"oel: {run_dir}: {len(findings)} broken promises")
-    print(f"{run_dir}: every promise holds{', every game replayed' if replay else ''}")
+    print(f"{run_dir}: every promise holds{', every game replayed' if replay else ''}", *remarks(run_dir), sep="\n")
 
 
 @app.command("config")
@@ -310,7 +340,7 @@ def main() -> NoReturn:
         _end(2, f"oel: error: {error}")
     except typer.TyperException as error:
         _end(2, f"oel: error: {error.format_message()} (see --help)")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _end(130, "oel: interrupted")
 
 

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+from oel_ray.config import GateConfig
 from oel_ray.records import EvaluationGame, Record
 
 
@@ -23,18 +24,37 @@ class StepScore(Score):
     step: int
 
 
+class Gate(Record):
+    """How a new policy did against the one that was deployed, and which of the two is from then on.
+
+    Policies are named by the round that they come from. `difference` is the new pass rate minus the old one's, its
+    standard error clustered by map.
+    """
+
+    old: int
+    difference: float
+    difference_se: float
+    deployed: int
+
+    def __str__(self) -> str:
+        what = "stays" if self.deployed == self.old else "gives way"
+        change = f"{100 * self.difference:+.1f} ± {100 * self.difference_se:.1f}"
+        return f"the policy of round {self.old} {what}: the new one's pass rate differs by {change} points"
+
+
 class Evaluation(Score):
     """`evaluation.json`: the bare policy's score, and what to read it against.
 
     `random` and `oracle` are those players' pass rates on the same maps; `in_context` is the policy with knowledge in
     its prompt. Each is null where it does not exist. `in_context_steps` has the scores with the knowledge of earlier
-    steps.
+    steps. `gate` is null where every policy is deployed.
     """
 
     random: float | None
     oracle: float | None
     in_context: Score | None
     in_context_steps: tuple[StepScore, ...] = ()
+    gate: Gate | None = None
 
 
 def score(games: Sequence[EvaluationGame]) -> Score:
@@ -54,6 +74,7 @@ def evaluation(
     *,
     random: float | None,
     oracle: float | None,
+    gate: Gate | None = None,
 ) -> Evaluation:
     """What `evaluation.json` holds; no `in_context` games give null there."""
     steps = by_step(in_context)
@@ -64,7 +85,19 @@ def evaluation(
         oracle=oracle,
         in_context=score(complete) if complete else None,
         in_context_steps=tuple(StepScore(step=step, **score(games).model_dump()) for step, games in steps.items()),
+        gate=gate,
     )
+
+
+def passed_gate(
+    old_round: int, old: Sequence[EvaluationGame], new_round: int, new: Sequence[EvaluationGame], config: GateConfig
+) -> Gate:
+    """Hold a new policy against the deployed one, map by map; there must be a map that both played."""
+    before, after = _rates_by_map(old), _rates_by_map(new)
+    differences = [rate - before[name] for name, rate in after.items() if name in before]
+    difference, error = sum(differences) / len(differences), _standard_error(differences)
+    lost = -difference > config.max_loss + config.standard_errors * error
+    return Gate(old=old_round, difference=difference, difference_se=error, deployed=old_round if lost else new_round)
 
 
 def by_step(in_context: Sequence[EvaluationGame]) -> dict[int, list[EvaluationGame]]:
@@ -85,10 +118,17 @@ def pass_rate_se(games: Sequence[EvaluationGame]) -> float:
 
     The sample deviation of the maps' own pass rates over the root of their number; 0 for a single map.
     """
+    return _standard_error([*_rates_by_map(games).values()])
+
+
+def _rates_by_map(games: Sequence[EvaluationGame]) -> dict[str, float]:
     by_map: dict[str, list[bool]] = defaultdict(list)
     for game in games:
         by_map[game.map_hash].append(game.success)
-    means = [sum(wins) / len(wins) for wins in by_map.values()]
+    return {name: sum(wins) / len(wins) for name, wins in by_map.items()}
+
+
+def _standard_error(means: Sequence[float]) -> float:
     if len(means) < 2:
         return 0.0
     center = sum(means) / len(means)

@@ -41,6 +41,7 @@ Round = Annotated[int | None, typer.Option("--round", min=0, help="The round.  [
 Parameters = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Parameters of the environment, e.g. size=3.")
 ]
+MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of bad lines of FILE that may be left out.")]
 MayChange = Annotated[bool, typer.Option("--allow-config-change", help="Resume with another CONFIG or changed model.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 
@@ -116,13 +117,14 @@ def extract(
     trajectories: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSONL of games to read, instead of collected ones.")
     ] = None,
+    max_bad: MaxBad = 0.01,
 ) -> None:
     """Turn the games of one round into knowledge.
 
     With --trajectories the games come from a file: one JSON object a line, with "instructions" and "turns", a turn with
     "observation" and "response".
     """
-    _one_stage(run_dir, config, overrides, number, "extract", {"extraction": trajectories})
+    _one_stage(run_dir, config, overrides, number, "extract", {"extraction": trajectories}, max_bad=max_bad)
 
 
 @app.command()
@@ -135,6 +137,7 @@ def consolidate(
         Path | None,
         typer.Option(metavar="FILE", help="JSONL of games to take prefixes from, instead of collected ones."),
     ] = None,
+    max_bad: MaxBad = 0.01,
     knowledge: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="A knowledge text, .json of a run or plain text; may be repeated."),
@@ -144,7 +147,7 @@ def consolidate(
 
     Reads the games and the knowledge of one round, or of files, and writes the round's policy.
     """
-    _one_stage(run_dir, config, overrides, number, "consolidate", {"consolidation": trajectories}, knowledge)
+    _one_stage(run_dir, config, overrides, number, "consolidate", {"consolidation": trajectories}, knowledge, max_bad)
 
 
 @app.command()
@@ -352,6 +355,7 @@ def _one_stage(
     name: str,
     trajectories: dict[TrainingSplit, Path | None] | None = None,
     knowledge: list[Path] | None = None,
+    max_bad: float = 0.0,
 ) -> None:
     """Do one stage of one round, in an existing run or in a new one."""
     from oel_ray.progress import Progress
@@ -361,7 +365,7 @@ def _one_stage(
     if overrides and config is None:
         raise UserError(f"'{overrides[0]}' changes a configuration: name one with --config to start a new run")
     settings = _load(config, overrides) if config else None
-    files = Files({split: path for split, path in (trajectories or {}).items() if path}, knowledge or [])
+    files = Files({split: path for split, path in (trajectories or {}).items() if path}, knowledge or [], max_bad)
     stage = plan_stage(run_dir, settings, name, number, files, Progress().note)
     folder = stage.open()
     _work(folder, run_dir, lambda: stage.work(folder, Progress(folder)))

@@ -12,10 +12,15 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: help setup quickstart test fuzz lint
+# How long `make soak` kills.
+MINUTES ?= 30
+
+.PHONY: help setup quickstart test faults soak fuzz lint
 help:
 	@echo "make quickstart   set up, then run three rounds of online experiential learning on this machine's CPU"
 	@echo "make test         set up, then lint, type-check and test"
+	@echo "make faults       set up, then run every test that docs/faults.md names; about an hour"
+	@echo "make soak         set up, then kill a random part of a run every 20 s for MINUTES=30"
 	@echo "make fuzz         set up, then read 100,000 damaged trajectory files; minutes"
 	@echo "make setup        only set up .venv"
 
@@ -44,6 +49,12 @@ lint: setup
 
 test: lint
 	@$(BIN)/python -m pytest
+
+faults: setup
+	@$(BIN)/python -m pytest -m faults
+
+soak: setup
+	@$(BIN)/python -m tests.soak $(MINUTES)
 
 fuzz: setup
 	@OEL_RAY_FUZZ=100000 $(BIN)/python -m pytest --timeout=3600 tests/test_fuzz.py

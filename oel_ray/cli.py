@@ -41,6 +41,8 @@ Round = Annotated[int | None, typer.Option("--round", min=0, help="The round.  [
 Parameters = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Parameters of the environment, e.g. size=3.")
 ]
+MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of bad lines of FILE that may be left out.")]
+MayChange = Annotated[bool, typer.Option("--allow-config-change", help="Resume with another CONFIG or changed model.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 
 
@@ -52,6 +54,7 @@ def run(
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run folder.  [runs/CONFIG-TIME]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")] = False,
+    allow_config_change: MayChange = False,
 ) -> None:
     """Run a configuration, round after round.
 
@@ -66,6 +69,8 @@ def run(
     from oel_ray.runs import RunFolder
     from oel_ray.show import next_steps, summary_table
 
+    if allow_config_change and not resume:
+        raise UserError("--allow-config-change is for a run that goes on: add --resume, or leave it out")
     if resume and run_dir is None:
         raise UserError("--resume needs the folder of the run: --run-dir RUN_DIR")
     if config is None and not resume:
@@ -74,8 +79,8 @@ def run(
     path = run_dir or _default_run_dir(str(config))
     note = Progress().note
     if resume:
-        preflight_resumed(RunFolder.open_to_resume(path, settings), note)
-        folder = RunFolder.resume(path, settings)
+        preflight_resumed(RunFolder.open_to_resume(path, settings, allow_change=allow_config_change), note)
+        folder = RunFolder.resume(path, settings, allow_change=allow_config_change)
     else:
         assert settings is not None
         RunFolder.check_new(path)
@@ -112,13 +117,14 @@ def extract(
     trajectories: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSONL of games to read, instead of collected ones.")
     ] = None,
+    max_bad: MaxBad = 0.01,
 ) -> None:
     """Turn the games of one round into knowledge.
 
     With --trajectories the games come from a file: one JSON object a line, with "instructions" and "turns", a turn with
     "observation" and "response".
     """
-    _one_stage(run_dir, config, overrides, number, "extract", {"extraction": trajectories})
+    _one_stage(run_dir, config, overrides, number, "extract", {"extraction": trajectories}, max_bad=max_bad)
 
 
 @app.command()
@@ -131,6 +137,7 @@ def consolidate(
         Path | None,
         typer.Option(metavar="FILE", help="JSONL of games to take prefixes from, instead of collected ones."),
     ] = None,
+    max_bad: MaxBad = 0.01,
     knowledge: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="A knowledge text, .json of a run or plain text; may be repeated."),
@@ -140,7 +147,7 @@ def consolidate(
 
     Reads the games and the knowledge of one round, or of files, and writes the round's policy.
     """
-    _one_stage(run_dir, config, overrides, number, "consolidate", {"consolidation": trajectories}, knowledge)
+    _one_stage(run_dir, config, overrides, number, "consolidate", {"consolidation": trajectories}, knowledge, max_bad)
 
 
 @app.command()
@@ -213,6 +220,31 @@ def knowledge(
 
 
 @app.command()
+def rollback(
+    run_dir: RunDir,
+    to_round: Annotated[int, typer.Option("--to-round", min=0, help="The last round that stays.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Take back the rounds behind one; 'oel run --resume' does them again.
+
+    Their files move to the quarantine. The policy that the next round starts from is that of the last round that stays,
+    or an older one if the gate kept it.
+    """
+    from oel_ray.runs import RunFolder
+
+    folder = RunFolder.open(run_dir)
+    behind = [number for number in folder.rounds() if number > to_round]
+    if not behind:
+        raise UserError(f"{run_dir} has no round behind round {to_round}: choose an earlier one with --to-round")
+    start = f"round {to_round + 1} then starts anew, from the policy of round {folder.deployed(to_round + 1)}"
+    print(f"rounds {behind[0]} to {behind[-1]} leave the run for {run_dir / 'quarantine'}; {start}")
+    if not yes:
+        typer.confirm("Go on?", abort=True)
+    with RunFolder.resume(run_dir, None) as folder:
+        folder.set_aside([folder.files(number).root for number in behind[::-1]])
+
+
+@app.command()
 def report(
     run_dir: RunDir,
     out: Annotated[Path | None, typer.Option(help="Where to write it.  [RUN_DIR/report]")] = None,
@@ -232,6 +264,7 @@ def verify(
 
     Prints a line per broken promise, with file and line; exit code 1 if there is one.
     """
+    from oel_ray.show import remarks
     from oel_ray.verify import Replay
     from oel_ray.verify import verify as verify_run
 
@@ -245,7 +278,7 @@ def verify(
         print(finding)
     if findings:
         _end(1, f"oel: {run_dir}: {len(findings)} broken promises")
-    print(f"{run_dir}: every promise holds{', every game replayed' if replay else ''}")
+    print(f"{run_dir}: every promise holds{', every game replayed' if replay else ''}", *remarks(run_dir), sep="\n")
 
 
 @app.command("config")
@@ -310,7 +343,7 @@ def main() -> NoReturn:
         _end(2, f"oel: error: {error}")
     except typer.TyperException as error:
         _end(2, f"oel: error: {error.format_message()} (see --help)")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _end(130, "oel: interrupted")
 
 
@@ -322,6 +355,7 @@ def _one_stage(
     name: str,
     trajectories: dict[TrainingSplit, Path | None] | None = None,
     knowledge: list[Path] | None = None,
+    max_bad: float = 0.0,
 ) -> None:
     """Do one stage of one round, in an existing run or in a new one."""
     from oel_ray.progress import Progress
@@ -331,7 +365,7 @@ def _one_stage(
     if overrides and config is None:
         raise UserError(f"'{overrides[0]}' changes a configuration: name one with --config to start a new run")
     settings = _load(config, overrides) if config else None
-    files = Files({split: path for split, path in (trajectories or {}).items() if path}, knowledge or [])
+    files = Files({split: path for split, path in (trajectories or {}).items() if path}, knowledge or [], max_bad)
     stage = plan_stage(run_dir, settings, name, number, files, Progress().note)
     folder = stage.open()
     _work(folder, run_dir, lambda: stage.work(folder, Progress(folder)))

@@ -232,6 +232,21 @@ class EvaluateConfig(Section):
     sampling: SamplingConfig = SamplingConfig(top_p=0.8, top_k=20)
     """How the player's responses are sampled."""
 
+    @property
+    def held_out(self) -> int:
+        """Maps that no game may be collected on."""
+        return self.maps if self.enabled else 0
+
+
+class GateConfig(Section):
+    enabled: bool = False
+    """Compare each new policy with the deployed one on the held-out maps, and keep that one where the new one loses;
+    else every new policy is deployed (paper)."""
+    max_loss: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the games that a new policy may win less, beyond noise."""
+    standard_errors: Annotated[float, Field(ge=0)] = 2.0
+    """What counts as noise: so many standard errors of the difference, clustered by map."""
+
 
 class EnginesConfig(Section):
     count: Positive = 1
@@ -290,6 +305,7 @@ class RunConfig(Section):
     extract: ExtractConfig = ExtractConfig()
     consolidate: ConsolidateConfig = ConsolidateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
     engines: EnginesConfig = EnginesConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -307,6 +323,12 @@ class RunConfig(Section):
                 f"engines.max_model_len={self.engines.max_model_len} leaves no room for a prompt beside "
                 f"{longest} tokens of knowledge and response: raise it, or lower extract.max_tokens or max_tokens"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_has_games(self) -> Self:
+        if self.gate.enabled and not self.evaluate.enabled:
+            raise ValueError("gate.enabled=true compares policies on held-out maps: set evaluate.enabled=true")
         return self
 
     @model_validator(mode="after")

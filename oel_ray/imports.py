@@ -1,5 +1,7 @@
 """Trajectories and knowledge from elsewhere: read, checked line by line, put into a round. Runs in the driver.
 
+A few bad lines of many do not make the others useless: they are left out, and kept in the quarantine with the reasons.
+
 A trajectory needs `instructions` and `turns`, a turn `observation` and `response`; all else is filled in:
 
     {"instructions": "Open the lock.", "turns": [{"observation": "Locked.", "response": "[left]"}], "outcome": "Open."}
@@ -12,17 +14,19 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.config import RunConfig
+from oel_ray.episodes import training_id
 from oel_ray.errors import UserError
 from oel_ray.extract.chain import knowledge_id
-from oel_ray.layout import IMPORT_KNOWLEDGE, IMPORT_OF
+from oel_ray.layout import BAD_LINES, IMPORT_KNOWLEDGE, IMPORT_OF
 from oel_ray.records import (
+    BadLine,
     EndedBy,
     KnowledgeItem,
     KnowledgeText,
@@ -44,6 +48,13 @@ _NAMED = 5
 _ID = re.compile(r"\w[\w.:-]{0,199}", re.ASCII)
 _LINE_BYTES = 2**24
 """What a line may have at most. Depth and the kinds of values are bounded by the schema, tokens by the model."""
+
+
+class Imported(NamedTuple):
+    """What a file of games amounts to."""
+
+    trajectories: list[Trajectory]
+    bad: list[BadLine]
 
 
 class _GivenTurn(Record):
@@ -72,11 +83,15 @@ class _GivenTrajectory(Record, allow_inf_nan=False):
     template: Any = None
 
 
-def put_trajectories(folder: RunFolder, number: int, split: TrainingSplit, trajectories: Sequence[Trajectory]) -> None:
-    """Put trajectories into a round, as what `extract` or `consolidate` reads."""
+def put_trajectories(folder: RunFolder, number: int, split: TrainingSplit, imported: Imported) -> None:
+    """Put trajectories into a round, as what `extract` or `consolidate` reads, and bad lines into the quarantine."""
     stage = folder.stage(number, IMPORT_OF[split])
     target = stage.begin().trajectories(split)
-    stage.commit([target], {split: write_jsonl(target, trajectories)})
+    counts = {split: write_jsonl(target, imported.trajectories), BAD_LINES: len(imported.bad)}
+    if imported.bad:
+        folder.quarantine.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder.quarantine / f"{BAD_LINES}-{number:03d}-{split}.jsonl", imported.bad)
+    stage.commit([target], counts)
 
 
 def put_knowledge(folder: RunFolder, number: int, texts: Sequence[KnowledgeText]) -> None:
@@ -96,15 +111,15 @@ def read_knowledge(paths: Sequence[Path], number: int, config: RunConfig, chat: 
 
 
 def read_trajectories(
-    path: Path, number: int, split: TrainingSplit, config: RunConfig, chat: ChatFormat
-) -> list[Trajectory]:
-    """The trajectories of a JSONL file, one a line, as those of a round.
+    path: Path, number: int, split: TrainingSplit, config: RunConfig, chat: ChatFormat, max_bad: float = 0.01
+) -> Imported:
+    """The trajectories of a JSONL file, one a line, as those of a round. `max_bad` of the lines may be bad, as a share.
 
     Raises:
-        UserError: the file cannot be read, holds none, or has bad lines; names them.
+        UserError: the file cannot be read, holds none, or has more bad lines than that; names them.
     """
     trajectories: list[Trajectory] = []
-    bad: list[str] = []
+    bad: list[BadLine] = []
     ids: set[str] = set()
     for line, text in enumerate(_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not text.strip():
@@ -113,7 +128,7 @@ def read_trajectories(
             if len(text) > _LINE_BYTES:
                 raise ValueError(f"is longer than {_LINE_BYTES} bytes")
             given = _GivenTrajectory.model_validate_json(text)
-            name = given.id or f"r{number:03d}-{'x' if split == 'extraction' else 'c'}-{line - 1:04d}"
+            name = given.id or training_id(number, split, line - 1)
             trajectory = _trajectory(given, name, number, split, config, chat)
             problem = next(_problems(trajectory, ids, config, chat), None)
             trajectory.to_json()
@@ -122,17 +137,18 @@ def read_trajectories(
         except (ValueError, TypeError) as error:  # the last for numbers of more than 64 bits
             problem = str(error)
         if problem:
-            bad.append(f"line {line}: {problem}")
+            bad.append(BadLine(line=line, reason=problem, text=text[:_LINE_BYTES].decode(errors="backslashreplace")))
         else:
             ids.add(name)
             trajectories.append(trajectory)
-    if bad:
+    if len(bad) > max_bad * (len(bad) + len(trajectories)):
         rest = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         count = f"{len(bad)} bad line{'s' * (len(bad) > 1)}"
-        raise UserError(f"{path} has {count}: {'; '.join(bad[:_NAMED])}{rest}: mend or remove them")
+        named = "; ".join(f"line {line.line}: {line.reason}" for line in bad[:_NAMED])
+        raise UserError(f"{path} has {count}: {named}{rest}: mend or remove them, or allow a larger share by --max-bad")
     if not trajectories:
         raise UserError(f"{path} holds no trajectory: it must have one JSON object a line")
-    return trajectories
+    return Imported(trajectories, bad)
 
 
 def _trajectory(

@@ -6,15 +6,14 @@ line, or a disk fill up: whoever goes on with the file first takes out what is n
 
 import shutil
 from pathlib import Path
-from typing import Any, Generic
+from typing import Generic
 
-import orjson
 from pydantic import ValidationError
 
 from oel_ray.durable import write_atomically
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
-from oel_ray.records import AnyRecord, first_problem
+from oel_ray.records import AnyRecord, BadLine, first_problem
 
 
 class Journal(Generic[AnyRecord]):
@@ -27,17 +26,17 @@ class Journal(Generic[AnyRecord]):
         """
         self.path, self._name = path, name
         self.records: list[AnyRecord] = []
-        self.damaged: list[dict[str, Any]] = []
+        self.damaged: list[BadLine] = []
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         for number, line in enumerate(lines, start=1):
             try:
                 self.records += [kind.from_json(line)] if line else []
             except ValidationError as error:
                 text = line.decode(errors="backslashreplace")
-                self.damaged.append({"line": number, "reason": first_problem(error), "text": text})
+                self.damaged.append(BadLine(line=number, reason=first_problem(error), text=text))
         if self.damaged:
             bad.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(bad, b"".join(orjson.dumps(row) + b"\n" for row in self.damaged))
+            write_atomically(bad, b"".join(line.to_json() + b"\n" for line in self.damaged))
         if self.damaged or lines[-1]:  # the last line may lack no more than its end
             self.cut(len(self.records))
 

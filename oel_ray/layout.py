@@ -9,6 +9,8 @@ from oel_ray.records import KnowledgeText, Record, Split, TrainingSplit
 SCHEMA_VERSION = 1
 CONFIG_FILE, RUN_FILE, STATUS_FILE, METRICS_FILE = "config.yaml", "run.json", "status.json", "metrics.jsonl"
 MANIFEST_FILE = "MANIFEST.json"
+REPLACED_CONFIG = "config-{}.yaml"
+"""A configuration that another one replaced, by how many there were before it; see `StageEntry.config`."""
 QUARANTINE = "quarantine"
 WORK = ".work-"
 """Begins the name of the folder of a stage that is not committed."""
@@ -28,6 +30,9 @@ IMPORT_KNOWLEDGE = "import_knowledge"
 IMPORT_OF: dict[TrainingSplit, str] = {"extraction": IMPORT_EXTRACTION, "consolidation": IMPORT_CONSOLIDATION}
 IMPORTS = (*IMPORT_OF.values(), IMPORT_KNOWLEDGE)
 
+BAD_LINES = "bad_lines"
+"""How a stage counts the lines of an imported file that were left out."""
+
 
 def planned_stages(config: RunConfig, round_number: int) -> list[str]:
     """The stages of a round, in order. Round 0 is the untouched model."""
@@ -39,12 +44,16 @@ def planned_stages(config: RunConfig, round_number: int) -> list[str]:
 
 
 class StageEntry(Record):
-    """What a committed stage left behind. `files` has paths relative to the round folder."""
+    """What a committed stage left behind. `files` has paths relative to the round folder.
+
+    `config` counts how often the run's configuration had changed before.
+    """
 
     completed: str
     wall_s: float
     counts: dict[str, int]
     files: dict[str, FileEntry]
+    config: int = 0
 
 
 class Manifest(Record):

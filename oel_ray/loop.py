@@ -28,8 +28,7 @@ from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import RunFailed
-from oel_ray.evaluate.metrics import evaluation
-from oel_ray.evaluate.stage import evaluated, evaluation_games
+from oel_ray.evaluate.stage import evaluated, evaluated_round, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.models import model_files, resolve_model
 from oel_ray.progress import Progress, StageProgress
@@ -56,7 +55,7 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
 
 def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequence[tuple[int, str]]) -> None:
     """Do these stages, (round, name) in order, on a Ray of their own; raises what `run` raises."""
-    policy = folder.policy(max(todo[0][0] - 1, 0))
+    policy = folder.policy(folder.deployed(todo[0][0]))
     with ray_cluster(config, folder.run_id, progress.note) as on_gpu:
         progress.note(f"starting {config.engines.count} engines on {policy}")
         with (
@@ -96,14 +95,13 @@ class Rounds:
         """The policy of the round before plays T and T'."""
         wanted = self.config.training_games
         with self._stage(number, layout.COLLECT, sum(wanted.values()), "games") as (stage, progress):
-            self._deploy(number - 1)
             excluded = {episode.map_hash for episode in self.held_out}
             games = [
                 Game(episode, self.config.collect.sampling_for(split).sampling())
                 for split, count in wanted.items()
                 for episode in training_episodes(self.config.env, self.config.seed, number, split, count, excluded)
             ]
-            stage.begin(*self._policy(number - 1), games)
+            self._begin(stage, self.folder.deployed(number), games)
             journal = stage.journal("games.jsonl", Trajectory, self.progress.note)
             played = play_missing(self.players, games, journal, lambda _, trajectory, __: trajectory, progress.update)
             counts: dict[str, int] = {
@@ -117,15 +115,14 @@ class Rounds:
         from oel_ray.extract.stage import extract
 
         trajectories = self._trajectories(number, "extraction")
-        config = self.config.extract
+        config, policy_of = self.config.extract, self.folder.deployed(number)
         with self._stage(number, layout.EXTRACT, config.seeds * len(trajectories), "steps") as (stage, progress):
-            self._deploy(number - 1)
-            stage.begin(*self._policy(number - 1), config.model_dump(exclude={"workers"}), trajectories)
+            self._begin(stage, policy_of, config.model_dump(exclude={"workers"}), trajectories)
             texts = extract(
                 trajectories,
                 number,
                 self.config,
-                self.folder.policy(number - 1),
+                self.folder.policy(policy_of),
                 self.pool.client,
                 lambda done, _: progress.update(done),
                 partial(stage.journal, note=self.progress.note),
@@ -135,7 +132,7 @@ class Rounds:
     def evaluate_in_context(self, number: int) -> None:
         """The teacher's view: the policy that played, with the knowledge in its prompt."""
         knowledge = growth(self.folder.files(number).knowledge_texts(), self.config.evaluate.accumulation_steps)
-        self._evaluate(number, layout.EVALUATE_IN_CONTEXT, number - 1, knowledge)
+        self._evaluate(number, layout.EVALUATE_IN_CONTEXT, self.folder.deployed(number), knowledge)
 
     def consolidate(self, number: int) -> None:
         """Distil the knowledge into the weights; writes the new policy."""
@@ -145,8 +142,8 @@ class Rounds:
         config = self.config.consolidate
         with self._stage(number, layout.CONSOLIDATE, config.steps, "steps") as (stage, progress):
             stage.begin("checkpoints")
-            version = self._deploy(number - 1)
-            policy = self.folder.policy(number - 1)
+            version = self._deploy(policy_of := self.folder.deployed(number))
+            policy = self.folder.policy(policy_of)
             chat = ChatFormat.from_pretrained(policy, thinking=self.config.thinking)
             starts = prefixes(self._trajectories(number, "consolidation"), chat)
             knowledge = self.folder.files(number).knowledge_texts()
@@ -182,10 +179,7 @@ class Rounds:
     @cached_property
     def held_out(self) -> list[Episode]:
         """The maps of every evaluation of this run; none are set aside if there is none."""
-        config = self.config
-        if not config.evaluate.enabled:
-            return []
-        return held_out_episodes(config.env, config.seed, config.evaluate.maps)
+        return held_out_episodes(self.config.env, self.config.seed, self.config.evaluate.held_out)
 
     @cached_property
     def baselines(self) -> dict[str, float | None]:
@@ -197,16 +191,15 @@ class Rounds:
     def _evaluate(self, number: int, name: str, policy_of: int, knowledge: list[list[KnowledgeText]]) -> None:
         planned = evaluation_games(self.held_out, self.config.evaluate, number, knowledge)
         with self._stage(number, name, len(planned), "games") as (stage, progress):
-            self._deploy(policy_of)
-            stage.begin(*self._policy(policy_of), planned)
+            self._begin(stage, policy_of, planned)
             journal = stage.journal("games.jsonl", EvaluationGame, self.progress.note)
             games = play_missing(self.players, planned, journal, evaluated, progress.update)
             if name == layout.EVALUATE_IN_CONTEXT:
                 stage.commit([stage.out.in_context], {"in_context": write_jsonl(stage.out.in_context, games)})
                 return
-            seen = self.folder.files(number).in_context
-            in_context = read_jsonl(seen, EvaluationGame) if seen.exists() else []
-            result = evaluation(games, in_context, **self.baselines)
+            result = evaluated_round(self.folder, number, games, self.config.gate, self.baselines)
+            if result.gate:
+                self.progress.note(f"round {number}: {result.gate}")
             stage.out.evaluation.write_bytes(result.to_json() + b"\n")
             count = write_jsonl(stage.out.evaluation_games, games)
             stage.commit([stage.out.evaluation, stage.out.evaluation_games], {"evaluation": count})
@@ -219,6 +212,8 @@ class Rounds:
             yield stage, progress
         if entry := stage.entry:
             happened = self._happened(before)
+            if name == layout.EVALUATE:
+                happened["deployed"] = self.folder.deployed(number + 1)
             self.folder.log_metrics({"round": number, "stage": name, "wall_s": entry.wall_s, **entry.counts} | happened)
 
     def _happened(self, before: Counter[str]) -> dict[str, Any]:
@@ -231,11 +226,11 @@ class Rounds:
         hit_rate = counts["cached_tokens"] / max(counts["prompt_tokens"], 1)
         return {**counts, "prefix_cache_hit_rate": round(hit_rate, 4), "failures": failures}
 
-    def _policy(self, policy_of: int) -> tuple[Any, ...]:
-        """All that decides what a policy answers, beside what it is asked."""
-        config = self.config
-        settings = (config.thinking, config.seed, config.env, config.engines.max_model_len)
-        return *settings, self.folder.policy_files(policy_of)
+    def _begin(self, stage: Stage, policy_of: int, *asked: Any) -> None:
+        """Start a stage in which that policy answers: its inputs are all that decides how, and what it is asked."""
+        self._deploy(policy_of)
+        config, files = self.config, self.folder.policy_files(policy_of)
+        stage.begin(config.thinking, config.seed, config.env, config.engines.max_model_len, files, *asked)
 
     def _deploy(self, policy_of: int) -> str:
         """Have the engines serve the policy that a round ended with; returns its weight version."""

@@ -64,7 +64,7 @@ def starting_at(folder: RunFolder, number: int) -> RunConfig:
     """The configuration with the policy that a round starts from as its model."""
     if layout.PREPARE not in folder.committed.get(0, ()):
         return folder.config
-    return folder.config.model_copy(update={"model": str(folder.policy(max(number - 1, 0)))})
+    return folder.config.model_copy(update={"model": str(folder.policy(folder.deployed(number)))})
 
 
 def check_environment(config: RunConfig) -> Environment:
@@ -75,9 +75,8 @@ def check_environment(config: RunConfig) -> Environment:
     """
     env, seed = config.env, config.seed
     environment = make(env.id, seed, env.params)
-    if config.evaluate.enabled:
-        held_out = {episode.map_hash for episode in held_out_episodes(env, seed, config.evaluate.maps)}
-        training_episodes(env, seed, 1, "extraction", 1, held_out)
+    held_out = {episode.map_hash for episode in held_out_episodes(env, seed, config.evaluate.held_out)}
+    training_episodes(env, seed, 1, "extraction", 1, held_out)
     return environment
 
 

@@ -176,6 +176,14 @@ class Prefix(Record):
     prompt_ids: list[int]
 
 
+class BadLine(Record):
+    """A line that is not the record that it should be; `line` counts from 1."""
+
+    line: int
+    reason: str
+    text: str
+
+
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 

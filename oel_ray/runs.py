@@ -28,10 +28,12 @@ from oel_ray.journal import Journal
 from oel_ray.layout import (
     CONFIG_FILE,
     CONSOLIDATE,
+    EVALUATE,
     METRICS_FILE,
     POLICY_REFERENCE,
     PREPARE,
     QUARANTINE,
+    REPLACED_CONFIG,
     RUN_FILE,
     SCHEMA_VERSION,
     STATUS_FILE,
@@ -51,6 +53,10 @@ State = Literal["running", "finished", "partial", "failed", "interrupted"]
 """What `status.json` says; "partial" is a run that ended well, with stages left to do."""
 
 
+_FIXED = ("model:", "seed:", "env.id:", "env.params.", "env.split:", "env.min_solution:")
+"""Settings that committed stages were made with and later ones could not tell from theirs."""
+
+
 class _Metrics(Record, extra="allow"):
     """A line of `metrics.jsonl`: any object."""
 
@@ -64,6 +70,8 @@ class RunFolder:
         self.quarantine = self.path / QUARANTINE / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
         """Where this process puts what must neither be read nor lost."""
         self._status: dict[str, Any] = {}
+        self._change: tuple[RunConfig, list[str]] | None = None
+        """The configuration that is to hold from now on, and how it and the model differ from before."""
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -119,7 +127,6 @@ class RunFolder:
                 "version": SCHEMA_VERSION,
                 "run_id": uuid.uuid4().hex[:8],
                 "created": _now(),
-                "config_hash": content_hash(config.model_dump(mode="json")),
                 "packages": _installed(PACKAGES),
             }
             write_json(path / RUN_FILE, info)
@@ -130,29 +137,43 @@ class RunFolder:
         return folder
 
     @classmethod
-    def open_to_resume(cls, path: Path, config: RunConfig | None) -> Self:
-        """Open a run that is to go on with its saved configuration; one that is given must equal it. Takes no lock.
+    def open_to_resume(cls, path: Path, config: RunConfig | None, *, allow_change: bool = False) -> Self:
+        """Open a run that is to go on with its saved configuration. Takes no lock.
+
+        One that is given must equal it, unless a change is allowed: then it is what `config` gives from now on.
 
         Raises:
-            UserError: no run lies there, or the configuration changed, or the model that it began with.
+            UserError: no run lies there; or the configuration changed, or the model that it began with, and must not.
         """
         folder = cls.open(path)
-        if changes := [*(_changes(folder.config, config) if config else ()), *folder.changed_model()]:
+        old, new = folder.config, config or folder.config
+        settings = (_flat(config.model_dump(mode="json")) for config in (old, new))
+        changes = [*_differences(*settings), *folder.changed_model()]
+        if changes and not allow_change:
             raise UserError(
                 f"the configuration differs from the one that {folder.path} was started with: {', '.join(changes)}; "
-                "leave CONFIG out to go on with the saved one, put the model's files back, or choose another folder"
+                "leave CONFIG out to go on with the saved one, put the model's files back, choose another folder, or "
+                "let it change with 'oel run --resume --allow-config-change'"
             )
+        fixed = [change for change in changes if change.startswith(_FIXED)]
+        if new.evaluate.held_out > old.evaluate.held_out:
+            fixed.append(f"held-out maps: {old.evaluate.held_out} -> {new.evaluate.held_out}")
+        if fixed and any(folder.committed.values()):
+            raise UserError(f"{folder.path} has stages that depend on {', '.join(fixed)}: start a new run for this")
+        folder._change = (new, changes) if changes else None
         return folder
 
     @classmethod
-    def resume(cls, path: Path, config: RunConfig | None) -> Self:
+    def resume(cls, path: Path, config: RunConfig | None, *, allow_change: bool = False) -> Self:
         """Go on with a run; see `open_to_resume`.
 
         Raises:
             UserError: no run lies there, another process holds it, or the configuration changed.
         """
-        folder = cls.open_to_resume(path, config)
+        folder = cls.open_to_resume(path, config, allow_change=allow_change)
         folder.lock = FolderLock.acquire(path)
+        if folder._change:
+            folder._write_change(*folder._change)
         folder.set_aside(list(folder.strays()))
         Journal(folder.path / METRICS_FILE, _Metrics, folder.quarantine / METRICS_FILE, "metrics")  # mends it
         folder.set_status("running")
@@ -184,11 +205,27 @@ class RunFolder:
 
     @property
     def config(self) -> RunConfig:
-        return parse_config(yaml.safe_load((self.path / CONFIG_FILE).read_text()))
+        return self._change[0] if self._change else _read_config(self.path / CONFIG_FILE)
+
+    def config_of(self, entry: StageEntry) -> RunConfig:
+        """The configuration that a stage was done with."""
+        replaced = self.path / REPLACED_CONFIG.format(entry.config)
+        return _read_config(replaced) if replaced.exists() else self.config
+
+    def _write_change(self, config: RunConfig, differences: list[str]) -> None:
+        """Replace the configuration, in an order that a kill at any place leaves sound."""
+        before, left = self.info.get("changes", []), unfinished(config, self.committed)
+        start = f"{left[0][1]} of round {left[0][0]}" if left else "the end"
+        change = {"at": _now(), "from": start, "changes": differences}
+        write_atomically(self.path / REPLACED_CONFIG.format(len(before)), (self.path / CONFIG_FILE).read_bytes())
+        write_json(self.path / RUN_FILE, self.info | {"changes": [*before, change]})
+        write_atomically(self.path / CONFIG_FILE, config.to_yaml().encode())
+        if self.changed_model():
+            self.withdraw(0, self.committed[0] - {PREPARE})  # it is to be recorded anew
 
     @property
     def info(self) -> dict[str, Any]:
-        """What `run.json` says."""
+        """What `run.json` says; `changes` tell how the configuration or the model changed, `from` which stage on."""
         return read_json(self.path / RUN_FILE)
 
     @property
@@ -217,10 +254,22 @@ class RunFolder:
         reference = policy / POLICY_REFERENCE
         return Path(read_json(reference)["model"]) if reference.exists() else policy
 
+    def deployed(self, round_number: int) -> int:
+        """The round whose policy plays in this one, teaches it and is trained in it.
+
+        That is the one before, unless the gate kept an older one.
+        """
+        before = max(round_number - 1, 0)
+        evaluated = EVALUATE in self.manifest(before).stages
+        gate = read_json(self.files(before).evaluation).get("gate") if evaluated else None
+        return int(gate["deployed"]) if gate else before
+
     def changed_model(self) -> list[str]:
         """How the base model differs from what it was when the run began, as long as a round starts from it."""
         model = self.policy(0)
-        if CONSOLIDATE in self.committed.get(1, ()) or not model.is_dir():
+        trained = [number for number, stages in self.committed.items() if CONSOLIDATE in stages]
+        is_read = PREPARE in self.committed.get(0, ()) and self.deployed(max(trained, default=0) + 1) == 0
+        if not is_read or not model.is_dir():
             return []
         files = model_files(model)
         recorded = read_json(self.files(0).policy / POLICY_REFERENCE).get("files", files)
@@ -336,9 +385,8 @@ class Stage:
             (work / name).replace(target)
             sync_folder(target.parent)
         fault_point(f"{self.round}:{self.name}:moved")
-        entry = StageEntry(
-            completed=_now(), wall_s=round(time.monotonic() - self._started, 3), counts=counts, files=files
-        )
+        seconds, changes = round(time.monotonic() - self._started, 3), len(self._folder.info.get("changes", []))
+        entry = StageEntry(completed=_now(), wall_s=seconds, counts=counts, files=files, config=changes)
         manifest = self._folder.manifest(self.round)
         manifest = manifest.model_copy(update={"stages": {**manifest.stages, self.name: entry}})
         write_json(self._final.manifest, manifest.model_dump())
@@ -378,8 +426,8 @@ def _holds_a_run(path: Path) -> str:
     return f"{path} already holds a run: add --resume to go on with it, or choose another folder"
 
 
-def _changes(old: RunConfig, new: RunConfig) -> list[str]:
-    return _differences(_flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json")))
+def _read_config(path: Path) -> RunConfig:
+    return parse_config(yaml.safe_load(path.read_text()))
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -100,6 +100,9 @@ def check_ready(
         raise UserError(f"{where}: it is done; choose another --round, or start a new run with --config")
     if number > 0 and not is_done(committed.get(number - 1, ()), layout.CONSOLIDATE if number > 1 else layout.PREPARE):
         raise UserError(f"{where} with: round {number - 1} has no policy to start from; finish it first")
+    gated = config.gate.enabled and (number > 1 or (number == 1 and name == layout.EVALUATE))
+    if gated and layout.EVALUATE not in committed.get(number - 1, ()):
+        raise UserError(f"{where} with: the gate compares with round {number - 1}, which is to be evaluated first")
     for what, providers, remedy in _READS.get(name, ()) if number > 0 else ():
         there = stages & set(providers)
         if there and set(providers) & set(incoming):

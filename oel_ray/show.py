@@ -20,7 +20,8 @@ from rich.text import Text
 
 from oel_ray.durable import read_json
 from oel_ray.errors import UserError
-from oel_ray.layout import CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE, RoundFiles
+from oel_ray.evaluate.metrics import Gate
+from oel_ray.layout import BAD_LINES, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE, RoundFiles
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
 from oel_ray.runs import RunFolder
 
@@ -67,6 +68,20 @@ def summary_table(path: Path) -> Table:
     return table
 
 
+def remarks(path: Path) -> list[str]:
+    """What a reader of the figures should know: settings that changed, what the gate said, lines that were left out."""
+    folder = RunFolder.open(path)
+    changes = folder.info.get("changes", [])
+    said = [f"changed from {change['from']} on: {', '.join(change['changes'])}" for change in changes]
+    for number in folder.rounds():
+        stages = folder.manifest(number).stages
+        bad = sum(entry.counts.get(BAD_LINES, 0) for entry in stages.values())
+        said += [f"round {number}: {bad} bad lines of imported games were left out"] * (bad > 0)
+        if EVALUATE in stages and (gate := read_json(folder.files(number).evaluation).get("gate")):
+            said.append(f"round {number}: {Gate.model_validate(gate)}")
+    return said
+
+
 def next_steps(path: Path) -> str:
     """Where to look once a run has ended, a line per place."""
     folder = RunFolder.open(path)
@@ -78,8 +93,8 @@ def next_steps(path: Path) -> str:
             last["a game"] = f"oel show {path} {game}"
         if EXTRACT in stages and (texts := files.knowledge_texts()):
             last["what it learned"] = f"oel show {path} {texts[0].id}"
-        if CONSOLIDATE in stages:
-            last["the policy"] = str(path / files.policy.relative_to(folder.path))
+        if CONSOLIDATE in stages and (deployed := folder.deployed(number + 1)):
+            last["the policy"] = str(path / folder.files(deployed).policy.relative_to(folder.path))
     places = {"this table": lines[0], "as a page": f"oel report {path}", **last, "is it sound?": lines[1]}
     width = max(map(len, places)) + 2
     return "\n".join(f"{name + ':':<{width}} {where}" for name, where in places.items())
@@ -135,6 +150,7 @@ def _show_run(folder: RunFolder, console: Console) -> None:
     console.print(plain(f"run {folder.run_id} in {folder.path}: {state_of(status)}"), soft_wrap=True)
     console.print(plain(f"{config.model} plays {config.env.id}, {config.rounds} rounds"), soft_wrap=True)
     console.print(summary_table(folder.path))
+    console.print(*(plain(f"{remark}\n") for remark in remarks(folder.path)), sep="", end="", soft_wrap=True)
     console.print(plain(next_steps(folder.path)), soft_wrap=True)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from oel_ray import loop
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
-from oel_ray.imports import put_knowledge, put_trajectories, read_knowledge, read_trajectories
+from oel_ray.imports import Imported, put_knowledge, put_trajectories, read_knowledge, read_trajectories
 from oel_ray.layout import IMPORT_KNOWLEDGE, IMPORT_OF, PREPARE, RUN_FILE
 from oel_ray.preflight import preflight, starting_at
 from oel_ray.progress import Progress
-from oel_ray.records import KnowledgeText, TrainingSplit, Trajectory
+from oel_ray.records import KnowledgeText, TrainingSplit
 from oel_ray.runs import RunFolder
 from oel_ray.schedule import PLAYED, check_ready, first_open_round
 
@@ -22,6 +22,8 @@ class Files:
 
     trajectories: dict[TrainingSplit, Path]
     knowledge: list[Path]
+    max_bad: float
+    """The share of bad lines in a file of trajectories that is left out."""
 
     @property
     def stages(self) -> set[str]:
@@ -38,7 +40,7 @@ class SingleStage:
     is_new: bool
     round: int
     name: str
-    trajectories: dict[TrainingSplit, list[Trajectory]]
+    trajectories: dict[TrainingSplit, Imported]
     knowledge: list[KnowledgeText]
 
     def open(self) -> RunFolder:
@@ -48,8 +50,12 @@ class SingleStage:
     def work(self, folder: RunFolder, progress: Progress) -> None:
         """Put in what comes from elsewhere, and do the stage; raises what `loop.run` raises."""
         loop.prepare(self.config, folder, progress)
-        for split, trajectories in self.trajectories.items():
-            put_trajectories(folder, self.round, split, trajectories)
+        for split, imported in self.trajectories.items():
+            if imported.bad:
+                progress.note(
+                    f"{len(imported.bad)} bad lines are left out, and lie with reasons in {folder.quarantine}"
+                )
+            put_trajectories(folder, self.round, split, imported)
         if self.knowledge:
             put_knowledge(folder, self.round, self.knowledge)
         loop.work(self.config, folder, progress, [(self.round, self.name)])
@@ -84,7 +90,8 @@ def plan_stage(
     check_ready(config, committed, number, name, files.stages)
     chat = preflight(starting_at(run, number) if run else config, note, plays=name in PLAYED).chat
     trajectories = {
-        split: read_trajectories(file, number, split, config, chat) for split, file in files.trajectories.items()
+        split: read_trajectories(file, number, split, config, chat, files.max_bad)
+        for split, file in files.trajectories.items()
     }
     knowledge = read_knowledge(files.knowledge, number, config, chat)
     return SingleStage(path, config, run is None, number, name, trajectories, knowledge)

@@ -17,8 +17,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from oel_ray.durable import fingerprint
+from oel_ray.episodes import evaluation_ids, training_id
 from oel_ray.errors import UserError
-from oel_ray.evaluate.metrics import Evaluation, Score, by_step, score
+from oel_ray.evaluate.metrics import Evaluation, Gate, Score, by_step, passed_gate, score
 from oel_ray.extract.items import growth
 from oel_ray.layout import (
     COLLECT,
@@ -88,6 +89,7 @@ class SampleRow(BaseModel):
 
 Row = TypeVar("Row", bound=BaseModel)
 _Games = list[EvaluationGame]
+_Numbered = Sequence[tuple[int, Trajectory]]
 
 
 def verify(path: Path, replay: Replay | None = None) -> list[Finding]:
@@ -148,9 +150,9 @@ class _Check:
         except ValidationError as error:
             self.found(files.manifest, 0, f"is not a manifest: {first_problem(error)}")
             return
-        planned = planned_stages(self.config, number) if number <= self.config.rounds else []
-        for name in planned:
-            if finished and not is_done(stages, name):
+        last = self.folder.config
+        for name in planned_stages(last, number) if finished and number <= last.rounds else []:
+            if not is_done(stages, name):
                 self.found(files.manifest, 0, f"lacks stage {name}, although the run says finished")
         checks: dict[str, Callable[[int, RoundFiles, StageEntry], None]] = {
             COLLECT: self._collect,
@@ -161,19 +163,22 @@ class _Check:
             CONSOLIDATE: self._consolidate,
         }
         for name, entry in stages.items():
-            if name not in (*planned, *IMPORTS):
+            self.config = self.folder.config_of(entry)
+            if number > self.config.rounds or name not in (*planned_stages(self.config, number), *IMPORTS):
                 self.found(files.manifest, 0, f"stage {name} was never planned")
             self._fingerprints(files, entry)
             if check := checks.get(name):
                 check(number, files, entry)
         in_context = None
         if EVALUATE_IN_CONTEXT in stages:
+            self.config = self.folder.config_of(stages[EVALUATE_IN_CONTEXT])
             texts = [text for file in files.knowledge_files() for text in _parsed(file, KnowledgeText)]
             steps = [len(grown[0].steps) for grown in growth(texts, self.config.evaluate.accumulation_steps) if grown]
             in_context = self._games(number, files.in_context, "in_context", stages[EVALUATE_IN_CONTEXT], steps)
         if EVALUATE in stages:
+            self.config = self.folder.config_of(stages[EVALUATE])
             games = self._games(number, files.evaluation_games, "policy", stages[EVALUATE])
-            self._evaluation(files.evaluation, games, in_context)
+            self._evaluation(number, files.evaluation, games, in_context)
 
     def _collect(self, number: int, files: RoundFiles, entry: StageEntry) -> None:
         for split, planned in self.config.training_games.items():
@@ -206,6 +211,15 @@ class _Check:
         if there != planned:
             self.found(path, 0, f"holds {there} {what}, planned were {planned}")
 
+    def _as_planned(self, path: Path, games: _Numbered, planned: list[str], version: str, what: str) -> None:
+        """Every planned game has one record, and no other has one; the policy of that weight version played."""
+        self._planned(path, len(_lines(path)), len(planned), what)
+        for identity in sorted({*planned} ^ {game.id for _, game in games}):
+            self.found(path, 0, f"{identity} {'is missing' if identity in planned else 'was never planned'}")
+        for line, game in games:
+            if others := {turn.weight_version for turn in game.turns} - {version}:
+                self.found(path, line, f"{game.id} was played by weights {min(others)}, deployed were {version}")
+
     def _unique(self, path: Path, line: int, identity: str) -> None:
         where = f"{path.relative_to(self.folder.path).as_posix()}:{line}"
         if (first := self.seen.setdefault(identity, where)) != where:
@@ -231,9 +245,11 @@ class _Check:
         """`planned` is None for games from elsewhere, which nobody planned."""
         path = files.trajectories(split)
         self._count(path, entry, split, len(_lines(path)))
+        trajectories = self._records(path, Trajectory)
         if planned is not None:
-            self._planned(path, len(_lines(path)), planned, "episodes")
-        for line, trajectory in self._records(path, Trajectory):
+            ids = [training_id(number, split, place) for place in range(planned)]
+            self._as_planned(path, trajectories, ids, self._deployed(number), "episodes")
+        for line, trajectory in trajectories:
             self._trajectory(number, path, line, trajectory, imported=planned is None)
             if trajectory.split != split:
                 self.found(path, line, f"{trajectory.id} says split {trajectory.split}")
@@ -245,7 +261,7 @@ class _Check:
         self._count(folder, entry, "knowledge", len(paths))
         if not imported:
             self._planned(folder, len(paths), self.config.extract.seeds, "knowledge texts")
-        extraction = _ids(files.trajectories("extraction"))
+        extraction = {game.id for game in _parsed(files.trajectories("extraction"), Trajectory)}
         for path in paths:
             try:
                 text = KnowledgeText.from_json(path.read_bytes())
@@ -296,6 +312,7 @@ class _Check:
         generated_by = {row.step: row.generated_by for _, row in steps}
         self._count(path, entry, "samples", len(_lines(path)))
         for line, sample in self._records(path, SampleRow):
+            self._unique(path, line, f"sample of {sample.prefix_id}")
             if sample.prefix_id not in prefixes:
                 self.found(path, line, f"prefix {sample.prefix_id} is no turn of a consolidation trajectory")
             if sample.knowledge_id and sample.knowledge_id not in knowledge:
@@ -311,7 +328,7 @@ class _Check:
         An attempt that goes on from a checkpoint sends its weights again, under its own number.
         """
         settings, last = self.config.consolidate, (0, 0, 0)
-        deployed = f"r{number - 1:03d}"
+        deployed = self._deployed(number)
         sent = [deployed]
         for line, row in steps:
             if _sent_again(row.generated_by, sent[-1]):
@@ -323,8 +340,8 @@ class _Check:
             version = _version(row.weight_version)
             if version is None:
                 self.found(path, line, f"'{row.weight_version}' is not a weight version")
-            elif version[:2] < last[:2] or version[2] < last[2]:
-                self.found(path, line, f"weight version {row.weight_version} is older than the one before it")
+            elif version[:2] <= last[:2] or version[2] < last[2]:
+                self.found(path, line, f"weight version {row.weight_version} is not newer than the one before it")
             last = version or last
 
     def _games(
@@ -334,12 +351,14 @@ class _Check:
 
         `steps` are the steps of the accumulations that are to be played, nothing for the bare policy.
         """
-        lines, settings = _lines(path), self.config.evaluate
-        self._count(path, entry, path.stem, len(lines))
-        planned = settings.maps * settings.seeds
-        self._planned(path, len(lines), planned * len(steps), "games")
+        settings = self.config.evaluate
+        self._count(path, entry, path.stem, len(_lines(path)))
+        records = self._records(path, EvaluationGame)
+        version = self._deployed(number) if condition == "in_context" else f"r{number:03d}"
+        ids = evaluation_ids(number, steps, settings.maps, settings.seeds)
+        self._as_planned(path, records, ids, version, "games")
         games = []
-        for line, game in self._records(path, EvaluationGame):
+        for line, game in records:
             self._trajectory(number, path, line, game)
             if game.condition != condition or game.split != "held_out":
                 self.found(path, line, f"{game.id} says condition {game.condition}, split {game.split}")
@@ -367,7 +386,23 @@ class _Check:
             self.found(path, line, f"the replay differs: {difference}")
         return success
 
-    def _evaluation(self, path: Path, games: _Games, in_context: _Games | None) -> None:
+    def _deployed(self, number: int) -> str:
+        """The weight version of the policy that a round starts with."""
+        with contextlib.suppress(OSError, ValueError, KeyError):  # what is damaged is reported where it is checked
+            return f"r{self.folder.deployed(number):03d}"
+        return f"r{number - 1:03d}"
+
+    def _gate(self, number: int, path: Path, recorded: Gate | None, games: _Games) -> None:
+        """Which policy is deployed follows from the games of both."""
+        expected = None
+        if self.config.gate.enabled and number:
+            old = int(self._deployed(number)[1:])
+            before = [*_parsed(self.folder.files(old).evaluation_games, EvaluationGame)]
+            expected = passed_gate(old, before, number, games, self.config.gate) if before and games else recorded
+        if recorded != expected:
+            self.found(path, 0, f"the gate says '{recorded}', the games give '{expected}'")
+
+    def _evaluation(self, number: int, path: Path, games: _Games, in_context: _Games | None) -> None:
         try:
             recorded = Evaluation.from_json(path.read_bytes())
         except OSError as error:
@@ -377,6 +412,7 @@ class _Check:
             self.found(path, 0, f"is not an Evaluation: {first_problem(error)}")
             return
         self._score(path, "", recorded, games)
+        self._gate(number, path, recorded.gate, games)
         if (recorded.in_context is None) != (in_context is None):
             self.found(path, 0, "in_context and the games that were kept do not go together")
         elif recorded.in_context is not None and in_context is not None:
@@ -421,7 +457,3 @@ def _parsed(path: Path, kind: type[Row]) -> Iterator[Row]:
     for _, text in _lines(path):
         with contextlib.suppress(ValidationError):
             yield kind.model_validate_json(text)
-
-
-def _ids(path: Path) -> set[str]:
-    return {trajectory.id for trajectory in _parsed(path, Trajectory)}

@@ -12,6 +12,7 @@ from oel_ray import layout
 from oel_ray.config import RunConfig
 from oel_ray.configure import parse_config
 from oel_ray.durable import write_json
+from oel_ray.episodes import evaluation_ids, training_id
 from oel_ray.models import model_files
 from oel_ray.records import (
     AccumulationStep,
@@ -45,7 +46,7 @@ def small_config(**changes: Any) -> RunConfig:
     return parse_config(values | changes)
 
 
-def turns() -> list[Turn]:
+def turns(version: str) -> list[Turn]:
     return [
         Turn(
             observation=board,
@@ -54,16 +55,20 @@ def turns() -> list[Turn]:
             response_ids=[4, 5],
             action="[down]",
             feedback=BOARDS[number + 1],
-            weight_version="r000",
+            weight_version=version,
             finish_reason="stop",
         )
         for number, board in enumerate(BOARDS[:2])
     ]
 
 
-def trajectory(number: int, round_number: int, split: Split, map_name: str) -> Trajectory:
+def trajectory(
+    number: int, round_number: int, split: Split, map_name: str, identity: str = "", played_by: int | None = None
+) -> Trajectory:
+    """`played_by` is the round whose policy played, else the one before."""
+    version = f"r{round_number - 1 if played_by is None else played_by:03d}"
     return Trajectory(
-        id=f"r{round_number:03d}-{split}-{number:04d}",
+        id=identity or training_id(round_number, split, number),
         round=round_number,
         split=split,
         env="FrozenLake-v0",
@@ -72,7 +77,7 @@ def trajectory(number: int, round_number: int, split: Split, map_name: str) -> T
         map_hash=hashlib.sha256(map_name.encode()).hexdigest()[:16],
         instructions="Move on the board.",
         template="turns-1",
-        turns=turns(),
+        turns=turns(version),
         outcome="You reached the goal.",
         ended_by="environment",
     )
@@ -80,9 +85,12 @@ def trajectory(number: int, round_number: int, split: Split, map_name: str) -> T
 
 def games(round_number: int, condition: str, step: int = LAST_STEP) -> list[EvaluationGame]:
     result = []
+    steps = [None] if condition == "policy" else [EARLY_STEP, LAST_STEP]
+    ids = evaluation_ids(round_number, steps, 4, 2)[-8 if step == LAST_STEP else 0 :]
     for number, won in enumerate(WON if step == LAST_STEP else WON_EARLY):
-        played = trajectory(number, round_number, "held_out", f"held out {number // 2}").model_dump()
-        played["id"] = f"r{round_number:03d}-{condition}-{number:04d}" + f"-n{step}" * (step < LAST_STEP)
+        played_by = round_number if condition == "policy" else round_number - 1
+        name = f"held out {number // 2}"
+        played = trajectory(number, round_number, "held_out", name, ids[number], played_by).model_dump()
         played["seed"] = HELD_OUT_SEED + number // 2
         extra = {"condition": condition, "sampling_seed": number % 2, "success": won}
         if condition == "in_context":
@@ -129,7 +137,7 @@ def collect(stage: Stage) -> None:
 
 
 def knowledge_text(round_number: int, seed: int) -> KnowledgeText:
-    sources = [f"r{round_number:03d}-extraction-{number:04d}" for number in range(2)]
+    sources = [f"r{round_number:03d}-x-{number:04d}" for number in range(2)]
     items = [f"- EXPERIENCE ITEM: thing {number}" for number in range(2)]
     return KnowledgeText(
         id=f"r{round_number:03d}-k{seed:02d}",
@@ -168,16 +176,16 @@ def evaluate_in_context(stage: Stage) -> None:
     stage.commit([out.in_context], {"in_context": write_jsonl(out.in_context, played)})
 
 
-def consolidate(stage: Stage) -> None:
+def consolidate(stage: Stage, deployed: int | None = None) -> None:
     out = stage.begin()
     steps, samples = [], []
-    version = f"r{stage.round - 1:03d}"
+    version = f"r{stage.round - 1 if deployed is None else deployed:03d}"
     for step in range(3):
         made_by, version = version, f"r{stage.round:03d}.s{step + 1:04d}.a0"
         kl = 0.4 / (step + 1)
         row = {"step": step, "loss": kl, "kl_per_token": kl, "grad_norm": 1.0, "tokens": 2}
         steps.append(row | {"generated_by": made_by, "weight_version": version, "seconds_step": 0.1})
-        sample = {"step": step, "prefix_id": f"r{stage.round:03d}-consolidation-{step:04d}/1"}
+        sample = {"step": step, "prefix_id": f"r{stage.round:03d}-c-{step:04d}/1"}
         sample |= {"knowledge_id": f"r{stage.round:03d}-k00", "response": "[up]", "response_ids": [4, 5], "kl": kl}
         samples.append(sample | {"weight_version": made_by})
     out.consolidation_metrics.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in steps))

@@ -61,6 +61,7 @@ def start(folder: Path, *arguments: str, loop: str = "works") -> subprocess.Pope
     return subprocess.Popen(
         [sys.executable, "-c", FAKE_LOOP, *arguments],
         cwd=folder,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -147,11 +148,36 @@ def test_what_has_begun_ends_after_one_signal_and_not_after_two(
     assert verify(folder / "run") == []
 
 
+def test_rounds_that_are_taken_back_are_done_again(folder: Path) -> None:
+    run = example_run.build(folder / "run")
+    before = (run / "rounds/002/evaluation.json").read_bytes()
+    asked = start(folder, "rollback", "run", "--to-round", "1")
+    output, errors = asked.communicate("n\n", timeout=60)
+    told = "rounds 2 to 2 leave the run for run/quarantine; round 2 then starts anew, from the policy of round 1\n"
+    assert (asked.returncode, errors) == (130, "oel: interrupted\n")
+    assert output.startswith(told)
+    assert verify(run) == [] and (run / "rounds/002").exists()
+    assert oel(folder, "rollback", "run", "--to-round", "1", "--yes") == (0, told, "")
+    (kept,) = (run / "quarantine").glob("*/rounds/002/evaluation.json")
+    assert kept.read_bytes() == before
+    assert RunFolder(run).rounds() == [0, 1]
+    assert verify(run) == []
+    assert oel(folder, "rollback", "run", "--to-round", "1", "--yes")[0] == 2
+    changed = ("consolidate.learning_rate=0.5", "--allow-config-change")
+    code, _, errors = oel(folder, "run", "game.yaml", "--resume", "--run-dir", "run", *changed)
+    assert code == 0, errors
+    assert RunFolder(run).rounds() == [0, 1, 2]
+    code, output, _ = oel(folder, "verify", "run")
+    assert (code, output.splitlines()[0]) == (0, "run: every promise holds")
+    assert "changed from collect of round 2 on: consolidate.learning_rate: 1e-06 -> 0.5" in output
+    assert "changed from collect of round 2 on" in oel(folder, "show", "run")[1]
+
+
 def test_verify_lists_what_is_broken(folder: Path) -> None:
     run = example_run.build(folder / "run")
     code, output, _ = oel(folder, "verify", "run", "--replay")
     assert code == 1
-    assert "rounds/002/evaluation.jsonl:1: r002-policy-0000 says success=True, its replay gives False" in output
+    assert "rounds/002/evaluation.jsonl:1: r002-p-h-0000-s0 says success=True, its replay gives False" in output
     RunFolder(run).files(1).in_context.unlink()
     code, output, errors = oel(folder, "verify", "run")
     assert code == 1

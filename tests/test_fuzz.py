@@ -78,7 +78,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_mutated_line_is_refused_in_one_line_or_harmless(path: Path, stream: list[bytes], split: Any) -> None:
     path.write_bytes(b"\n".join(stream))
     try:
-        read = read_trajectories(path, 1, split, CONFIG, CHAT)
+        read = read_trajectories(path, 1, split, CONFIG, CHAT).trajectories
     except UserError as error:
         message = str(error)
         assert "\n" not in message and len(message) < 3000

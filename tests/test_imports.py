@@ -11,6 +11,7 @@ from oel_ray.consolidate.prefixes import prefixes
 from oel_ray.errors import UserError
 from oel_ray.imports import ELSEWHERE, put_knowledge, put_trajectories, read_knowledge, read_trajectories
 from oel_ray.runs import RunFolder
+from oel_ray.show import remarks
 from oel_ray.verify import verify
 from tests import example_run
 from tests.tokenizers_for_tests import small_tokenizer
@@ -37,7 +38,8 @@ def write(path: Path, *lines: Any) -> Path:
 
 def test_what_a_log_does_not_say_is_filled_in(tmp_path: Path, chat: ChatFormat) -> None:
     path = write(tmp_path / "log.jsonl", SMALLEST, SMALLEST | {"id": "mine", "env": "Locks", "outcome": "Done."})
-    first, second = read_trajectories(path, 2, "consolidation", CONFIG, chat)
+    (first, second), bad = read_trajectories(path, 2, "consolidation", CONFIG, chat)
+    assert bad == []
     assert (first.id, first.round, first.split, first.env) == ("r002-c-0000", 2, "consolidation", CONFIG.env.id)
     assert [turn.feedback for turn in first.turns] == ["Open.", ""]
     assert [turn.action for turn in first.turns] == ["I turn [left]", ""], "a thought that never ends is no action"
@@ -48,9 +50,8 @@ def test_what_a_log_does_not_say_is_filled_in(tmp_path: Path, chat: ChatFormat) 
 
 def test_token_ids_of_others_are_not_taken_over(tmp_path: Path, chat: ChatFormat) -> None:
     foreign = {"observation": "o", "response": "r", "prompt_ids": [1], "response_ids": [2], "weight_version": "r009"}
-    (game,) = read_trajectories(
-        write(tmp_path / "log.jsonl", SMALLEST | {"turns": [foreign]}), 1, "extraction", CONFIG, chat
-    )
+    path = write(tmp_path / "log.jsonl", SMALLEST | {"turns": [foreign]})
+    (game,), _ = read_trajectories(path, 1, "extraction", CONFIG, chat)
     (turn,) = game.turns
     assert (turn.prompt_ids, turn.response_ids, turn.weight_version) == ([], [], "")
 
@@ -75,6 +76,28 @@ def test_every_bad_line_is_named(tmp_path: Path, chat: ChatFormat) -> None:
     assert "line 5: success: Extra inputs are not permitted" in message
     assert "line 6: the feedback of turn 0 is not what turn 1 observes" in message
     assert "\n" not in message
+
+
+def test_a_few_bad_lines_of_many_are_left_out_and_kept_with_the_reasons(tmp_path: Path, chat: ChatFormat) -> None:
+    bad = [SMALLEST | {"id": "a b"}, b"\xff{".decode(errors="surrogateescape")]
+    path = tmp_path / "log.jsonl"
+    good = json.dumps(SMALLEST)
+    lines = [good] * 100 + [bad[1]] + [good] * 98 + [json.dumps(bad[0])]
+    path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    imported = read_trajectories(path, 1, "extraction", CONFIG, chat)
+    assert len(imported.trajectories) == 198
+    with pytest.raises(UserError, match=r"has 2 bad lines: line 101: Invalid JSON.*allow a larger share by --max-bad"):
+        read_trajectories(path, 1, "extraction", CONFIG, chat, max_bad=0.0)
+    with RunFolder.create(tmp_path / "run", CONFIG) as folder:
+        put_trajectories(folder, 1, "extraction", imported)
+        assert folder.manifest(1).stages["import_extraction"].counts == {"extraction": 198, "bad_lines": 2}
+    (kept,) = folder.quarantine.iterdir()
+    first, second = map(json.loads, kept.read_text().splitlines())
+    assert (first["line"], first["text"]) == (101, "\\xff{")
+    assert (second["line"], json.loads(second["text"])) == (200, bad[0])
+    assert second["reason"].startswith("id 'a b' has characters")
+    assert verify(tmp_path / "run") == []
+    assert remarks(tmp_path / "run") == ["round 1: 2 bad lines of imported games were left out"]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +125,7 @@ def test_a_bad_line_says_why(tmp_path: Path, chat: ChatFormat, line: Any, messag
 def test_a_byte_order_mark_is_no_part_of_a_line(tmp_path: Path, chat: ChatFormat) -> None:
     path = write(tmp_path / "log.jsonl", SMALLEST)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert len(read_trajectories(path, 1, "extraction", CONFIG, chat)) == 1
+    assert len(read_trajectories(path, 1, "extraction", CONFIG, chat).trajectories) == 1
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])

@@ -11,7 +11,7 @@ from oel_ray.runs import RunFolder
 from oel_ray.verify import verify
 from tests import example_run
 
-LAST = "r001-extraction-0001"
+LAST = "r001-x-0001"
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_two_texts_are_compared_item_by_item(run: Path) -> None:
     assert knowledge.difference(folder, "r001-k00", "r001-k01") == []
     assert knowledge.difference(folder, "r001-k00", "r002-k00") == [
         f"- - EXPERIENCE ITEM: thing 1  ({LAST})",
-        "+ another thing  (r002-extraction-0001)",
+        "+ another thing  (r002-x-0001)",
     ]
     with pytest.raises(UserError, match="no knowledge text r009-k00"):
         knowledge.difference(folder, "r001-k00", "r009-k00")
@@ -60,7 +60,7 @@ def test_what_a_game_taught_is_taken_back_with_all_that_was_made_of_it(run: Path
     }
     assert [text.items for text in growth([kept["r001-k00"]], [1])[0]] == [
         [item] for item in [example_run.knowledge_text(1, 0).items[0].model_copy(update={
-            "text": "- EXPERIENCE ITEM: thing 0", "trajectory_id": "r001-extraction-0000"})]
+            "text": "- EXPERIENCE ITEM: thing 0", "trajectory_id": "r001-x-0000"})]
     ]  # fmt: skip
     there = [path.relative_to(folder.quarantine) for path in folder.quarantine.rglob("*") if path.is_file()]
     assert {(folder.quarantine / path).read_bytes() for path in there} <= set(before.values())

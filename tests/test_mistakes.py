@@ -153,6 +153,9 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("knowledge finished --drop nobody", "was learned from 'nobody'", "'oel show' names the game of each item"),
     ("run game.yaml --resume --run-dir begun", "rounds: 1 -> 2", "leave CONFIG out"),
     ("run --resume --run-dir begun", "the model folder /lost/model does not exist", "give a Hugging Face folder"),
+    ("run game.yaml --allow-config-change", "--allow-config-change is for a run that goes on", "add --resume"),
+    ("run game.yaml rounds=1 seed=7 --resume --run-dir begun --allow-config-change", "seed: 0 -> 7", "start a new run"),
+    ("rollback finished --to-round 2 --yes", "finished has no round behind round 2", "choose an earlier one"),
     # one stage
     ("collect absent", "absent holds no run", "start one there with --config CONFIG"),
     ("collect notes --config game.yaml", "notes is not empty and holds no run", "choose another folder"),

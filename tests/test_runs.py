@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import lock
-from oel_ray.durable import read_json
+from oel_ray import durable, lock, runs
+from oel_ray.durable import read_json, write_atomically
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, Holder
 from oel_ray.runs import RunFolder
+from oel_ray.show import remarks
 from oel_ray.verify import verify
 from tests import example_run
 from tests.example_run import small_config
@@ -65,7 +66,7 @@ def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "a" / "run", small_config()) as folder:
         assert folder.config == small_config()
         assert read_json(folder.path / "status.json")["state"] == "running"
-        assert {"version", "run_id", "created", "config_hash", "packages"} == set(folder.info)
+        assert {"version", "run_id", "created", "packages"} == set(folder.info)
         assert len(folder.run_id) == 8
         folder.log_metrics({"kl": 0.5})
         folder.log_metrics({"kl": 0.25})
@@ -325,3 +326,101 @@ def test_a_folder_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     example_run.edit_json(tmp_path / "run.json", lambda info: info.update(version=99))
     with pytest.raises(UserError, match="newer oel-ray"):
         RunFolder.open(tmp_path)
+
+
+def test_a_change_that_is_allowed_holds_from_the_first_stage_that_is_left(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, small_config()) as folder:
+        for number, name in ((0, "prepare"), (0, "evaluate"), (1, "collect"), (1, "extract")):
+            example_run.STAGES[name](folder.stage(number, name))
+    fewer = {
+        "consolidate": {"steps": 3, "games_per_step": 1, "learning_rate": 0.5},
+        "evaluate": {"maps": 4, "seeds": 2},
+    }
+    new = small_config(rounds=1, extract={"seeds": 7}, **fewer)
+    opened = RunFolder.open_to_resume(tmp_path, new, allow_change=True)
+    assert (opened.config, RunFolder.open(tmp_path).config) == (new, small_config()), "opening writes nothing"
+    with RunFolder.resume(tmp_path, new, allow_change=True) as folder:
+        assert RunFolder.open(tmp_path).config == folder.config == new
+        assert folder.manifest(1).stages["extract"].config == 0
+        entry = folder.manifest(1).stages["extract"]
+        assert folder.config_of(entry).extract.seeds == 2
+        (change,) = folder.info["changes"]
+        assert change["from"] == "evaluate_in_context of round 1"
+        assert change["changes"][:2] == ["rounds: 2 -> 1", "extract.seeds: 2 -> 7"]
+    with RunFolder.resume(tmp_path, None) as folder:
+        example_run.consolidate(folder.stage(1, "consolidate"))
+        assert folder.manifest(1).stages["consolidate"].config == 1
+    assert verify(tmp_path) == [], "two knowledge texts were planned when they were written"
+    assert remarks(tmp_path)[0].startswith("changed from evaluate_in_context of round 1 on: rounds: 2 -> 1, extract")
+    with RunFolder.resume(tmp_path, small_config(), allow_change=True) as folder:
+        assert [folder.config_of(entry).rounds for entry in folder.manifest(1).stages.values()] == [2, 2, 1]
+        assert len(folder.info["changes"]) == 2
+    assert verify(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"model": "other"}, "model: 'smollm2-135m' -> 'other'"),
+        ({"env": {"id": "FrozenLake-v0", "max_turns": 3, "params": {"size": 4}}}, "env.params.size: 3 -> 4"),
+        ({"evaluate": {"maps": 5, "seeds": 2, "accumulation_steps": [1]}}, "held-out maps: 4 -> 5"),
+    ],
+)
+def test_what_committed_stages_depend_on_never_changes(tmp_path: Path, change: dict[str, object], named: str) -> None:
+    with RunFolder.create(tmp_path, small_config()) as folder:
+        pass
+    RunFolder.open_to_resume(tmp_path, small_config(**change), allow_change=True)
+    with RunFolder.resume(tmp_path, None) as folder:
+        example_run.prepare(folder.stage(0, "prepare"), Path("base-model"))
+    with pytest.raises(UserError) as error:
+        RunFolder.resume(tmp_path, small_config(**change), allow_change=True)
+    assert f"depend on {named}: start a new run" in str(error.value).replace(f", {named}", "", 1)
+    assert RunFolder.open(tmp_path).config == small_config()
+
+
+@pytest.mark.parametrize("died_behind", ["config-0.yaml", "run.json"])
+def test_a_change_that_was_cut_off_is_no_change(
+    tmp_path: Path, died_behind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder.create(tmp_path, small_config()) as folder:
+        example_run.prepare(folder.stage(0, "prepare"), Path("base-model"))
+
+    def dies(path: Path, content: bytes) -> None:
+        write_atomically(path, content)
+        if path.name == died_behind:
+            raise KeyboardInterrupt
+
+    new = small_config(rounds=3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(durable, "write_atomically", dies)
+        patch.setattr(runs, "write_atomically", dies)
+        RunFolder.resume(tmp_path, new, allow_change=True)
+    (tmp_path / LOCK_FILE).unlink()
+    assert verify(tmp_path) == []
+    with pytest.raises(UserError, match="rounds: 2 -> 3"):
+        RunFolder.resume(tmp_path, new)
+    with RunFolder.resume(tmp_path, new, allow_change=True) as folder:
+        example_run.STAGES["evaluate"](folder.stage(0, "evaluate"))
+        rounds = [folder.config_of(entry).rounds for entry in folder.manifest(0).stages.values()]
+    assert (rounds, RunFolder.open(tmp_path).config) == ([2, 3], new)
+
+
+def test_a_changed_model_is_recorded_anew(tmp_path: Path) -> None:
+    model, path = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    (model / "tokenizer.json").write_text("{}")
+    with RunFolder.create(path, small_config()) as folder:
+        example_run.prepare(folder.stage(0, "prepare"), model)
+        example_run.STAGES["evaluate"](folder.stage(0, "evaluate"))
+    (model / "tokenizer.json").write_text("[]")
+    with pytest.raises(UserError, match="oel run --resume --allow-config-change"):
+        RunFolder.resume(path, None)
+    with RunFolder.resume(path, None, allow_change=True) as folder:
+        assert folder.committed[0] == {"evaluate"}
+        assert (folder.quarantine / "rounds/000/policy/policy.json").exists()
+        assert folder.info["changes"][0]["changes"][0].startswith(f"{model}/tokenizer.json: ")
+        example_run.prepare(folder.stage(0, "prepare"), model)
+    with RunFolder.resume(path, None):
+        pass
+    assert verify(path) == []

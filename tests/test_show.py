@@ -46,24 +46,24 @@ def test_a_run_that_has_just_begun_has_an_overview(tmp_path: Path) -> None:
 
 
 def test_a_game_is_shown_turn_by_turn(run: Path) -> None:
-    text = rendered(run, "r001-policy-0001")
+    text = rendered(run, "r001-p-h-0000-s1")
     for part in (*example_run.BOARDS, "I try [down], [bold]attempt[/bold] 0", "turn 1: 2 tokens", "not won"):
         assert part in text
-    assert "won" not in rendered(run, "r001-extraction-0000")
+    assert "won" not in rendered(run, "r001-x-0000")
 
 
 def test_control_characters_are_made_visible(run: Path, tmp_path: Path) -> None:
     path = example_run.build(tmp_path / "run")
     games = RunFolder(path).files(1).trajectories("extraction")
     example_run.edit_json(games, lambda game: game["turns"][0].update(response="\x1b[2Jgone\x9b"))
-    text = rendered(path, "r001-extraction-0000")
+    text = rendered(path, "r001-x-0000")
     assert "\\x1b[2Jgone\\x9b" in text
     assert "\x1b" not in text
 
 
 def test_a_knowledge_text_names_its_sources(run: Path) -> None:
     text = rendered(run, "r001-k00")
-    assert "- EXPERIENCE ITEM: thing 1\n    from r001-extraction-0001\n" in text
+    assert "- EXPERIENCE ITEM: thing 1\n    from r001-x-0001\n" in text
     assert "2 trajectories read: 2 added" in text
     assert "items dropped for length: 1; not taken: none" in text
 

@@ -9,6 +9,7 @@ from itertools import count as count_up
 
 from oel_ray.config import EnvironmentConfig
 from oel_ray.envs.registry import make
+from oel_ray.episodes import held_out_id, training_id
 from oel_ray.errors import UserError
 from oel_ray.records import Episode, Split, TrainingSplit
 from oel_ray.seeds import derive_seed
@@ -16,8 +17,6 @@ from oel_ray.seeds import derive_seed
 # Draws in a row that may bring nothing new before the environment counts as exhausted.
 _PATIENCE = 1000
 _NONE_FITS = "lower env.min_solution or raise env.max_turns"
-
-_LETTERS: dict[TrainingSplit, str] = {"extraction": "x", "consolidation": "c"}
 
 
 def held_out_episodes(env: EnvironmentConfig, run_seed: int, maps: int) -> list[Episode]:
@@ -33,7 +32,8 @@ def held_out_episodes(env: EnvironmentConfig, run_seed: int, maps: int) -> list[
             + (f"lower evaluate.maps below {len(found)}, so that maps are left to learn on" if found else _NONE_FITS)
         )
     return [
-        episode(f"h-{number:04d}", 0, "held_out", env, seed, map_hash) for number, (seed, map_hash) in enumerate(drawn)
+        episode(held_out_id(number), 0, "held_out", env, seed, map_hash)
+        for number, (seed, map_hash) in enumerate(drawn)
     ]
 
 
@@ -58,7 +58,7 @@ def training_episodes(
             f"{len(found & excluded)} of them are held out: " + ("lower evaluate.maps" if found else _NONE_FITS)
         )
     return [
-        episode(f"r{round_number:03d}-{_LETTERS[split]}-{number:04d}", round_number, split, env, seed, map_hash)
+        episode(training_id(round_number, split, number), round_number, split, env, seed, map_hash)
         for number, (seed, map_hash) in enumerate(drawn)
     ]
 

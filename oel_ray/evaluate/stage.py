@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 
 from oel_ray.collect.stage import Game
-from oel_ray.config import EvaluateConfig
-from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory
+from oel_ray.config import EvaluateConfig, GateConfig
+from oel_ray.episodes import evaluation_ids
+from oel_ray.evaluate.metrics import Evaluation, evaluation, passed_gate
+from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory, read_jsonl
+from oel_ray.runs import RunFolder
 
 
 def evaluation_games(
@@ -19,13 +22,14 @@ def evaluation_games(
     complete (see `growth`). The texts of a set take turns over maps and seeds, so that each is read on about as many
     games as any other.
     """
+    sets = knowledge or [()]
+    steps = [len(texts[0].steps) if texts else None for texts in sets]
+    ids = iter(evaluation_ids(round_number, steps, len(held_out), config.seeds))
     games = []
-    for texts in knowledge or [()]:
-        step = f"-n{len(texts[0].steps)}" if texts and texts is not knowledge[-1] else ""
+    for texts in sets:
         for number, episode in enumerate(held_out):
             for seed in range(config.seeds):
-                name = f"r{round_number:03d}-{'k' if texts else 'p'}-{episode.id}-s{seed}{step}"
-                this = episode.model_copy(update={"id": name, "round": round_number})
+                this = episode.model_copy(update={"id": next(ids), "round": round_number})
                 text = texts[(number + seed) % len(texts)] if texts else None
                 games.append(Game(this, config.sampling.sampling(), text, seed))
     return games
@@ -41,3 +45,16 @@ def evaluated(game: Game, trajectory: Trajectory, success: bool) -> EvaluationGa
         knowledge_step=len(game.knowledge.steps) if game.knowledge else None,
         success=success,
     )
+
+
+def evaluated_round(
+    folder: RunFolder, number: int, games: list[EvaluationGame], config: GateConfig, baselines: dict[str, float | None]
+) -> Evaluation:
+    """What `evaluation.json` says of a round by the games of its new policy, and by those that lie in its folder."""
+    seen, gate = folder.files(number).in_context, None
+    if config.enabled and number:
+        old = folder.deployed(number)
+        played = read_jsonl(folder.files(old).evaluation_games, EvaluationGame)
+        gate = passed_gate(old, played, number, games, config)
+    in_context = read_jsonl(seen, EvaluationGame) if seen.exists() else []
+    return evaluation(games, in_context, random=baselines["random"], oracle=baselines["oracle"], gate=gate)

@@ -13,7 +13,7 @@ from oel_ray.evaluate.metrics import Evaluation, Score, by_step, score
 from oel_ray.prompts import ITEM_MARKER
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, read_jsonl
 from oel_ray.runs import RunFolder
-from oel_ray.show import state_of
+from oel_ray.show import remarks, state_of
 
 Z = 1.96
 """Standard errors on either side of a 95 % interval."""
@@ -44,11 +44,12 @@ class Knowledge(NamedTuple):
 class RoundData(NamedTuple):
     """What a round left behind so far. `policy` is how the round's last policy plays; None is "not yet".
 
-    `in_context` has the scores of the policy before, with knowledge from so many trajectories in its prompt: the last
-    one is with the complete knowledge. `read` are the trajectories that its knowledge came from.
+    `began_with` is the round whose policy it started from. `in_context` has that policy's scores, with knowledge from so
+    many trajectories in its prompt: the last one is with the complete knowledge. `read` are the trajectories that its knowledge came from.
     """
 
     number: int
+    began_with: int
     policy: Evaluation | None
     in_context: dict[int, Score]
     kl: list[float]
@@ -84,6 +85,7 @@ class Report(NamedTuple):
     planned_rounds: int
     rounds: list[RoundData]
     pairs: list[Pair]
+    remarks: list[str]
 
     @property
     def evaluated(self) -> list[tuple[int, Evaluation]]:
@@ -147,6 +149,7 @@ def read_report(path: Path, pairs: int = 3) -> Report:
         planned_rounds=config.rounds,
         rounds=rounds,
         pairs=choose_pairs(games[0], games[-1], pairs) if len(evaluated) > 1 else [],
+        remarks=remarks(path),
     )
 
 
@@ -179,6 +182,7 @@ def _round(folder: RunFolder, number: int) -> RoundData:
     read = read_jsonl(files.trajectories("extraction"), Trajectory) if has_games else []
     return RoundData(
         number=number,
+        began_with=folder.deployed(number),
         policy=Evaluation.from_json(files.evaluation.read_bytes()) if layout.EVALUATE in stages else None,
         in_context={step: score(games) for step, games in by_step(played).items()},
         kl=[float(orjson.loads(line)["kl_per_token"]) for line in steps],

@@ -104,7 +104,7 @@ def _curves(
         start = data.number - 1
         places = [start + (index + 1) / (len(data.in_context) + 1) for index in range(len(data.in_context))]
         climb = dict(zip(places, data.in_context.values(), strict=True))
-        from_bare = {float(start): bare[start], **climb} if start in bare else climb
+        from_bare = {float(start): bare[data.began_with], **climb} if data.began_with in bare else climb
         axes.plot(list(from_bare), [value(score) for score in from_bare.values()], color=CONTEXT, lw=1.2, ls=":")
         grown |= climb
     if grown:

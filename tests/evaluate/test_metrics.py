@@ -68,7 +68,7 @@ def test_score_and_evaluation() -> None:
     assert whole.in_context == score(games[:1])
     assert list(whole.model_dump()) == [
         "pass_rate", "pass_rate_se", "games", "seeds", "response_tokens_per_turn", "random", "oracle", "in_context",
-        "in_context_steps",
+        "in_context_steps", "gate",
     ]  # fmt: skip
     without = evaluation(games, [], random=None, oracle=None)
     assert (without.in_context, without.in_context_steps) == (None, ())

@@ -37,8 +37,8 @@ def test_what_is_read_are_the_numbers_of_the_files(run: Path) -> None:
     assert second.kl == pytest.approx([0.4, 0.2, 0.4 / 3])
     assert [(text.id, text.read) for text in second.knowledge] == [("r001-k00", 2), ("r001-k01", 2)]
     (item,) = second.knowledge[0].items
-    assert item == ("thing 1", 1, ["r001-extraction-0001"])
-    assert list(second.read) == ["r001-extraction-0000", "r001-extraction-0001"]
+    assert item == ("thing 1", 1, ["r001-x-0001"])
+    assert list(second.read) == ["r001-x-0000", "r001-x-0001"]
     assert second.items_per_text == 1
 
 
@@ -83,12 +83,12 @@ def test_equal_items_are_shown_once(tmp_path: Path) -> None:
     text = KnowledgeText.from_json(file.read_bytes())
     (said,) = text.items
     rare = said.model_copy(update={"text": "- EXPERIENCE ITEM: said once"})
-    earlier = said.model_copy(update={"trajectory_id": "r001-extraction-0000"})
+    earlier = said.model_copy(update={"trajectory_id": "r001-x-0000"})
     file.write_bytes(text.model_copy(update={"items": [rare, said, earlier, said]}).to_json())
     items = read_report(run).rounds[1].knowledge[0].items
     assert items == [
-        ("thing 1", 3, ["r001-extraction-0001", "r001-extraction-0000"]),
-        ("said once", 1, ["r001-extraction-0001"]),
+        ("thing 1", 3, ["r001-x-0001", "r001-x-0000"]),
+        ("said once", 1, ["r001-x-0001"]),
     ]
     assert "3</b>" in write_report(run).read_text()
 
@@ -96,7 +96,7 @@ def test_equal_items_are_shown_once(tmp_path: Path) -> None:
 def test_every_item_leads_to_the_games_behind_it(run: Path, tmp_path: Path) -> None:
     page = write_report(run, tmp_path).read_text()
     targets = set(re.findall(r'<a href="#([^"]+)"', page))
-    assert targets == {"r001-extraction-0001", "r002-extraction-0001"}
+    assert targets == {"r001-x-0001", "r002-x-0001"}
     assert all(page.count(f'id="{target}"') == 1 for target in targets)
 
 

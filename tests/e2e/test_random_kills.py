@@ -1,0 +1,71 @@
+"""The driver is killed at random moments, wherever the run then is, and the run ends as if nothing had been."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.test_run import MARK, SMALL, left_over, oel, stages, texts
+
+KILLS = int(os.environ.get("OEL_RAY_KILLS", "3"))
+SEED = 138
+"""Its first moments are at work of different kinds, and early ones, so that CI is quick."""
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """All artifacts. The attempt that a weight version names tells of the kills, and of nothing else."""
+    files = texts(folder) | {"policy": (folder / "rounds/001/policy/model.safetensors").read_bytes()}
+    return {name: re.sub(rb'("r\d+\.s\d+)\.a\d+"', rb'\1"', content) for name, content in files.items()}
+
+
+def run_until_it_ends(folder: Path, model: Path, moments: random.Random, most: int, seconds: float) -> int:
+    """A run that is killed up to `most` times, each time within `seconds`; returns how often."""
+    settings = ["exact", f"model={model}", *SMALL, "consolidate.checkpoint_every=1"]
+    kills, committed = 0, set[str]()
+    while True:
+        start = ["--resume"] if (folder / "run.json").exists() else settings
+        command = [sys.executable, "-m", "oel_ray", "run", *start, "--run-dir", str(folder)]
+        with Path(f"{folder}.log").open("ab") as log:
+            driver = subprocess.Popen(command, env={**os.environ, MARK: str(os.getpid())}, stdout=log, stderr=log)
+        try:
+            code = driver.wait(moments.uniform(0, seconds) if kills < most else 400)
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            driver.wait()
+            assert kills < most, f"a run that nobody disturbs does not end: {folder}.log"
+            kills += 1
+        else:
+            assert code == 0, Path(f"{folder}.log").read_text()
+            return kills
+        assert committed <= set(stages(folder)), "a committed stage was lost"
+        committed = set(stages(folder))
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
+    timed: tuple[Path, float], model: Path, tmp_path: Path, kills: int
+) -> None:
+    """As many runs as it takes. Bytes are equal as the preset is `exact`; ids and counts would be in any case."""
+    undisturbed, seconds = timed
+    before = {process.pid for process in psutil.process_iter()}
+    moments, fired, runs = random.Random(SEED), 0, 0
+    while fired < kills:
+        folder = tmp_path / f"run-{runs}"
+        fired, runs = fired + run_until_it_ends(folder, model, moments, kills - fired, seconds), runs + 1
+        assert outcome(folder) == outcome(undisturbed)
+        counts = [{name: entry["counts"] for name, entry in stages(run).items()} for run in (folder, undisturbed)]
+        assert counts[0] == counts[1]
+        verified = oel("verify", str(folder), "--replay")
+        assert verified.returncode == 0, verified.stdout
+        assert not list(folder.rglob("step-*")), "checkpoints are gone once the stage is committed"
+    print(f"{fired} kills in {runs} runs")
+    again = oel("run", "--resume", "--run-dir", str(folder))
+    assert again.returncode == 0, again.stderr
+    assert "evaluate" not in again.stderr, "a finished run did something again"
+    assert not left_over(before)

@@ -135,7 +135,7 @@ def submit(job: Job, address: str) -> tuple["JobSubmissionClient", str]:
 
 
 def follow(client: "JobSubmissionClient", job_id: str) -> int:
-    """Print what a job prints until it ends. Returns its exit code; 130 if it was stopped.
+    """Print what a job prints until it ends. Returns its exit code as a shell tells it; 130 if it was stopped.
 
     Raises:
         RunFailed: the job could not begin, or its server no longer answers.
@@ -153,4 +153,5 @@ def follow(client: "JobSubmissionClient", job_id: str) -> int:
         raise RunFailed(f"lost sight of the job {job_id}, which may go on ({one_line(error)})") from None
     if job.driver_exit_code is None and job.status != "STOPPED":
         raise RunFailed(f"the job {job_id} could not begin: {' '.join(str(job.message).split())}")
-    return 130 if job.driver_exit_code is None else int(job.driver_exit_code)
+    code = 130 if job.driver_exit_code is None else int(job.driver_exit_code)
+    return code if code >= 0 else 128 - code

@@ -1,13 +1,16 @@
 """A run as a Ray job: what is asked of the job server. No Ray runs here; tests/e2e/test_job.py asks a real one."""
 
 import shlex
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray.job_submission import JobStatus
 
 from oel_ray import resources, submit
 from oel_ray.configure import parse_config
-from oel_ray.errors import UserError
+from oel_ray.errors import RunFailed, UserError
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("/mnt/oel/runs")
@@ -106,3 +109,40 @@ def test_a_job_joins_the_cluster_that_it_was_submitted_to(monkeypatch: pytest.Mo
     for elsewhere in ("local", "10.0.0.2:6379"):
         with pytest.raises(UserError, match=f"cluster.address={elsewhere}, and this job runs on .*: leave it out"):
             resources.check_resources(parse_config({"cluster": {"address": elsewhere}}))
+
+
+class EndedJob:
+    """A job server with one job, which prints two lines and is at an end."""
+
+    def __init__(self, status: str, exit_code: int | None, message: str = "", breaks_off: bool = False) -> None:
+        self.info = SimpleNamespace(status=JobStatus(status), driver_exit_code=exit_code, message=message)
+        self.breaks_off = breaks_off
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield f"{job_id}: one\n"
+        if self.breaks_off:
+            raise RuntimeError("WebSocket connection closed")
+        yield "two\n"
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        return self.info
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "told"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", -9, 137), ("FAILED", 137, 137), ("STOPPED", None, 130)],
+)
+def test_the_exit_code_is_that_of_the_job(
+    status: str, exit_code: int | None, told: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.follow(EndedJob(status, exit_code), "oel-first-1") == told
+    assert capsys.readouterr().out == "oel-first-1: one\ntwo\n"
+
+
+def test_a_job_that_cannot_be_followed() -> None:
+    with pytest.raises(RunFailed, match="could not begin: no such package here"):
+        submit.follow(EndedJob("FAILED", None, "no such\npackage here"), "oel-first-1")
+    with pytest.raises(
+        RunFailed, match=r"lost sight of the job oel-first-1, which may go on \(RuntimeError: WebSocket"
+    ):
+        submit.follow(EndedJob("RUNNING", None, breaks_off=True), "oel-first-1")

@@ -121,7 +121,8 @@ def submit(
     _load(config, overrides)
     job = jobs.plan_job(name, config, overrides or [], runs, os.environ)
     client, job_id = jobs.submit(job, address)
-    rest = f"follow it with 'ray job logs -f {job_id}', stop it with 'ray job stop {job_id}'"
+    it = f"{job_id} --address {address}"
+    rest = f"follow it with 'ray job logs -f {it}', stop it with 'ray job stop {it}'"
     print(f"job {job_id}: {job.entrypoint}; {rest}; with {', '.join(job.runtime_env['env_vars'])}", file=sys.stderr)
     try:
         code = jobs.follow(client, job_id) if follow else 0

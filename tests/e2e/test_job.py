@@ -151,10 +151,9 @@ def test_ctrl_c_leaves_the_job_alone(cluster: Cluster, game: Path, tmp_path: Pat
         following.send_signal(signal.SIGINT)
         _, errors = following.communicate(timeout=30)
     assert following.returncode == 130
-    assert errors.endswith(
-        "oel: the job oel-second-1 goes on: follow it with 'ray job logs -f oel-second-1', "
-        "stop it with 'ray job stop oel-second-1'\n"
-    )
+    it = f"oel-second-1 --address {cluster.address}"
+    goes_on = f"follow it with 'ray job logs -f {it}', stop it with 'ray job stop {it}'"
+    assert errors.endswith(f"oel: the job oel-second-1 goes on: {goes_on}\n")
     assert cluster.jobs()["oel-second-1"]["status"] == "RUNNING"
 
     again = cluster.call(*submit)

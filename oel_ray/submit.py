@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 PASSED_ON = ("NCCL_", "GLOO_", "HF_", "VLLM_", "OEL_")
 """How the names of environment variables begin that go with a job."""
-SECRET = re.compile(r"TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH|COOKIE|.*=.*://[^/\s]*@")
-"""What of `NAME=value` looks like a secret: it stays behind, as the dashboard shows a job's environment."""
+SECRET = re.compile(r"^[^=]*(TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH|COOKIE)|=.*://[^/\s]*@", re.IGNORECASE)
+"""What `NAME=value` looks like if it is one: that stays behind, as the dashboard shows a job's environment."""
 EXCLUDED = ("runs/", "*.safetensors", "*.bin", "*.gguf", "*.pt", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/")
 """What is not packed beside what `.gitignore` and `.rayignore` name; `cluster/runtime_env.yaml` has the same."""
 LARGEST_PACKAGE = 64 * 2**20
@@ -85,7 +85,7 @@ def packed(folder: Path) -> dict[str, int]:
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
-    paths: list[Path] = []
+    paths: list[Path] = []  # by Ray's own walk: ignore files may lie in every folder
     excludes = _get_excludes(folder, [*get_runtime_env_default_excludes(), *EXCLUDED])
     _dir_travel(folder, [excludes], paths.append, include_gitignore=True)
     return {str(path.relative_to(folder)): path.stat().st_size for path in paths if path.is_file()}
@@ -118,10 +118,11 @@ def submit(job: Job, address: str) -> tuple["JobSubmissionClient", str]:
 
     try:
         server = urlsplit(address)
-        if server.scheme not in ("http", "https") or not server.hostname:
+        usual_port = {"http": 80, "https": 443}.get(server.scheme)
+        if usual_port is None or not server.hostname:
             raise UserError(f"'{address}' is no address of a job server: write that of the dashboard, http://HOST:PORT")
         # First, as Ray's client waits for minutes where nobody answers.
-        socket.create_connection((server.hostname, server.port or 80), timeout=10).close()
+        socket.create_connection((server.hostname, server.port or usual_port), timeout=10).close()
         client = JobSubmissionClient(address)
         known = {str(found.submission_id): found.status.is_terminal() for found in client.list_jobs()}
         name = job.metadata["run"]

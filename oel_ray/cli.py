@@ -108,7 +108,7 @@ def submit(
         str, typer.Option(envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="Of the cluster's dashboard.")
     ] = "http://127.0.0.1:8265",
     runs: Annotated[
-        Path, typer.Option(envvar="OEL_RUNS", help="Where runs lie, on storage that all nodes share.")
+        Path, typer.Option(envvar="OEL_RAY_RUNS", help="Where runs lie, on storage that all nodes share.")
     ] = Path("/mnt/oel/runs"),
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print what the job prints.")] = True,
 ) -> None:

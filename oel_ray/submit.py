@@ -5,6 +5,7 @@ with the token where Ray looks for it.
 """
 
 import asyncio
+import logging
 import os
 import re
 import shlex
@@ -25,8 +26,9 @@ PASSED_ON = ("NCCL_", "GLOO_", "HF_", "VLLM_", "OEL_")
 """How the names of environment variables begin that go with a job."""
 SECRET = re.compile(r"^[^=]*(TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH|COOKIE)|=.*://[^/\s]*@", re.IGNORECASE)
 """What `NAME=value` looks like if it is one: that stays behind, as the dashboard shows a job's environment."""
-EXCLUDED = ("runs/", "*.safetensors", "*.bin", "*.gguf", "*.pt", ".mypy_cache/", ".pytest_cache/", ".ruff_cache/")
-"""What is not packed beside what `.gitignore` and `.rayignore` name; `cluster/runtime_env.yaml` has the same."""
+EXCLUDED = ("oel_ray/", "runs/", "*.safetensors", "*.bin", "*.gguf", "*.pt", ".mypy_cache/", ".pytest_cache/")
+"""What is not packed beside what `.gitignore` and `.rayignore` name: what is large, and this package, a copy of which
+would hide the one that is installed. `cluster/runtime_env.yaml` has the same."""
 LARGEST_PACKAGE = 64 * 2**20
 """Bytes of a working directory before compression; Ray's own limit, for the compressed one, is eight times that."""
 
@@ -85,6 +87,7 @@ def packed(folder: Path) -> dict[str, int]:
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # else a line for every ignore file
     paths: list[Path] = []  # by Ray's own walk: ignore files may lie in every folder
     excludes = _get_excludes(folder, [*get_runtime_env_default_excludes(), *EXCLUDED])
     _dir_travel(folder, [excludes], paths.append, include_gitignore=True)

@@ -4,6 +4,7 @@ Heavy imports stay inside the commands: `oel --help` needs neither Ray nor torch
 that a person can mend, 1 for a failed run, 130 for an interrupted one, each with one line on stderr.
 """
 
+import os
 import shlex
 import signal
 import sys
@@ -53,7 +54,9 @@ def run(
     ] = None,
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run folder.  [runs/CONFIG-TIME]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --run-dir; with CONFIG, start it if there is none.")
+    ] = False,
     allow_config_change: MayChange = False,
 ) -> None:
     """Run a configuration, round after round.
@@ -63,6 +66,7 @@ def run(
     """
     from rich.console import Console
 
+    from oel_ray.layout import RUN_FILE
     from oel_ray.plan import headline
     from oel_ray.preflight import preflight, preflight_resumed
     from oel_ray.progress import Progress
@@ -78,7 +82,7 @@ def run(
     settings = _load(config, overrides) if config else None
     path = run_dir or _default_run_dir(str(config))
     note = Progress().note
-    if resume:
+    if resume and not (settings and not (path / RUN_FILE).exists()):
         preflight_resumed(RunFolder.open_to_resume(path, settings, allow_change=allow_config_change), note)
         folder = RunFolder.resume(path, settings, allow_change=allow_config_change)
     else:
@@ -97,6 +101,42 @@ def run(
     console = Console()
     console.print(summary_table(path))
     print(f"\n{next_steps(path)}")
+
+
+@app.command()
+def submit(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset or a YAML file.")],
+    overrides: Overrides = None,
+    *,
+    name: Annotated[str, typer.Option(help="Of the run: submitted again under its name, it goes on where it was.")],
+    address: Annotated[
+        str, typer.Option(envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="Of the cluster's dashboard.")
+    ] = "http://127.0.0.1:8265",
+    runs: Annotated[
+        Path, typer.Option(envvar="OEL_RAY_RUNS", help="Where runs lie, on storage that all nodes share.")
+    ] = Path("/mnt/oel/runs"),
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print what the job prints.")] = True,
+) -> None:
+    """Run a configuration as a job of a Ray cluster.
+
+    A YAML file's folder goes with the job. Ends with the job's exit code; Ctrl-C ends the following alone.
+    """
+    from oel_ray import submit as jobs
+
+    _load(config, overrides)
+    job = jobs.plan_job(name, config, overrides or [], runs, os.environ)
+    client, job_id = jobs.submit(job, address)
+    it = f"{job_id} --address {address}"
+    rest = f"follow it with 'ray job logs -f {it}', stop it with 'ray job stop {it}'"
+    print(f"job {job_id}: {job.entrypoint}; {rest}; with {', '.join(job.runtime_env['env_vars'])}", file=sys.stderr)
+    try:
+        code = jobs.follow(client, job_id) if follow else 0
+    except KeyboardInterrupt:
+        _end(130, f"oel: the job {job_id} goes on: {rest}")
+    except RunFailed as failure:
+        _end(1, f"oel: {failure}")
+    if code:
+        _end(code, f"oel: the job {job_id} ended with exit code {code}")
 
 
 @app.command()

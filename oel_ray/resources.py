@@ -19,6 +19,8 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 # A killed engine actor takes its EngineCore and Worker processes with it.
 os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+# Ray refuses a job whose own environment names a variable that `_worker_environment` sets as well.
+os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 
 
 CLUSTER_ANSWER_S = 25.0
@@ -92,8 +94,15 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
 
 
 def _address(config: RunConfig) -> str | None:
-    """The cluster to join; None for a Ray of our own."""
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    """The cluster to join; None for a Ray of our own. A job joins the cluster that it was submitted to.
+
+    Raises:
+        UserError: this is a job, and it is to join another.
+    """
+    asked = config.cluster.address
+    if asked not in (None, "auto") and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise UserError(f"cluster.address={asked}, and this job runs on the cluster it was submitted to: leave it out")
+    address = asked or os.environ.get("RAY_ADDRESS")
     return None if address == "local" else address
 
 

@@ -109,6 +109,15 @@ def test_a_failed_run_says_how_to_go_on(folder: Path) -> None:
     assert oel(folder, "run", "--resume", "--run-dir", "my run")[0] == 0
 
 
+def test_one_command_starts_a_run_and_goes_on_with_it(folder: Path) -> None:
+    job = ("run", "game.yaml", "--run-dir", "run", "--resume")
+    assert oel(folder, *job, loop="fails")[0] == 1
+    began = RunFolder(folder / "run").run_id
+    code, output, errors = oel(folder, *job)
+    assert (code, "75.0±14.4" in output) == (0, True), errors
+    assert RunFolder(folder / "run").run_id == began
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_can_be_resumed(folder: Path, number: signal.Signals) -> None:
     process = start(folder, "run", "game.yaml", "--run-dir", "run", loop="hangs")

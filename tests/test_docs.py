@@ -2,15 +2,19 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from ray.dashboard.modules.job.cli import submit as ray_job_submit
 
 from oel_ray.config import RunConfig, SamplingConfig
+from oel_ray.submit import plan_job
 from tests.named_tests import PAGE, named_tests
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +48,30 @@ def test_every_fault_has_tests_that_exist_or_a_reason() -> None:
         f"{file}::{name}" for file, name in named_tests() if f"def {name}(" not in (PAGE.parents[1] / file).read_text()
     ]
     assert lacking == []
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *DOCS.glob("*.md")]:
+        text = page.read_text()
+        titles = re.findall(r"^#+ (.*)$", text.lower(), re.MULTILINE)
+        heads = {re.sub(r"[^a-z0-9 -]", "", title).replace(" ", "-") for title in titles}
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            file, _, head = target.partition("#")
+            assert file.startswith("https://") or (page.parent / file).exists(), f"{page.name}: {target}"
+            assert file or head in heads, f"{page.name}: {target}"
+
+
+def test_the_cluster_guide_names_its_files() -> None:
+    named = set(re.findall(r"`(cluster/[\w.-]+)`", (DOCS / "cluster.md").read_text()))
+    files = {f"cluster/{path.name}" for path in (ROOT / "cluster").iterdir() if path.is_file()}
+    assert named == files - {"cluster/Dockerfile.dockerignore"}
+
+
+def test_the_line_for_ray_job_submit_is_what_oel_submit_asks_for() -> None:
+    guide = (DOCS / "cluster.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^ray job submit (--submission-id .*)$", guide, re.MULTILINE)
+    submitted = ray_job_submit.make_context("submit", shlex.split(line)).params
+    job = plan_job("first", "frozenlake-qwen3-1.7b", [], Path("/mnt/oel/runs"), {})
+    assert shlex.join(submitted["entrypoint"]) == job.entrypoint
+    assert submitted["submission_id"] == "oel-first-1"
+    assert submitted["runtime_env"] == "cluster/runtime_env.yaml"

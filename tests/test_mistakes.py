@@ -138,6 +138,14 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run game.yaml cluster.address=head-node", "'head-node' is no address", "write HOST:PORT or auto"),
     ("run game.yaml cluster.address=ray://head:10001", "Ray Client", "start oel on a machine of the cluster"),
     ("run game.yaml cluster.address={cluster}", "needs 4 CPUs and the cluster at", "add 3, or lower engines.count"),
+    # a job
+    ("submit game.yaml", "Missing option '--name'", "see --help"),
+    ("submit game.yaml colect.players=3 --name a", "unknown configuration key 'colect'", "did you mean 'collect'?"),
+    ("submit game.yaml --name 'a b'", "'a b' is no name for a run", "use 1 to 64 letters"),
+    ("submit game.yaml --name a --runs runs", "--runs runs is relative", "storage that all nodes share"),
+    ("submit quickstart --name a --address 127.0.0.1:{closed}", "is no address of a job server", "write that of the"),
+    ("submit quickstart --name a --address ray://127.0.0.1:{closed}", "is no address of a job server", "http://HOST:"),
+    ("submit quickstart --name a --address http://127.0.0.1:{closed}", "takes no job from here", "open a tunnel"),
     # run folder
     ("run game.yaml --run-dir game.yaml", "game.yaml is a file", "choose another folder"),
     ("run game.yaml --run-dir game.yaml/run", "game.yaml is a file", "choose another folder"),
@@ -311,7 +319,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without GPUs, a hub out of reach, and no cluster to join."""
     monkeypatch.setattr(resources, "_gpus_here", lambda: 0)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import cycle
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,8 @@ from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPSt
 
 from oel_ray.buckets import buckets
 
-BUCKET_BYTES = 256 * 2**20
+BUCKET_BYTES = 32 * 2**20
+"""Small enough that one is loaded while the next one is on its way."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,15 @@ def _own_address(peer: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def broadcast(group: ProcessGroup, flat: torch.Tensor) -> None:
-    """Broadcast one bucket (uint8, 1-D) from rank 0; raises when a peer is gone or the group's timeout passes."""
+def broadcast(group: ProcessGroup, flat: torch.Tensor) -> Any:
+    """Begin to broadcast one bucket (uint8, 1-D) from rank 0. `wait` of what it returns sees it done.
+
+    `wait` raises when a peer is gone or the group's timeout passes.
+    """
     options = torch.distributed.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
-    group.broadcast([flat], options).wait()
+    return group.broadcast([flat], options)
 
 
 def send_stream(
@@ -77,18 +82,28 @@ def send_stream(
 ) -> None:
     """Sender side: pack `tensors`, which must come in the order of `specs`, and broadcast bucket after bucket.
 
+    While one is on its way the next one is packed.
+
     Raises:
         ValueError: the stream differs from `specs`.
     """
     stream = iter(tensors)
-    for run in buckets(specs, lambda spec: spec.nbytes, bucket_bytes):
-        flat, pieces = _bucket(run)
-        for spec, piece in zip(run, pieces, strict=True):
+    runs = list(buckets(specs, lambda spec: spec.nbytes, bucket_bytes))
+    largest = max((sum(_sizes(run)) for run in runs), default=0)
+    memory = cycle(torch.empty((2, largest), dtype=torch.uint8))
+    on_its_way: Any = None
+    for run in runs:
+        flat = next(memory)[: sum(_sizes(run))]
+        for spec, piece in zip(run, torch.split(flat, _sizes(run)), strict=True):
             name, tensor = next(stream, ("nothing", flat[:0]))
             if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
                 raise ValueError(f"weights out of order: announced {spec}, got {name} {tensor.dtype} {tensor.shape}")
             piece.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
-        broadcast(group, flat)
+        if on_its_way:
+            on_its_way.wait()
+        on_its_way = broadcast(group, flat)
+    if on_its_way:
+        on_its_way.wait()
     if next(stream, None) is not None:
         raise ValueError("more weights came than were announced")
 
@@ -96,20 +111,28 @@ def send_stream(
 def receive_stream(
     group: ProcessGroup, specs: Sequence[TensorSpec], bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Receiver side: the tensors of each bucket, as views into memory of their own."""
-    for run in buckets(specs, lambda spec: spec.nbytes, bucket_bytes):
-        flat, pieces = _bucket(run)
-        broadcast(group, flat)
+    """Receiver side: the tensors of each bucket, as views into memory of their own.
+
+    While a bucket is used the next one is on its way.
+    """
+
+    def ask(run: list[TensorSpec]) -> tuple[list[TensorSpec], torch.Tensor, Any]:
+        flat = torch.empty(sum(_sizes(run)), dtype=torch.uint8)
+        return run, flat, broadcast(group, flat)
+
+    coming = map(ask, buckets(specs, lambda spec: spec.nbytes, bucket_bytes))
+    this = next(coming, None)
+    while this:
+        run, flat, work = this
+        work.wait()
+        this = next(coming, None)
         tensors = []
-        for spec, piece in zip(run, pieces, strict=True):
+        for spec, piece in zip(run, torch.split(flat, _sizes(run)), strict=True):
             # A view of another dtype needs an aligned start; a clone of the slice always has one.
             aligned = piece if piece.storage_offset() % spec.dtype.itemsize == 0 else piece.clone()
             tensors.append((spec.name, aligned.view(spec.dtype).view(spec.shape)))
         yield tensors
 
 
-def _bucket(run: Sequence[TensorSpec]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """Memory for the tensors of a bucket, as a whole and as the bytes of each."""
-    sizes = [spec.nbytes for spec in run]
-    flat = torch.empty(sum(sizes), dtype=torch.uint8)
-    return flat, torch.split(flat, sizes)
+def _sizes(run: Sequence[TensorSpec]) -> list[int]:
+    return [spec.nbytes for spec in run]

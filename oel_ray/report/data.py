@@ -53,8 +53,9 @@ class Knowledge(NamedTuple):
 class RoundData(NamedTuple):
     """What a round left behind so far. `policy` is how the round's last policy plays; None is "not yet".
 
-    `began_with` is the round whose policy it started from. `in_context` has that policy's scores, with knowledge from so
-    many trajectories in its prompt: the last one is with the complete knowledge. `read` are the trajectories that its knowledge came from.
+    `began_with` is the round whose policy it started from. `in_context` has that policy's scores, with knowledge from
+    so many trajectories in its prompt: the last one is with the complete knowledge. `read` are the trajectories that
+    its knowledge came from.
     """
 
     number: int

@@ -76,7 +76,7 @@ def remarks(path: Path) -> list[str]:
     for number in folder.rounds():
         stages = folder.manifest(number).stages
         bad = sum(entry.counts.get(BAD_LINES, 0) for entry in stages.values())
-        said += [f"round {number}: {bad} bad lines of imported games were left out"] * (bad > 0)
+        said += [f"round {number}: bad lines of imported games left out: {bad}"] * (bad > 0)
         if EVALUATE in stages and (gate := read_json(folder.files(number).evaluation).get("gate")):
             said.append(f"round {number}: {Gate.model_validate(gate)}")
     return said

@@ -52,9 +52,7 @@ class SingleStage:
         loop.prepare(self.config, folder, progress)
         for split, imported in self.trajectories.items():
             if imported.bad:
-                progress.note(
-                    f"{len(imported.bad)} bad lines are left out, and lie with reasons in {folder.quarantine}"
-                )
+                progress.note(f"bad lines left out: {len(imported.bad)}, with the reasons in {folder.quarantine}")
             put_trajectories(folder, self.round, split, imported)
         if self.knowledge:
             put_knowledge(folder, self.round, self.knowledge)

@@ -97,7 +97,7 @@ def test_a_few_bad_lines_of_many_are_left_out_and_kept_with_the_reasons(tmp_path
     assert (second["line"], json.loads(second["text"])) == (200, bad[0])
     assert second["reason"].startswith("id 'a b' has characters")
     assert verify(tmp_path / "run") == []
-    assert remarks(tmp_path / "run") == ["round 1: 2 bad lines of imported games were left out"]
+    assert remarks(tmp_path / "run") == ["round 1: bad lines of imported games left out: 2"]
 
 
 @pytest.mark.parametrize(

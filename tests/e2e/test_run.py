@@ -147,12 +147,17 @@ def test_stopped_by_signals_it_goes_on_to_the_same_bytes(
 def test_stages_by_hand_on_files_of_another_run_give_what_it_gave(
     undisturbed: Path, model: Path, tmp_path: Path
 ) -> None:
-    """Games and knowledge are all that extraction and consolidation read; no environment is there to be asked."""
+    """Games and knowledge are all that extraction and consolidation read; no environment is there to be asked.
+
+    One line of the games is bad, and costs nothing but itself.
+    """
     given, folder = undisturbed / "rounds/001", tmp_path / "run"
     settings = ["--config", "exact", f"model={model}", *SMALL, "evaluate.enabled=false", "env.id=Elsewhere-v0"]
-    games = ["--trajectories", str(given / "trajectories/extraction.jsonl")]
+    (tmp_path / "games.jsonl").write_bytes(b"oops\n" + (given / "trajectories/extraction.jsonl").read_bytes())
+    games = ["--trajectories", str(tmp_path / "games.jsonl"), "--max-bad", "0.5"]
     extracted = oel("extract", str(folder), *settings, *games)
     assert extracted.returncode == 0, extracted.stderr
+    assert "bad lines left out: 1, with the reasons in" in extracted.stderr
     games = ["--trajectories", str(given / "trajectories/consolidation.jsonl")]
     consolidated = oel("consolidate", str(folder), *games)
     assert consolidated.returncode == 0, consolidated.stderr

@@ -84,6 +84,10 @@ class RoundFiles:
     def policy(self) -> Path:
         return self.root / "policy"
 
+    def policy_after(self, steps: int) -> Path:
+        """The policy as it was inside the round, after so many optimizer steps."""
+        return self.root / "policies" / f"{steps:04d}"
+
     @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"

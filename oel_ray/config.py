@@ -176,6 +176,8 @@ class ConsolidateConfig(Section):
     checkpoint_every: NonNegative = 10
     """Steps between checkpoints inside a round, from which a restarted trainer or a resumed run goes on; 0 makes none.
     One takes up to 20 bytes per parameter that is trained in the run folder, and there are two while one is written."""
+    keep_steps: tuple[Positive, ...] = ()
+    """Also keep the policy as it was after so many steps of each round, e.g. `[5, 10, 15]`; a model folder each."""
     max_failures: NonNegative = 2
     """How often the training ranks are started again after one of them died, in a round."""
     max_skipped_steps: NonNegative = 3
@@ -192,6 +194,15 @@ class ConsolidateConfig(Section):
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer=true needs ZeRO: set consolidate.zero_stage=1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_earlier_steps(self) -> Self:
+        if (last := max(self.keep_steps, default=0)) >= self.steps:
+            raise ValueError(
+                f"keep_steps names step {last}, and only what comes before the last of steps={self.steps} is to be "
+                "named: leave it out, or raise consolidate.steps"
+            )
         return self
 
     def rate(self, update: int) -> float:

@@ -86,3 +86,7 @@ class RoundFiles:
 
     def knowledge_texts(self) -> list[KnowledgeText]:
         return [KnowledgeText.from_json(file.read_bytes()) for file in self.knowledge_files()]
+
+    def policy_after(self, steps: int) -> Path:
+        """The policy as it was inside the round, after so many optimizer steps."""
+        return self.root / "policies" / f"{steps:04d}"

@@ -169,8 +169,8 @@ class Rounds:
             self._deployed = None  # from the first step on the engines serve what the trainer sends
             name = f"{self.folder.run_id}-round-{number:03d}"
             samples = consolidate(job, name, progress.update, self.progress.note)
-            counts = {"metrics": config.steps, "samples": samples}
-            stage.commit([out.consolidation_metrics, out.samples, out.policy], counts)
+            written = [out.consolidation_metrics, out.samples, out.policy, *map(out.policy_after, config.keep_steps)]
+            stage.commit(written, {"metrics": config.steps, "samples": samples})
 
     def evaluate(self, number: int) -> None:
         """The policy that the round ended with, on the held-out maps."""

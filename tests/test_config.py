@@ -68,6 +68,12 @@ def test_an_unknown_source_lists_the_presets() -> None:
         load_config("no-such-preset")
 
 
+def test_a_policy_is_kept_of_steps_before_the_last_alone() -> None:
+    assert parse_config({"consolidate": {"steps": 4, "keep_steps": [1, 3]}}).consolidate.keep_steps == (1, 3)
+    with pytest.raises(UserError, match=r"keep_steps names step 4, .* the last of steps=4"):
+        parse_config({"consolidate": {"steps": 4, "keep_steps": [1, 4]}})
+
+
 @pytest.fixture
 def layers(tmp_path: Path) -> str:
     below = "rounds: 3\nenv: {id: Here, max_turns: 7, params: {size: 4, holes: 1}}\nswitches: {quick: {rounds: 1}}\n"

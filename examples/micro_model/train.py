@@ -72,15 +72,23 @@ class Progress:
         return min(1.0, self.done / warmup, self.left / (cooldown * self.tokens))
 
 
-def build_model(tokenizer: Any, *, hidden: int = 192, layers: int = 4, heads: int = 4, mlp: int = 640) -> Any:
+class Shape(NamedTuple):
+    """What makes a model larger or smaller: widths of the residual stream and of the inner layers, number of layers."""
+
+    hidden: int
+    mlp: int
+    layers: int
+
+
+def build_model(tokenizer: Any, shape: Shape, *, heads: int = 4) -> Any:
     """A Qwen3 with tied embeddings and random weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
         num_attention_heads=heads,
         num_key_value_heads=1,
         head_dim=64,
@@ -211,10 +219,13 @@ def train(
     workers: Annotated[int, typer.Option(help="Processes; one per core.")] = 2,
     seed: Annotated[int, typer.Option(help="Of weights and samples.")] = 0,
     minutes: Annotated[float, typer.Option(help="Stop and save after so long.")] = 110.0,
+    hidden: Annotated[int, typer.Option(help="Width of the model.")] = 192,
+    mlp: Annotated[int, typer.Option(help="Width inside a layer.")] = 640,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 4,
 ) -> None:
     """Train the micro model."""
     out.mkdir(parents=True, exist_ok=True)
-    arguments = (workers, out, tokens, lr, budget, seed, minutes)
+    arguments = (workers, out, Shape(hidden, mlp, layers), tokens, lr, budget, seed, minutes)
     processes = [multiprocessing.Process(target=_worker, args=(rank, *arguments)) for rank in range(workers)]
     for process in processes:
         process.start()
@@ -224,7 +235,7 @@ def train(
 
 
 def _worker(
-    rank: int, workers: int, out: Path, tokens: float, lr: float, budget: int, seed: int, minutes: float
+    rank: int, workers: int, out: Path, shape: Shape, tokens: float, lr: float, budget: int, seed: int, minutes: float
 ) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     store = f"file://{(out / '.store').absolute()}"
@@ -232,7 +243,7 @@ def _worker(
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
     torch.manual_seed(seed)
     chat = ChatFormat(build_tokenizer(), thinking=True)
-    model = build_model(chat.tokenizer)
+    model = build_model(chat.tokenizer, shape)
     optimizers = Optimizers(model, lr)
     progress, step = _load(out, model, optimizers, tokens)
     parameters = list(model.parameters())

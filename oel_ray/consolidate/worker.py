@@ -28,6 +28,7 @@ from oel_ray.consolidate.responses import Responses
 from oel_ray.consolidate.weights import check_names, export_policy, weights_of
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
+from oel_ray.layout import RoundFiles
 from oel_ray.records import Generation
 from oel_ray.seeds import derive_seed
 
@@ -99,6 +100,8 @@ def train(job: Job) -> None:
         if skipped > job.config.consolidate.max_skipped_steps:
             attempt.save_last_good(number + 1 - skipped, step)
             raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
+        if number + 1 in job.config.consolidate.keep_steps:  # before the checkpoint, which would not do it again
+            export_policy(weights, job.policy, RoundFiles(job.target.parent).policy_after(number + 1))
         if attempt.due(number + 1):
             attempt.save(number + 1, step)
     export_policy(weights, job.policy, job.target)

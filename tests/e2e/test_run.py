@@ -1,5 +1,6 @@
 """The whole job as a user starts it: real Ray, real vLLM, real DeepSpeed on two ranks, a model of random weights."""
 
+import itertools
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ SMALL = [
     "extract.max_tokens=64",
     "extract.sampling.max_tokens=24",
     "consolidate.steps=2",
+    "consolidate.keep_steps=[1]",
     "consolidate.games_per_step=2",
     "consolidate.learning_rate=1e-3",
     "consolidate.sampling.max_tokens=8",
@@ -50,7 +52,7 @@ def texts(folder: Path) -> dict[str, bytes]:
     """The artifacts of a run that are text, apart from those that tell the time."""
     timed = {"MANIFEST.json", "metrics.jsonl", "status.json", "run.json", "config.yaml"}
     files = [path for path in folder.rglob("*") if path.suffix in {".jsonl", ".json"} and path.name not in timed]
-    left_out = {"policy", "quarantine"}
+    left_out = {"policy", "policies", "quarantine"}
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if not left_out & {*path.parts}}
 
 
@@ -83,12 +85,14 @@ def test_the_run_folder_holds_what_it_promises(undisturbed: Path) -> None:
 def test_the_policy_changed_and_loads_in_plain_transformers(undisturbed: Path, model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    policy = undisturbed / "rounds/001/policy"
-    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
-    after = AutoModelForCausalLM.from_pretrained(policy).state_dict()
-    assert before.keys() == after.keys()
-    assert any((before[name] != after[name]).any() for name in before)
+    policy, kept = undisturbed / "rounds/001/policy", undisturbed / "rounds/001/policies/0001"
+    folders = (model, kept, policy)
+    before, between, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
+    assert before.keys() == between.keys() == after.keys()
+    for ours, theirs in itertools.pairwise((before, between, after)):
+        assert any((ours[name] != theirs[name]).any() for name in ours)
     assert AutoTokenizer.from_pretrained(policy).chat_template
+    assert AutoTokenizer.from_pretrained(kept).chat_template
 
 
 @pytest.mark.slow

@@ -1,0 +1,101 @@
+"""From finished runs to the points of a result. Runs in the process of an experiment; reads files alone."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.records import Condition, Point
+from oel_ray.durable import fingerprint
+from oel_ray.evaluate.metrics import Evaluation, Score
+from oel_ray.records import KnowledgeText, Record
+from oel_ray.runs import RunFolder
+
+_GROWTH = 0.9
+"""How far into a round its knowledge has grown; the rest is left to consolidation."""
+
+
+class Measured(Record):
+    """What was measured of a model folder outside a run: the share that went right, its standard error, of how many."""
+
+    rate: float
+    error: float
+    count: int
+    tokens_per_turn: float | None = None
+
+    @classmethod
+    def of_shares(cls, right: int, count: int, tokens_per_turn: float | None = None) -> "Measured":
+        """From independent tries."""
+        rate = right / count
+        return cls(rate=rate, error=math.sqrt(rate * (1 - rate) / count), count=count, tokens_per_turn=tokens_per_turn)
+
+
+def run_points(folder: RunFolder, rounds: int, root: Path) -> Iterator[Point]:
+    """The evaluations of the first rounds of a run. `root` is what sources are named below."""
+    games = folder.config.collect.extraction_games
+    for number in range(rounds + 1):
+        path = folder.files(number).evaluation
+        result = Evaluation.from_json(path.read_bytes())
+        yield _point(result, "policy", number, None, number, path, root)
+        for score in result.in_context_steps:
+            place = number - 1 + _GROWTH * score.step / games
+            yield _point(score, "in_context", number, score.step, place, path, root)
+        if result.in_context:
+            yield _point(result.in_context, "in_context", number, None, number - 1 + _GROWTH, path, root)
+
+
+def kept_point(played: RunFolder, number: int, step: int, steps: int, root: Path) -> Point:
+    """How a policy plays that was kept after `step` of the `steps` of a round, from a run that evaluated it alone."""
+    path = played.files(0).evaluation
+    result = Evaluation.from_json(path.read_bytes())
+    return _point(result, "policy", number, step, number - 1 + step / steps, path, root)
+
+
+def measured_point(path: Path, number: int, step: int | None, steps: int, root: Path) -> Point:
+    """What a file says of the policy after a round, or after `step` of its `steps`."""
+    it = Measured.from_json(path.read_bytes())
+    return Point(
+        condition="out_of_distribution",
+        round=number,
+        step=step,
+        place=number if step is None else number - 1 + step / steps,
+        rate=it.rate,
+        error=it.error,
+        count=it.count,
+        tokens_per_turn=it.tokens_per_turn,
+        **_source(path, root),
+    )
+
+
+def knowledge_tokens(folder: RunFolder, rounds: int) -> dict[int, float]:
+    """Mean length of a round's knowledge texts, in tokens."""
+    lengths = {
+        number: [KnowledgeText.from_json(path.read_bytes()).tokens for path in folder.files(number).knowledge_files()]
+        for number in range(1, rounds + 1)
+    }
+    return {number: sum(values) / len(values) for number, values in lengths.items()}
+
+
+def wall_seconds(folder: RunFolder, rounds: int) -> float:
+    """Of the stages of the first rounds."""
+    stages = [entry for number in range(rounds + 1) for entry in folder.manifest(number).stages.values()]
+    return round(sum(entry.wall_s for entry in stages), 1)
+
+
+def _point(
+    score: Score, condition: Condition, number: int, step: int | None, place: float, path: Path, root: Path
+) -> Point:
+    return Point(
+        condition=condition,
+        round=number,
+        step=step,
+        place=place,
+        rate=score.pass_rate,
+        error=score.pass_rate_se,
+        count=score.games,
+        tokens_per_turn=score.response_tokens_per_turn,
+        **_source(path, root),
+    )
+
+
+def _source(path: Path, root: Path) -> dict[str, str]:
+    return {"source": path.absolute().relative_to(root.absolute()).as_posix(), "sha256": fingerprint(path).sha256[:16]}

@@ -1,0 +1,285 @@
+"""`python -m experiments.report`: docs/results.md and its figures, from the committed results. Reads files alone.
+
+The same results give the same bytes.
+"""
+
+import io
+import itertools
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import beyond, knowledge_vs_raw, model_size, on_vs_off_policy, own_vs_other, rounds
+from experiments.records import ArmResult, Arms, Condition, Experiment, Key, Point
+from experiments.statistics import Estimate, estimate, verdict
+from oel_ray.errors import UserError
+from oel_ray.report.figures import CONTEXT, INK, ORACLE, POLICY, RANDOM, STYLE
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+DOCS = ROOT / "docs"
+PAGE, FIGURES = "results.md", "results"
+EXPERIMENTS: tuple[Experiment, ...] = tuple(
+    module.EXPERIMENT for module in (rounds, on_vs_off_policy, model_size, knowledge_vs_raw, own_vs_other, beyond)
+)
+COLORS = (POLICY, CONTEXT, ORACLE, INK, RANDOM, "#8e5ea2", "#c0504d", "#4f9d9d", "#b8860b", "#7f7fbf")
+BARE = 0
+ABSENT = "-"
+OUTSIDE: Condition = "out_of_distribution"
+
+INTRODUCTION = """\
+# The paper's experiments
+
+<!-- Written by `python -m experiments.report` from experiments/results. -->
+
+What arXiv 2603.16856 says, tried with this code. How the runs are made: [experiments](../experiments/README.md).
+
+**How to read it.** A number is the mean over repetitions with its 95 % t interval. A repetition has a seed of its own,
+and with it maps, games and sampling of its own; all arms have the same seeds, so differences are taken seed by seed. A
+claim **holds here** if the whole 95 % interval of its paired difference is on its side of zero, **does not hold here**
+if the whole interval is on the other side, and else **cannot be told apart**. Where a claim says that nothing changes,
+the interval has to lie within the margin that it names, or outside of it. There is no correction for the number of
+claims, and with three repetitions intervals are wide. The micro model is a proving ground and no language model, and
+much that it does is built into it: see [its card](../oel_ray/micro/README.md). In figures bars are intervals, and hollow
+marks are the policy of the round before with knowledge in its prompt.
+"""
+NOTHING = """
+**No results are committed yet.** Nothing on this page has been tried. The commands are below; what they write into
+`experiments/results` is what this page is made of.
+"""
+
+Group = dict[str, dict[int, ArmResult]]
+"""The results of one experiment with one preset: by arm, by seed."""
+
+Curve = dict[float, Estimate]
+"""Estimates by their places in the run, in order."""
+
+
+def read_results(folder: Path) -> list[ArmResult]:
+    """All results in a folder, in the order of their names.
+
+    Raises:
+        UserError: a file has another name than its content says.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        it = ArmResult.from_json(path.read_bytes())
+        if path.name != it.file_name:
+            raise UserError(f"{path} holds {it.file_name}: rename it")
+        found.append(it)
+    return found
+
+
+def pages(results: Sequence[ArmResult]) -> dict[str, bytes]:
+    """The page and its figures, by their paths below docs/.
+
+    Raises:
+        UserError: repetitions of one arm were made with different settings.
+    """
+    groups: dict[tuple[str, str], Group] = defaultdict(lambda: defaultdict(dict))
+    for it in results:
+        groups[it.preset, it.experiment][it.arm][it.seed] = it
+    figures: dict[str, bytes] = {}
+    parts = [INTRODUCTION] + ([] if results else [NOTHING])
+    for experiment in EXPERIMENTS:
+        parts.append(f"\n## {experiment.title}\n\n{experiment.question}\n")
+        presets = sorted(preset for preset, name in groups if name == experiment.name)
+        if not presets:
+            parts += [f"\nNot tried yet: `python -m experiments.{experiment.name}`.\n\n", *_untried(experiment)]
+        for preset in presets:
+            group = _in_order(experiment, groups[preset, experiment.name])
+            parts += [*_section(experiment, preset, group)]
+            for metric in _METRICS:
+                if metric.wanted(experiment):
+                    name = f"{FIGURES}/{preset}.{experiment.name}.{metric.name}.svg"
+                    figures[name] = _drawn(group, metric)
+                    parts.append(f"\n![{metric.title}, {experiment.name}]({name})\n")
+        if experiment.notes:
+            parts.append(f"\n{experiment.notes}\n")
+    return {PAGE: "".join(parts).encode(), **figures}
+
+
+def _in_order(experiment: Experiment, group: Group) -> Group:
+    """With the arm first that others are compared with."""
+    for arm, by_seed in group.items():
+        if len({(it.settings_hash, it.packages.get("oel-ray")) for it in by_seed.values()}) > 1:
+            raise UserError(
+                f"{experiment.name}, {arm}: repetitions were made with different settings or versions: make them again"
+            )
+    return {arm: group[arm] for arm in sorted(group, key=lambda arm: (arm != experiment.reference, arm))}
+
+
+def _section(experiment: Experiment, preset: str, group: Group) -> Iterator[str]:
+    everything = [it for by_seed in group.values() for it in by_seed.values()]
+    yield f"\n### {preset}\n\n```bash\npython -m experiments.{experiment.name}"
+    yield f" --preset {preset} --seeds {' '.join(map(str, sorted({it.seed for it in everything})))}\n```\n\n"
+    yield "| arm | run as | repetitions | tokens of a text, by round | minutes each |\n|---|---|---|---|---|\n"
+    for arm, by_seed in group.items():
+        its = list(by_seed.values())
+        minutes = sum(it.wall_s for it in its) / len(its) / 60
+        yield f"| {arm} | `{its[0].command}` | {len(its)} | {_text_lengths(its)} | {minutes:.1f} |\n"
+    yield "\nMade on " + "; ".join(sorted({it.machine for it in everything}))
+    yield "; " + "; ".join(sorted({f"oel-ray {it.packages.get('oel-ray', '?')}" for it in everything})) + ".\n\n"
+    yield from _measurements(experiment, group)
+    yield from _decided(experiment, group)
+
+
+def _text_lengths(its: Sequence[ArmResult]) -> str:
+    shared = sorted(set.intersection(*(set(it.knowledge_tokens) for it in its)))
+    return ", ".join(f"{sum(it.knowledge_tokens[number] for it in its) / len(its):.0f}" for number in shared) or ABSENT
+
+
+def _measurements(experiment: Experiment, group: Group) -> Iterator[str]:
+    reference = group.get(experiment.reference, {})
+    yield f"| arm | measured | rate % | tokens a turn | points above {experiment.reference} |\n|---|---|---|---|---|\n"
+    for arm, by_seed in group.items():
+        for key in _keys(by_seed):
+            points = {seed: point for seed, it in by_seed.items() if (point := it.find(key))}
+            others = {seed: point for seed, it in reference.items() if (point := it.find(key))}
+            rates = [point.rate for point in points.values()]
+            lengths = [point.tokens_per_turn for point in points.values() if point.tokens_per_turn is not None]
+            above = [point.rate - others[seed].rate for seed, point in points.items() if seed in others]
+            compared = _written(above if arm != experiment.reference else [], 100, signed=True)
+            yield f"| {arm} | {_description(key)} | {_written(rates, 100)} | {_written(lengths, 1)} | {compared} |\n"
+
+
+def _decided(experiment: Experiment, group: Group) -> Iterator[str]:
+    if not experiment.claims:
+        return
+    yield "\n| the paper's claim | here | by how much |\n|---|---|---|\n"
+    seeds = sorted({seed for by_seed in group.values() for seed in by_seed})
+    for claim in experiment.claims:
+        numbers = []
+        for seed in seeds:
+            arms: Arms = {arm: by_seed[seed] for arm, by_seed in group.items() if seed in by_seed}
+            try:
+                numbers.append(claim.number(arms))
+            except LookupError:
+                continue
+        scale = 1 if claim.in_tokens else 100
+        unit = "tokens" if claim.in_tokens else "points"
+        size = f"{_written(numbers, scale, signed=True)} {unit}" if numbers else "not measured"
+        yield f"| {claim.text} | **{verdict(numbers, claim.within)}** | {size} |\n"
+
+
+def _untried(experiment: Experiment) -> Iterator[str]:
+    if experiment.claims:
+        yield "It will decide on:\n\n"
+        yield from (f"- {claim.text}\n" for claim in experiment.claims)
+
+
+def _keys(by_seed: dict[int, ArmResult]) -> list[Key]:
+    """What was measured with any seed, in the order of the run."""
+    place = {point.key: point.place for it in by_seed.values() for point in it.points}
+    return sorted(place, key=lambda key: (key.condition == OUTSIDE, place[key]))
+
+
+def _description(key: Key) -> str:
+    if key.round == 0:
+        where = "untouched model"
+    elif key.condition == "in_context":
+        read = "" if key.step is None else f" of {key.step} games"
+        where = f"round {key.round}, knowledge{read} in the prompt"
+    else:
+        where = f"round {key.round}" + ("" if key.step is None else f", after {key.step} steps")
+    return f"{where}, out of distribution" if key.condition == OUTSIDE else where
+
+
+def _written(values: Sequence[float], scale: float, *, signed: bool = False) -> str:
+    if not values:
+        return ABSENT
+    it = estimate(values)
+    mean = f"{scale * it.mean:{'+' if signed else ''}.1f}"
+    return mean if math.isinf(it.half) else f"{mean} ± {scale * it.half:.1f}"
+
+
+class _Metric(NamedTuple):
+    """What a figure shows of every point."""
+
+    name: str
+    title: str
+    wanted: Callable[[Experiment], bool]
+    takes: Callable[[Point], bool]
+    value: Callable[[Point], float]
+
+
+_METRICS = (
+    _Metric("rate", "Games won", lambda _: True, lambda it: it.condition != OUTSIDE, lambda it: it.rate),
+    _Metric(
+        "tokens",
+        "Response tokens per turn",
+        lambda experiment: experiment.lengths,
+        lambda it: it.condition != OUTSIDE and it.tokens_per_turn is not None,
+        lambda it: it.tokens_per_turn or 0.0,
+    ),
+    _Metric(
+        "outside",
+        "Out of distribution",
+        lambda experiment: experiment.out_of_distribution,
+        lambda it: it.condition == OUTSIDE,
+        lambda it: it.rate,
+    ),
+)
+
+
+def _drawn(group: Group, metric: _Metric) -> bytes:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever matplotlibrc the machine has
+        mpl.rcParams.update(STYLE)
+        canvas = Figure(figsize=(8.6, 4.0), layout="constrained")
+        axes = canvas.add_subplot()
+        for color, (arm, by_seed) in zip(itertools.cycle(COLORS), group.items(), strict=False):
+            _draw_arm(axes, arm, _curves(by_seed, metric), color)
+        axes.set(xlabel="round", ylabel=metric.title.lower())
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, fontsize=8)
+        svg = io.StringIO()
+        canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    text = svg.getvalue()
+    return "\n".join(line.rstrip() for line in text[text.index("<svg") :].splitlines()).encode() + b"\n"
+
+
+def _draw_arm(axes: Any, arm: str, curves: dict[int, Curve], color: str) -> None:
+    """Its policies in a line; from each the climb while knowledge grows in its prompt, hollow and dotted."""
+    bare = curves.pop(BARE, {})
+    _draw_curve(axes, bare, color, fmt="o-", label=arm)
+    for number, grown in curves.items():
+        climb = {place: it for place, it in bare.items() if place == number - 1} | grown
+        axes.plot(list(climb), [it.mean for it in climb.values()], ":", color=color, lw=1.2)
+        _draw_curve(axes, grown, color, fmt="D", mfc="white")
+
+
+def _draw_curve(axes: Any, curve: Curve, color: str, **style: str) -> None:
+    halves = [0.0 if math.isinf(it.half) else it.half for it in curve.values()]
+    means = [it.mean for it in curve.values()]
+    axes.errorbar(list(curve), means, halves, color=color, ms=4, capsize=2.5, **style)
+
+
+def _curves(by_seed: dict[int, ArmResult], metric: _Metric) -> dict[int, Curve]:
+    """Of the bare policies, and of each round's knowledge in the prompt under its number."""
+    values: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for point in sorted((it for result in by_seed.values() for it in result.points), key=lambda it: it.place):
+        if metric.takes(point):
+            number = point.round if point.condition == "in_context" else BARE
+            values[number][point.place].append(metric.value(point))
+    return {number: {place: estimate(rates) for place, rates in at.items()} for number, at in values.items()}
+
+
+def main() -> None:
+    written = pages(read_results(RESULTS))
+    shutil.rmtree(DOCS / FIGURES, ignore_errors=True)
+    for name, content in written.items():
+        (DOCS / name).parent.mkdir(exist_ok=True)
+        (DOCS / name).write_bytes(content)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from experiments import beyond, knowledge_vs_raw, model_size, on_vs_off_policy, 
 from experiments.records import ArmResult, Arms, Condition, Experiment, Key, Point
 from experiments.statistics import Estimate, estimate, verdict
 from oel_ray.errors import UserError
-from oel_ray.report.figures import CONTEXT, INK, ORACLE, POLICY, RANDOM, STYLE
+from oel_ray.report.figures import CONTEXT, ORACLE, POLICY, RANDOM, canvas_and_axes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -25,7 +25,7 @@ PAGE, FIGURES = "results.md", "results"
 EXPERIMENTS: tuple[Experiment, ...] = tuple(
     module.EXPERIMENT for module in (rounds, on_vs_off_policy, model_size, knowledge_vs_raw, own_vs_other, beyond)
 )
-COLORS = (POLICY, CONTEXT, ORACLE, INK, RANDOM, "#8e5ea2", "#c0504d", "#4f9d9d", "#b8860b", "#7f7fbf")
+COLORS = (POLICY, CONTEXT, ORACLE, "#2b2b2b", RANDOM, "#8e5ea2", "#c0504d", "#4f9d9d", "#b8860b", "#7f7fbf")
 BARE = 0
 ABSENT = "-"
 OUTSIDE: Condition = "out_of_distribution"
@@ -43,8 +43,8 @@ claim **holds here** if the whole 95 % interval of its paired difference is on i
 if the whole interval is on the other side, and else **cannot be told apart**. Where a claim says that nothing changes,
 the interval has to lie within the margin that it names, or outside of it. There is no correction for the number of
 claims, and with three repetitions intervals are wide. The micro model is a proving ground and no language model, and
-much that it does is built into it: see [its card](../oel_ray/micro/README.md). In figures bars are intervals, and hollow
-marks are the policy of the round before with knowledge in its prompt.
+much that it does is built into it: see [its card](../oel_ray/micro/README.md). In figures bars are intervals, and
+hollow marks are the policy of the round before with knowledge in its prompt.
 """
 NOTHING = """
 **No results are committed yet.** Nothing on this page has been tried. The commands are below; what they write into
@@ -226,15 +226,9 @@ _METRICS = (
 
 
 def _drawn(group: Group, metric: _Metric) -> bytes:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with mpl.rc_context():
-        mpl.rcdefaults()  # whatever matplotlibrc the machine has
-        mpl.rcParams.update(STYLE)
-        canvas = Figure(figsize=(8.6, 4.0), layout="constrained")
-        axes = canvas.add_subplot()
+    with canvas_and_axes(wide=True) as (canvas, axes):
         for color, (arm, by_seed) in zip(itertools.cycle(COLORS), group.items(), strict=False):
             _draw_arm(axes, arm, _curves(by_seed, metric), color)
         axes.set(xlabel="round", ylabel=metric.title.lower())

@@ -43,14 +43,15 @@ def figures(report: Report) -> list[tuple[Figure, str, bytes]]:
     drawn = []
     for figure in _FIGURES:
         if figure.has_data(report):
-            with _canvas(wide=figure.wide) as (canvas, axes):
+            with canvas_and_axes(wide=figure.wide) as (canvas, axes):
                 figure.draw(report, axes)
                 drawn.append((figure, *_rendered(canvas)))
     return drawn
 
 
 @contextmanager
-def _canvas(*, wide: bool) -> Iterator[tuple[Any, Any]]:
+def canvas_and_axes(*, wide: bool) -> Iterator[tuple[Any, Any]]:
+    """What a figure is drawn on; rendered within the context it has the look of all others."""
     from matplotlib import style
     from matplotlib.figure import Figure as Canvas
 

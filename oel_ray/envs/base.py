@@ -31,16 +31,12 @@ class Environment(Protocol):
 
     def reset(self) -> str:
         """Start the game and return what the player is shown first. Called once."""
-        ...
 
     def step(self, response: str) -> Step:
         """Read an action from a whole model response and play it. Not called after a step that was `done`."""
-        ...
 
     def success(self) -> bool:
         """Whether the game was won. Read by evaluation alone; never part of a trajectory."""
-        ...
 
     def solution(self) -> list[str] | None:
         """A shortest winning sequence of actions from the start, [] if there is none, None if nobody can tell."""
-        ...

@@ -162,21 +162,14 @@ def read_action(response: str, *, moves_only: bool) -> str:
     """
     answer = response.rpartition(THINK_CLOSE)[2]
     if not moves_only:
-        return _last(_BRACKETED, answer) or answer.strip()
-    move = _last(_MOVE, answer).strip("[] \t\n\r\f\v").lower()
-    return f"[{_ALIASES.get(move, move)}]" if move else ""
+        return str([answer.strip(), *_BRACKETED.findall(answer)][-1])
+    moves = [move.lower() for move in _MOVE.findall(answer)]
+    return f"[{_ALIASES.get(moves[-1], moves[-1])}]" if moves else ""
 
 
 def single_player_ids() -> list[str]:
     """The TextArena ids that one player can play."""
     return sorted(_sources())
-
-
-def _last(pattern: re.Pattern[str], text: str) -> str:
-    token = ""
-    for match in pattern.finditer(text):
-        token = match.group()
-    return token
 
 
 def _textarena() -> Any:

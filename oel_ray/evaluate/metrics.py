@@ -1,6 +1,7 @@
 """From evaluation games to the numbers of `evaluation.json`. Any process; pure functions."""
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -89,11 +90,7 @@ def pass_rate_se(games: Sequence[EvaluationGame]) -> float:
     for game in games:
         by_map[game.map_hash].append(game.success)
     means = [sum(wins) / len(wins) for wins in by_map.values()]
-    if len(means) < 2:
-        return 0.0
-    center = sum(means) / len(means)
-    variance = sum((mean - center) ** 2 for mean in means) / (len(means) - 1)
-    return math.sqrt(variance / len(means))
+    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
 
 
 def response_tokens_per_turn(games: Sequence[EvaluationGame]) -> float:

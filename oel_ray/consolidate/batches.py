@@ -44,9 +44,14 @@ class Sample:
         return len(self.student_prompt_ids) + len(self.response_ids)
 
     @property
+    def tokens_behind(self) -> int:
+        """Tokens that the teacher reads behind the knowledge."""
+        return len(self.rest_ids) + len(self.response_ids)
+
+    @property
     def cost(self) -> int:
         """Tokens that the two models read for this sample, once the teacher knows the knowledge text."""
-        return len(self.student_prompt_ids) + len(self.rest_ids) + 2 * len(self.response_ids)
+        return self.student_tokens + self.tokens_behind
 
 
 @dataclass(frozen=True, slots=True)

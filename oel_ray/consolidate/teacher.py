@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from oel_ray.buckets import buckets
 from oel_ray.consolidate.batches import Sample, length_groups
 from oel_ray.consolidate.caches import CacheCounts, Text, TextCache, TextCaches
 from oel_ray.consolidate.reading import LayOut, has_fixed_rotations, pad_tokens, response_hidden
@@ -99,7 +100,7 @@ class Teacher:
             by_text.setdefault(samples[index].knowledge_ids, []).append(index)
         for text in sorted(by_text, key=self._caches.distance):
             cache = self._caches.get(text)
-            for part in _rows(samples, by_text[text], self.pass_tokens):
+            for part in buckets(by_text[text], lambda index: samples[index].tokens_behind, self.pass_tokens):
                 yield part, self._read_behind(cache, len(text), [samples[index] for index in part])
         self._caches.trim()
 
@@ -133,17 +134,3 @@ class Teacher:
             hidden_QE[end - len(sample.response_ids) - 1 : end - 1].clone()  # a view would keep the whole row
             for end, sample in zip(ends, samples, strict=True)
         ]
-
-
-def _rows(samples: Sequence[Sample], indices: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Cut the indices into rows of at most `max_tokens` behind the text, or of one sample that is longer."""
-    row: list[int] = []
-    filled = 0
-    for index in indices:
-        tokens = len(samples[index].rest_ids) + len(samples[index].response_ids)
-        if row and filled + tokens > max_tokens:
-            yield row
-            row, filled = [], 0
-        row.append(index)
-        filled += tokens
-    yield row

@@ -6,6 +6,7 @@ round them once, with the same conversion, so that an engine that got the weight
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from oel_ray.buckets import buckets
 from oel_ray.checkpoint import TIED_HEAD, checkpoint_shapes, checkpoint_tensor, wider_tensors
 from oel_ray.consolidate.lora import ADAPTERS_FILE
 from oel_ray.errors import UserError
@@ -52,16 +55,9 @@ class FullWeights:
         Under ZeRO-3, and wherever masters are partitioned, every rank has to iterate to the end, in step with the
         others. A tensor may share memory with the model: use it before the next optimizer step.
         """
-        bucket: dict[str, Tensor] = {}
-        numel = 0
-        for name, tensor in self._tensors().items():
-            size = _shape(tensor).numel()  # a partitioned parameter itself has no elements
-            if bucket and numel + size > self.bucket_numel:
-                yield from self._whole(bucket)
-                bucket, numel = {}, 0
-            bucket[name] = tensor
-            numel += size
-        yield from self._whole(bucket)
+        # Not the number of a tensor's own elements: a partitioned parameter has none.
+        for bucket in buckets(self._tensors().items(), lambda item: _shape(item[1]).numel(), self.bucket_numel):
+            yield from self._whole(dict(bucket))
 
     def _tensors(self) -> dict[str, Tensor]:
         tied_away = set(getattr(self.model, "all_tied_weights_keys", None) or ())
@@ -196,47 +192,26 @@ def export_policy(
 
     Collective: all ranks take part, rank 0 writes, and none returns before the folder is complete.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    metadata = weights.metadata()
-    shards = _plan_shards(metadata, max_shard_bytes)
-    if rank == 0:
+    shards = split_torch_state_dict_into_shards(
+        {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in weights.metadata()},
+        max_shard_size=max_shard_bytes,
+    )
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    if writes:
         _copy_companions(source_folder, target_folder, weights.dtype)
-        if len(shards) > 1:
-            _write_index(shards, metadata, target_folder)
-    content: dict[str, Tensor] = {}
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (target_folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    contents: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in weights:
-        if rank != 0:
+        if not writes:
             continue
-        content[name] = tensor.detach().to("cpu").contiguous()
-        if len(content) == len(shards[0][1]):
-            filename, _ = shards.pop(0)
-            save_file(content, target_folder / filename, metadata={"format": "pt"})
-            content = {}
+        file = shards.tensor_to_filename[name]
+        contents[file][name] = tensor.detach().to("cpu").contiguous()
+        if len(contents[file]) == len(shards.filename_to_tensors[file]):
+            save_file(contents.pop(file), target_folder / file, metadata={"format": "pt"})
     if dist.is_initialized():
         dist.barrier()
-
-
-def _plan_shards(metadata: list[WeightMeta], max_bytes: int) -> list[tuple[str, list[str]]]:
-    """(file name, tensor names) in the order of the stream."""
-    groups: list[list[str]] = []
-    filled = 0
-    for name, dtype, shape in metadata:
-        size = shape.numel() * dtype.itemsize
-        if not groups or filled + size > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return [("model.safetensors", groups[0])]
-    return [(f"model-{i:05d}-of-{len(groups):05d}.safetensors", names) for i, names in enumerate(groups, start=1)]
-
-
-def _write_index(shards: list[tuple[str, list[str]]], metadata: list[WeightMeta], target: Path) -> None:
-    total = sum(shape.numel() * dtype.itemsize for _, dtype, shape in metadata)
-    weight_map = {name: filename for filename, names in shards for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:

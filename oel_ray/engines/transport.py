@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore
 
+from oel_ray.buckets import buckets
+
 BUCKET_BYTES = 256 * 2**20
 
 
@@ -34,20 +36,6 @@ class TensorSpec:
 def checksum(tensor: torch.Tensor) -> int:
     """CRC-32 of a tensor's bytes, wherever it lies."""
     return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def buckets(specs: Sequence[TensorSpec], bucket_bytes: int) -> Iterator[list[TensorSpec]]:
-    """Cut a list of tensors, in order, into runs of at most `bucket_bytes` (a larger tensor is alone in its run)."""
-    run: list[TensorSpec] = []
-    size = 0
-    for spec in specs:
-        if run and size + spec.nbytes > bucket_bytes:
-            yield run
-            run, size = [], 0
-        run.append(spec)
-        size += spec.nbytes
-    if run:
-        yield run
 
 
 def gloo_group(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroup:
@@ -93,15 +81,13 @@ def send_stream(
         ValueError: the stream differs from `specs`.
     """
     stream = iter(tensors)
-    for run in buckets(specs, bucket_bytes):
-        flat = torch.empty(sum(spec.nbytes for spec in run), dtype=torch.uint8)
-        at = 0
-        for spec in run:
+    for run in buckets(specs, lambda spec: spec.nbytes, bucket_bytes):
+        flat, pieces = _bucket(run)
+        for spec, piece in zip(run, pieces, strict=True):
             name, tensor = next(stream, ("nothing", flat[:0]))
             if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
                 raise ValueError(f"weights out of order: announced {spec}, got {name} {tensor.dtype} {tensor.shape}")
-            flat[at : at + spec.nbytes] = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            at += spec.nbytes
+            piece.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
         broadcast(group, flat)
     if next(stream, None) is not None:
         raise ValueError("more weights came than were announced")
@@ -111,15 +97,19 @@ def receive_stream(
     group: ProcessGroup, specs: Sequence[TensorSpec], bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Receiver side: the tensors of each bucket, as views into memory of their own."""
-    for run in buckets(specs, bucket_bytes):
-        flat = torch.empty(sum(spec.nbytes for spec in run), dtype=torch.uint8)
+    for run in buckets(specs, lambda spec: spec.nbytes, bucket_bytes):
+        flat, pieces = _bucket(run)
         broadcast(group, flat)
         tensors = []
-        at = 0
-        for spec in run:
+        for spec, piece in zip(run, pieces, strict=True):
             # A view of another dtype needs an aligned start; a clone of the slice always has one.
-            piece = flat[at : at + spec.nbytes]
-            aligned = piece if at % spec.dtype.itemsize == 0 else piece.clone()
+            aligned = piece if piece.storage_offset() % spec.dtype.itemsize == 0 else piece.clone()
             tensors.append((spec.name, aligned.view(spec.dtype).view(spec.shape)))
-            at += spec.nbytes
         yield tensors
+
+
+def _bucket(run: Sequence[TensorSpec]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """Memory for the tensors of a bucket, as a whole and as the bytes of each."""
+    sizes = [spec.nbytes for spec in run]
+    flat = torch.empty(sum(sizes), dtype=torch.uint8)
+    return flat, torch.split(flat, sizes)

@@ -18,7 +18,7 @@ from oel_ray.engines import transport
 from oel_ray.engines.receive import CheckedReceiver, NcclReceiver, UpdateInfo
 from oel_ray.engines.send import NamedTensors, _alongside
 from oel_ray.engines.startup import StartLog
-from oel_ray.engines.transport import TensorSpec, buckets, gloo_group, receive_stream, send_stream
+from oel_ray.engines.transport import TensorSpec, gloo_group, receive_stream, send_stream
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -33,14 +33,6 @@ def groups(count: int) -> list[Any]:
         port = probe.getsockname()[1]
     with ThreadPoolExecutor(count) as side:
         return list(side.map(lambda rank: gloo_group("127.0.0.1", port, rank, count, 20.0), range(count)))
-
-
-def test_buckets_keep_the_order_and_the_limit() -> None:
-    rows = [TensorSpec(str(size), torch.uint8, (size,)) for size in (3, 5, 2, 11, 1, 0, 9, 10)]
-    runs = list(buckets(rows, 10))
-    assert [[spec.nbytes for spec in run] for run in runs] == [[3, 5, 2], [11], [1, 0, 9], [10]]
-    assert [spec for run in runs for spec in run] == rows
-    assert list(buckets([], 10)) == []
 
 
 def odd_tensors() -> Named:

@@ -22,7 +22,7 @@ from benchmarks.losses import LossCase
 from benchmarks.models import QWEN3_1_7B, qwen3_like, random_model, random_samples
 from benchmarks.step_vs_trl import StepCase, have_trl
 from oel_ray.config import ConsolidateConfig
-from oel_ray.consolidate.loss import forward_kl, reverse_kl
+from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 from tests.consolidate.naive import divergence
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
@@ -95,7 +95,8 @@ def exactness(size: Sizes, dtype: torch.dtype, *, forward: bool) -> dict[str, An
 
     hidden, head = (x.clone().requires_grad_() for x in student)
     loss_of: Callable[..., tuple[Tensor, Tensor]] = forward_kl if forward else reverse_kl
-    loss, kl_T = loss_of(hidden, head, *teacher, weights_T, temperature=_TEMPERATURE, chunk_tokens=3)
+    models = Logits(hidden, head), Logits(*teacher)
+    loss, kl_T = loss_of(*models, weights_T, temperature=_TEMPERATURE, chunk_tokens=3)
     ours = [loss.detach(), kl_T, *torch.autograd.grad(loss, (hidden, head))]
 
     hidden, head = (x.double().requires_grad_() for x in student)

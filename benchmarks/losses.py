@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sweep import Case
-from oel_ray.consolidate.loss import forward_kl, reverse_kl
+from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 
 Way = Literal["ours", "naive"]
 AXES = {"tokens": (0.125, 0.25, 0.5, 1), "vocabulary": (0.125, 0.25, 0.5, 1), "width": (0.25, 0.5, 1, 2)}
@@ -57,15 +57,9 @@ def loss_with_backward(way: Way, case: LossCase, inputs: tuple[Tensor, ...]) -> 
     hidden_TD, head_VD, teacher_hidden_TD, teacher_head_VD, weights_T = inputs
 
     def ours() -> None:
-        loss, _ = (forward_kl if case.forward else reverse_kl)(
-            hidden_TD,
-            head_VD,
-            teacher_hidden_TD,
-            teacher_head_VD,
-            weights_T,
-            temperature=1.0,
-            chunk_tokens=case.chunk_tokens,
-        )
+        student, teacher = Logits(hidden_TD, head_VD), Logits(teacher_hidden_TD, teacher_head_VD)
+        loss_of = forward_kl if case.forward else reverse_kl
+        loss, _ = loss_of(student, teacher, weights_T, temperature=1.0, chunk_tokens=case.chunk_tokens)
         loss.backward()  # type: ignore[no-untyped-call]
 
     def naive_kl() -> Tensor:  # a function, so that the backward pass begins without what only its locals hold

@@ -11,8 +11,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from oel_ray.consolidate.loss import apply_soft_cap, reverse_kl
-from oel_ray.consolidate.reading import response_hidden
+from oel_ray.consolidate.loss import Logits, apply_soft_cap, reverse_kl
+from oel_ray.consolidate.reading import LaidOut, response_hidden
 from oel_ray.errors import UserError
 
 Divergence = Callable[..., tuple[Tensor, Tensor]]
@@ -33,13 +33,8 @@ class Distiller(nn.Module):
         """`divergence` is `reverse_kl` with its options bound, or `forward_kl`; the other keywords are theirs."""
         super().__init__()
         self.student = student
-        objective = partial(
-            divergence,
-            temperature=temperature,
-            chunk_tokens=chunk_tokens,
-            student_soft_cap=logit_soft_cap(student),
-        )
-        self.loss = _DistillLoss(student.get_output_embeddings(), objective)
+        objective = partial(divergence, temperature=temperature, chunk_tokens=chunk_tokens)
+        self.loss = _DistillLoss(student.get_output_embeddings(), logit_soft_cap(student), objective)
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Self:
@@ -51,26 +46,9 @@ class Distiller(nn.Module):
                 layer.training = mode  # this flag of its own, not its children's, makes a layer recompute
         return self
 
-    def forward(
-        self,
-        tokens_BS: Tensor,
-        mask_BS: Tensor | None,
-        rows_T: Tensor,
-        teacher_hidden_TE: Tensor,
-        teacher_head_VE: Tensor,
-        weights_T: Tensor,
-        teacher_bias_V: Tensor | None = None,
-        teacher_soft_cap: float | None = None,
-        positions_BS: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The divergence of the response tokens: the weighted sum, and that of each token.
-
-        The first three and `positions_BS` are those of a `LaidOut`.
-        """
-        hidden_TD = response_hidden(self.student, tokens_BS, mask_BS, rows_T, positions_BS)
-        loss, kl_T = self.loss(
-            hidden_TD, teacher_hidden_TE, teacher_head_VE, weights_T, teacher_bias_V, teacher_soft_cap
-        )
+    def forward(self, texts: LaidOut, teacher: Logits, weights_T: Tensor) -> tuple[Tensor, Tensor]:
+        """The divergence of the response tokens: the weighted sum, and that of each token."""
+        loss, kl_T = self.loss(response_hidden(self.student, texts), teacher, weights_T)
         return loss, kl_T
 
 
@@ -84,33 +62,17 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _metadat
 class _DistillLoss(nn.Module):
     """The loss as a module, so that ZeRO-3 gathers the head around it, forward and backward, and not for longer."""
 
-    def __init__(self, head: nn.Linear, objective: Divergence) -> None:
+    def __init__(self, head: nn.Linear, soft_cap: float | None, objective: Divergence) -> None:
         super().__init__()
         self._head = [head]  # in a list, or the head would get a second name in this module tree
-        self.objective = objective
+        self._soft_cap = soft_cap
+        self._objective = objective
         for parameter in head.parameters():
             deepspeed.zero.register_external_parameter(self, parameter)
 
-    def forward(
-        self,
-        hidden_TD: Tensor,
-        teacher_hidden_TE: Tensor,
-        teacher_head_VE: Tensor,
-        weights_T: Tensor,
-        teacher_bias_V: Tensor | None,
-        teacher_soft_cap: float | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_TD: Tensor, teacher: Logits, weights_T: Tensor) -> tuple[Tensor, Tensor]:
         head = self._head[0]
-        return self.objective(
-            hidden_TD,
-            head.weight,
-            teacher_hidden_TE,
-            teacher_head_VE,
-            weights_T,
-            student_bias_V=head.bias,
-            teacher_bias_V=teacher_bias_V,
-            teacher_soft_cap=teacher_soft_cap,
-        )
+        return self._objective(Logits(hidden_TD, head.weight, head.bias, self._soft_cap), teacher, weights_T)
 
 
 def logit_soft_cap(model: Any) -> float | None:

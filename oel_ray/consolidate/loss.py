@@ -22,35 +22,41 @@ from torch import Tensor
 _UPCAST_ROWS = 16_384
 
 
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What a model's logits are made of: `hidden @ head.T + bias`, then `cap * tanh(logits / cap)` if there is a cap.
+
+    `soft_cap` is `final_logit_softcapping` of Gemma 2.
+    """
+
+    hidden_TD: Tensor
+    head_VD: Tensor
+    bias_V: Tensor | None = None
+    soft_cap: float | None = None
+
+
 def reverse_kl(
-    student_hidden_TD: Tensor,
-    student_head_VD: Tensor,
-    teacher_hidden_TE: Tensor,
-    teacher_head_VE: Tensor,
+    student: Logits,
+    teacher: Logits,
     weights_T: Tensor,
     *,
     temperature: float,
     chunk_tokens: int,
-    student_bias_V: Tensor | None = None,
-    teacher_bias_V: Tensor | None = None,
-    student_soft_cap: float | None = None,
-    teacher_soft_cap: float | None = None,
     top_k: int | None = None,
     tail: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """sum_t weights_T[t] * KL(softmax(student logits / temperature) || softmax(teacher logits / temperature)).
 
-    Logits are `hidden @ head.T + bias`, then `cap * tanh(logits / cap)` where there is a soft cap. They and everything
-    behind them are float32 (float64 for float64 inputs), whatever the dtype of the inputs. Gradients flow to the
-    student's hidden states, head and bias, none to the teacher or the weights; they can be taken once, not twice
-    (`retain_graph` has no use here).
+    Logits and everything behind them are float32 (float64 for float64 inputs), whatever the dtype of the inputs; the
+    widths of the two models may differ. Gradients flow to the student's hidden states, head and bias, none to the
+    teacher or the weights; they can be taken once, not twice (`retain_graph` has no use here).
 
     Args:
+        student: of the response tokens.
+        teacher: of the same tokens, over the same vocabulary.
         weights_T: the factor of each token in the sum; 0 removes a token.
         temperature: divides the logits of both models.
         chunk_tokens: tokens whose logits exist at a time: three buffers of [chunk_tokens, V] in float32.
-        student_soft_cap: bound of the student's logits (`final_logit_softcapping` of Gemma 2).
-        teacher_soft_cap: bound of the teacher's logits.
         top_k: look at the student's `top_k` likeliest words of every token only; which these are counts as constant in
             the gradient. None, or as many as the vocabulary has, is the exact KL.
         tail: whether all other words count as one, which gives a lower bound of the KL that is never negative. Without
@@ -61,44 +67,19 @@ def reverse_kl(
         The loss, a scalar that backward can be called on, and the detached KL, or its truncated form, in nats of every
         token (kl_T).
     """
-    truncated = None if top_k is None or top_k >= student_head_VD.shape[0] else top_k
+    truncated = None if top_k is None or top_k >= student.head_VD.shape[0] else top_k
     divergence = partial(_reverse, top_k=truncated, tail=tail)
-    teacher = _Model(teacher_hidden_TE, teacher_head_VE, teacher_bias_V, teacher_soft_cap)
-    constants = _Constants(divergence, student_soft_cap, teacher, weights_T, temperature, chunk_tokens)
-    return _weighted_sum(student_hidden_TD, student_head_VD, student_bias_V, constants)
+    return _weighted_sum(divergence, student, teacher, weights_T, temperature, chunk_tokens)
 
 
 def forward_kl(
-    student_hidden_TD: Tensor,
-    student_head_VD: Tensor,
-    teacher_hidden_TE: Tensor,
-    teacher_head_VE: Tensor,
-    weights_T: Tensor,
-    *,
-    temperature: float,
-    chunk_tokens: int,
-    student_bias_V: Tensor | None = None,
-    teacher_bias_V: Tensor | None = None,
-    student_soft_cap: float | None = None,
-    teacher_soft_cap: float | None = None,
+    student: Logits, teacher: Logits, weights_T: Tensor, *, temperature: float, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """sum_t weights_T[t] * KL(softmax(teacher logits / temperature) || softmax(student logits / temperature)).
 
     Always exact over the vocabulary. Arguments, precision, gradients and results are those of `reverse_kl`.
     """
-    teacher = _Model(teacher_hidden_TE, teacher_head_VE, teacher_bias_V, teacher_soft_cap)
-    constants = _Constants(_forward, student_soft_cap, teacher, weights_T, temperature, chunk_tokens)
-    return _weighted_sum(student_hidden_TD, student_head_VD, student_bias_V, constants)
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What a model's logits are made of."""
-
-    hidden_TD: Tensor
-    head_VD: Tensor
-    bias_V: Tensor | None
-    soft_cap: float | None
+    return _weighted_sum(_forward, student, teacher, weights_T, temperature, chunk_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,25 +99,20 @@ and must leave the student's.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class _Constants:
-    """The arguments that no gradient flows to."""
-
-    divergence: _Divergence
-    student_soft_cap: float | None
-    teacher: _Model
-    weights_T: Tensor
-    temperature: float
-    chunk_tokens: int
-
-
 def _weighted_sum(
-    hidden_TD: Tensor, head_VD: Tensor, bias_V: Tensor | None, constants: _Constants
+    divergence: _Divergence,
+    student: Logits,
+    teacher: Logits,
+    weights_T: Tensor,
+    temperature: float,
+    chunk_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    """Of the student's tensors: the sum over tokens of weight times divergence, and the divergence of every token."""
+    """The sum over tokens of weight times divergence, and the divergence of every token."""
+    tensors: list[Tensor | None] = [student.hidden_TD, student.head_VD, student.bias_V]
     if not torch.is_grad_enabled():  # a Function sees requires_grad even here, and would compute gradients in vain
-        hidden_TD, head_VD, bias_V = hidden_TD.detach(), head_VD.detach(), None if bias_V is None else bias_V.detach()
-    loss, kl_T = _WeightedSum.apply(hidden_TD, head_VD, bias_V, constants)  # type: ignore[no-untyped-call]
+        tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
+    constants = student.soft_cap, divergence, teacher, weights_T, temperature, chunk_tokens
+    loss, kl_T = _WeightedSum.apply(*tensors, *constants)  # type: ignore[no-untyped-call]
     return loss, kl_T
 
 
@@ -147,14 +123,19 @@ class _WeightedSum(torch.autograd.Function):
         student_hidden_TD: Tensor,
         student_head_VD: Tensor,
         student_bias_V: Tensor | None,
-        constants: _Constants,
+        student_soft_cap: float | None,
+        divergence: _Divergence,
+        teacher: Logits,
+        weights_T: Tensor,
+        temperature: float,
+        chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         tokens, vocabulary = student_hidden_TD.shape[0], student_head_VD.shape[0]
         exact = torch.promote_types(student_hidden_TD.dtype, torch.float32)
         device = student_hidden_TD.device
-        student = _Model(student_hidden_TD, student_head_VD, student_bias_V, constants.student_soft_cap)
-        weights_T = constants.weights_T.to(exact)
-        factor_T1 = (weights_T / constants.temperature).unsqueeze(-1)
+        student = Logits(student_hidden_TD, student_head_VD, student_bias_V, student_soft_cap)
+        weights_T = weights_T.to(exact)
+        factor_T1 = (weights_T / temperature).unsqueeze(-1)
 
         def zeros_or_none(like: Tensor | None, needed: bool) -> Tensor | None:
             return torch.zeros(like.shape, dtype=exact, device=device) if needed and like is not None else None
@@ -165,17 +146,16 @@ class _WeightedSum(torch.autograd.Function):
         kl_T = torch.zeros(tokens, dtype=exact, device=device)
 
         # Allocated once: fresh pages for every chunk cost more on a CPU than the arithmetic on them.
-        buffers_3CV = torch.empty((3, min(constants.chunk_tokens, tokens), vocabulary), dtype=exact, device=device)
-        for start in range(0, tokens, constants.chunk_tokens):
-            chunk = slice(start, min(start + constants.chunk_tokens, tokens))
+        buffers_3CV = torch.empty((3, min(chunk_tokens, tokens), vocabulary), dtype=exact, device=device)
+        for start in range(0, tokens, chunk_tokens):
+            chunk = slice(start, min(start + chunk_tokens, tokens))
             student_CV, teacher_CV, gradient_CV = buffers_3CV[:, : chunk.stop - start]
-            shifted = _shifted_logits(student, chunk, constants.temperature, student_CV)
-            teacher = _shifted_logits(constants.teacher, chunk, constants.temperature, teacher_CV)
-            kl_T[chunk] = constants.divergence(shifted, teacher, gradient_CV)
+            shifted = _shifted_logits(student, chunk, temperature, student_CV)
+            kl_T[chunk] = divergence(shifted, _shifted_logits(teacher, chunk, temperature, teacher_CV), gradient_CV)
             gradient_CV.mul_(factor_T1[chunk])
-            if student.soft_cap is not None:
+            if student_soft_cap is not None:
                 # 1 - tanh**2 from the capped logits, as there is no fourth buffer to keep the others in
-                tanh_CV = student_CV.mul_(constants.temperature).add_(shifted.peak_C1).div_(student.soft_cap)
+                tanh_CV = student_CV.mul_(temperature).add_(shifted.peak_C1).div_(student_soft_cap)
                 gradient_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
             if grad_hidden_TD is not None:
                 _add_product(grad_hidden_TD[chunk], gradient_CV, student_head_VD)
@@ -197,7 +177,7 @@ class _WeightedSum(torch.autograd.Function):
             None if gradient is None else gradient.mul_(grad_outputs[0]).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*student_gradients, None)
+        return (*student_gradients, *[None] * 6)
 
 
 def _reverse(student: _Shifted, teacher: _Shifted, gradient_CV: Tensor, *, top_k: int | None, tail: bool) -> Tensor:
@@ -279,7 +259,7 @@ def apply_soft_cap(logits: Tensor, soft_cap: float | None) -> Tensor:
     return logits if soft_cap is None else logits.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
-def _shifted_logits(model: _Model, chunk: slice, temperature: float, out_CV: Tensor) -> _Shifted:
+def _shifted_logits(model: Logits, chunk: slice, temperature: float, out_CV: Tensor) -> _Shifted:
     """Of the chunk's tokens, written to `out_CV`.
 
     Shifting before the division, and before anything else, keeps large logits exact.

@@ -18,7 +18,7 @@ from deepspeed.utils import safe_set_full_fp32_param
 from oel_ray.config import ConsolidateConfig
 from oel_ray.consolidate.batches import MicroBatch, filler
 from oel_ray.consolidate.distiller import Distiller, Divergence, check_linear_head, logit_soft_cap
-from oel_ray.consolidate.loss import forward_kl, reverse_kl
+from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 from oel_ray.consolidate.memory import account, ran_out
 from oel_ray.consolidate.reading import attention_of, can_pack, layout_for, pack_tokens
 from oel_ray.consolidate.teacher import Teacher
@@ -322,21 +322,13 @@ class DistillStep:
     def _forward(self, batch: MicroBatch, teacher_hidden_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one micro-batch, and the KL of each of its response tokens, sample by sample."""
         responses = [sample.response_ids for sample in batch.samples]
-        student = self._lay_out([sample.student_prompt_ids for sample in batch.samples], responses, self.device)
+        texts = self._lay_out([sample.student_prompt_ids for sample in batch.samples], responses, self.device)
         weights = [w for response, w in zip(responses, batch.weights, strict=True) for _ in response]
         weights_T = torch.tensor(weights, dtype=torch.float32, device=self.device)
-        head = self.teacher.model.get_output_embeddings()
-        loss, kl_T = self.engine(
-            student.tokens_BS,
-            student.mask_BS,
-            student.rows_T,
-            teacher_hidden_TE,
-            head.weight,
-            weights_T,
-            head.bias,
-            logit_soft_cap(self.teacher.model),
-            student.positions_BS,
-        )
+        model = self.teacher.model
+        head = model.get_output_embeddings()
+        teacher = Logits(teacher_hidden_TE, head.weight, head.bias, logit_soft_cap(model))
+        loss, kl_T = self.engine(texts, teacher, weights_T)
         return loss, kl_T
 
     def _apply(self) -> tuple[bool, float]:

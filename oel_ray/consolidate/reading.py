@@ -90,14 +90,13 @@ def _rows(starts: Iterable[int], prompts: Sequence[Sequence[int]], responses: Se
     return torch.tensor(rows, dtype=torch.long)
 
 
-def response_hidden(
-    model: Any, tokens_BS: Tensor, mask_BS: Tensor | None, rows_T: Tensor, positions_BS: Tensor | None = None
-) -> Tensor:
+def response_hidden(model: Any, texts: LaidOut) -> Tensor:
     """The final hidden states (hidden_TD) that the model's head would read at the response positions."""
-    told = {} if positions_BS is None else {"position_ids": positions_BS}  # some models know no such argument
-    output = model.base_model(input_ids=tokens_BS, attention_mask=mask_BS, use_cache=False, **told)
+    # some models know no such argument
+    told = {} if texts.positions_BS is None else {"position_ids": texts.positions_BS}
+    output = model.base_model(input_ids=texts.tokens_BS, attention_mask=texts.mask_BS, use_cache=False, **told)
     hidden_BSD: Tensor = output.last_hidden_state
-    return hidden_BSD.flatten(0, 1).index_select(0, rows_T)
+    return hidden_BSD.flatten(0, 1).index_select(0, texts.rows_T)
 
 
 def has_fixed_rotations(model: Any) -> bool:

@@ -81,8 +81,7 @@ class Teacher:
         """The same, from one pass over everything."""
         responses = [sample.response_ids for sample in samples]
         batch = lay_out([sample.teacher_prompt_ids for sample in samples], responses, self.model.device)
-        hidden_TE = response_hidden(self.model, batch.tokens_BS, batch.mask_BS, batch.rows_T, batch.positions_BS)
-        return list(torch.split(hidden_TE, [len(response) for response in responses]))
+        return list(torch.split(response_hidden(self.model, batch), [len(response) for response in responses]))
 
     def _reread_passes(
         self, samples: Sequence[Sample], wanted: Sequence[int]

@@ -22,7 +22,7 @@ from transformers import (
 
 from oel_ray.consolidate.batches import MicroBatch, Sample, micro_batches, token_weights
 from oel_ray.consolidate.distiller import Distiller, check_linear_head, logit_soft_cap
-from oel_ray.consolidate.loss import forward_kl, reverse_kl
+from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 from oel_ray.consolidate.reading import LayOut, pack_tokens, pad_tokens
 from oel_ray.consolidate.teacher import Teacher
 from oel_ray.errors import UserError
@@ -56,18 +56,11 @@ def run(
     total, kl = 0.0, {}
     for batch in batches:
         responses = [sample.response_ids for sample in batch.samples]
-        student_batch = lay_out([s.student_prompt_ids for s in batch.samples], responses, "cpu")
+        texts = lay_out([s.student_prompt_ids for s in batch.samples], responses, "cpu")
         weights = [w for response, w in zip(responses, batch.weights, strict=True) for _ in response]
-        loss, kl_T = distiller(
-            student_batch.tokens_BS,
-            student_batch.mask_BS,
-            student_batch.rows_T,
-            torch.cat(Teacher(teacher, device_bytes=0, host_bytes=0).hidden(batch.samples)),
-            teacher.get_output_embeddings().weight,
-            torch.tensor(weights),
-            teacher_soft_cap=logit_soft_cap(teacher),
-            positions_BS=student_batch.positions_BS,
-        )
+        hidden_TE = torch.cat(Teacher(teacher, device_bytes=0, host_bytes=0).hidden(batch.samples))
+        logits = Logits(hidden_TE, teacher.get_output_embeddings().weight, soft_cap=logit_soft_cap(teacher))
+        loss, kl_T = distiller(texts, logits, torch.tensor(weights))
         loss.backward()
         total += loss.item()
         for sample, values in zip(batch.samples, kl_T.split([len(r) for r in responses]), strict=True):

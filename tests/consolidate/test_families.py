@@ -65,8 +65,7 @@ def test_company_changes_no_hidden_state(family: str, lay_out: LayOut, tmp_path:
     model = load_model(tmp_path, torch.float32)
 
     def hidden(prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
-        batch = lay_out(prompts, responses, "cpu")
-        return response_hidden(model, batch.tokens_BS, batch.mask_BS, batch.rows_T, batch.positions_BS)
+        return response_hidden(model, lay_out(prompts, responses, "cpu"))
 
     alone = [hidden([PROMPT], [[8, 9]]), hidden([SHORT], [[10]])]
     assert torch.allclose(hidden([PROMPT, SHORT], [[8, 9], [10]]), torch.cat(alone), atol=1e-4)
@@ -127,7 +126,7 @@ def test_flash_attention_is_told_where_a_packed_sample_begins(family: str) -> No
     AttentionMaskInterface.register("by_itself", lambda *_, **__: None)
     model = model_of(family)
     batch = pack_tokens([PROMPT, SHORT, PROMPT[:60]], [[8, 9], [10], [11] * 5], "cpu")
-    read = partial(response_hidden, model, batch.tokens_BS, None, batch.rows_T, batch.positions_BS)
+    read = partial(response_hidden, model, batch)
     with torch.no_grad():
         masked = read()
         with attention_of(model, "by_itself"):

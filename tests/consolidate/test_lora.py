@@ -15,7 +15,7 @@ from oel_ray.config import LoraConfig
 from oel_ray.consolidate.batches import token_weights
 from oel_ray.consolidate.loading import load_model, model_without_weights
 from oel_ray.consolidate.lora import add_adapters, layers_to_adapt, sharing_weights
-from oel_ray.consolidate.loss import reverse_kl
+from oel_ray.consolidate.loss import Logits, reverse_kl
 from oel_ray.consolidate.weights import check_names, weights_of
 from oel_ray.errors import UserError
 from tests.consolidate.lora_worker import ALPHA, CASES, RANK, SEED, STEPS, TOKENS, settings, step_samples
@@ -227,7 +227,8 @@ def test_adapters_go_where_they_are_told_and_never_to_the_head(tmp_path: Path) -
 
 def test_a_frozen_head_costs_no_gradient() -> None:
     hidden_TD, head_VD = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
-    loss, _ = reverse_kl(hidden_TD, head_VD, torch.randn(3, 4), head_VD, torch.ones(3), temperature=1.0, chunk_tokens=2)
+    student, teacher = Logits(hidden_TD, head_VD), Logits(torch.randn(3, 4), head_VD)
+    loss, _ = reverse_kl(student, teacher, torch.ones(3), temperature=1.0, chunk_tokens=2)
     assert [tensor is None for tensor in loss.grad_fn.saved_tensors] == [False, True, True]  # type: ignore[union-attr]
     loss.backward()  # type: ignore[no-untyped-call]
     assert hidden_TD.grad is not None and hidden_TD.grad.any()

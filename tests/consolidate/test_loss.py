@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oel_ray.consolidate.loss import forward_kl, reverse_kl
+from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 from tests.consolidate.naive import divergence, soft_capped
 
 EXACT: list[dict[str, Any]] = [{}, {"forward": True}]
@@ -37,23 +37,21 @@ def dense(
 
 
 def ours(
-    inputs: list[Tensor], weights_T: Tensor, temperature: float, chunk: int, forward: bool = False, **keywords: Any
+    inputs: list[Tensor],
+    weights_T: Tensor,
+    temperature: float,
+    chunk: int,
+    forward: bool = False,
+    student_soft_cap: float | None = None,
+    teacher_soft_cap: float | None = None,
+    **keywords: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    hidden, head, bias, teacher_hidden, teacher_head, teacher_bias = (x.detach().clone() for x in inputs)
-    student = [hidden.requires_grad_(), head.requires_grad_(), bias.requires_grad_()]
-    loss, kl_T = (forward_kl if forward else reverse_kl)(
-        hidden,
-        head,
-        teacher_hidden,
-        teacher_head,
-        weights_T,
-        temperature=temperature,
-        chunk_tokens=chunk,
-        student_bias_V=bias,
-        teacher_bias_V=teacher_bias,
-        **keywords,
-    )
-    return loss.detach(), kl_T, list(torch.autograd.grad(loss, student))
+    copies = [x.detach().clone() for x in inputs]
+    wanted = [x.requires_grad_() for x in copies[:3]]
+    student, teacher = Logits(*copies[:3], student_soft_cap), Logits(*copies[3:], teacher_soft_cap)  # type: ignore[misc]
+    loss_of: Any = forward_kl if forward else reverse_kl
+    loss, kl_T = loss_of(student, teacher, weights_T, temperature=temperature, chunk_tokens=chunk, **keywords)
+    return loss.detach(), kl_T, list(torch.autograd.grad(loss, wanted))
 
 
 def assert_equal(
@@ -196,10 +194,10 @@ def test_a_larger_support_comes_closer_and_the_whole_vocabulary_is_exact() -> No
 
 
 def test_the_bare_sum_can_be_negative() -> None:
-    student, teacher = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[3.0, 0.0, 0.0]])
-    head, arguments = torch.eye(3), {"temperature": 1.0, "chunk_tokens": 1, "top_k": 1}
-    bare, _ = reverse_kl(student, head, teacher, head, torch.ones(1), tail=False, **arguments)  # type: ignore[arg-type]
-    with_tail, _ = reverse_kl(student, head, teacher, head, torch.ones(1), **arguments)  # type: ignore[arg-type]
+    student, teacher = (Logits(torch.tensor([[peak, 0.0, 0.0]]), torch.eye(3)) for peak in (1.0, 3.0))
+    arguments: dict[str, Any] = {"temperature": 1.0, "chunk_tokens": 1, "top_k": 1}
+    bare, _ = reverse_kl(student, teacher, torch.ones(1), tail=False, **arguments)
+    with_tail, _ = reverse_kl(student, teacher, torch.ones(1), **arguments)
     assert bare < -0.1 and with_tail > 0.1
 
 
@@ -212,9 +210,9 @@ def test_the_same_tensor_as_embedding_and_head_collects_both_gradients(objective
         weight = head.detach().to(dtype).clone().requires_grad_()
         embedded = torch.tanh(weight[tokens_T]) + hidden.to(dtype)
         if dtype == torch.float32:
-            ones = torch.ones(6)
+            student, teacher = Logits(embedded, weight), Logits(teacher_hidden, teacher_head)
             ours = forward_kl if objective else reverse_kl
-            loss, _ = ours(embedded, weight, teacher_hidden, teacher_head, ones, temperature=1.0, chunk_tokens=4)
+            loss, _ = ours(student, teacher, torch.ones(6), temperature=1.0, chunk_tokens=4)
         else:
             teacher_TV = teacher_hidden.double() @ teacher_head.double().T
             loss = divergence(embedded @ weight.T, teacher_TV, **objective).sum()
@@ -265,12 +263,13 @@ def test_zero_for_equal_distributions_and_only_for_them(objective: dict[str, Any
 def test_no_gradient_for_the_teacher_and_none_at_all_without_grad(loss_of: Any) -> None:
     inputs = [x.requires_grad_() for x in random_inputs(4, 20, 5, 5.0, seed=2)]
     arguments: dict[str, Any] = {"temperature": 1.0, "chunk_tokens": 3}
-    loss, kl_T = loss_of(inputs[0], inputs[1], inputs[3], inputs[4], torch.ones(4), **arguments)
+    models = Logits(inputs[0], inputs[1]), Logits(inputs[3], inputs[4])
+    loss, kl_T = loss_of(*models, torch.ones(4), **arguments)
     loss.backward()  # type: ignore[no-untyped-call]
     assert not kl_T.requires_grad
     assert inputs[0].grad is not None and inputs[3].grad is None and inputs[4].grad is None
     with torch.no_grad():
-        silent, _ = loss_of(inputs[0], inputs[1], inputs[3], inputs[4], torch.ones(4), **arguments)
+        silent, _ = loss_of(*models, torch.ones(4), **arguments)
     assert not silent.requires_grad and torch.equal(silent, loss)
 
 

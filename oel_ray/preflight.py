@@ -162,9 +162,9 @@ def check_packing(config: RunConfig, model: Model) -> None:
     """
     if config.consolidate.packing == "always":
         from oel_ray.consolidate.loading import model_without_weights
-        from oel_ray.consolidate.reading import layout_for
+        from oel_ray.consolidate.reading import reads_packed
 
-        layout_for(model_without_weights(model.folder), "always")
+        reads_packed(model_without_weights(model.folder), "always")
 
 
 def check_context(config: RunConfig, model: Model, teacher: Model, environment: Environment | None) -> None:

@@ -20,7 +20,7 @@ from oel_ray.consolidate.batches import MicroBatch, filler
 from oel_ray.consolidate.distiller import Distiller, Divergence, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 from oel_ray.consolidate.memory import account, ran_out
-from oel_ray.consolidate.reading import attention_of, can_pack, layout_for, pack_tokens
+from oel_ray.consolidate.reading import attention_of, can_pack, lay_out, reads_packed
 from oel_ray.consolidate.teacher import Teacher
 from oel_ray.errors import RunFailed
 
@@ -125,7 +125,8 @@ class DistillStep:
             device_bytes=config.teacher_cache_gib * _GIB,
             host_bytes=config.teacher_offload_gib * _GIB,
         )
-        self._lay_out = layout_for(student, config.packing)
+        self.packs = reads_packed(student, config.packing)
+        """Whether the samples of a micro-batch are one row, without padding."""
         self._attention: str = student.config._attn_implementation
         self._teacher_reads_so = type(teacher) is type(student) and (can_pack(teacher) or not self.packs)
         if config.gradient_checkpointing:
@@ -159,11 +160,6 @@ class DistillStep:
     def student(self) -> Any:
         """The model that is trained (under ZeRO-3 its parameters are partitioned: see `weights`)."""
         return self.engine.module.student
-
-    @property
-    def packs(self) -> bool:
-        """Whether the samples of a micro-batch are one row, without padding."""
-        return self._lay_out is pack_tokens
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics | None:
         """One optimizer step. Collective: every rank calls it with its own share of the same global batch.
@@ -317,12 +313,13 @@ class DistillStep:
         if not self._teacher_reads_so:
             return self.teacher.reread(batch.samples)
         with attention_of(self.teacher.model, self._attention):
-            return self.teacher.reread(batch.samples, self._lay_out)
+            return self.teacher.reread(batch.samples, packed=self.packs)
 
     def _forward(self, batch: MicroBatch, teacher_hidden_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one micro-batch, and the KL of each of its response tokens, sample by sample."""
         responses = [sample.response_ids for sample in batch.samples]
-        texts = self._lay_out([sample.student_prompt_ids for sample in batch.samples], responses, self.device)
+        prompts = [sample.student_prompt_ids for sample in batch.samples]
+        texts = lay_out(prompts, responses, self.device, packed=self.packs)
         weights = [w for response, w in zip(responses, batch.weights, strict=True) for _ in response]
         weights_T = torch.tensor(weights, dtype=torch.float32, device=self.device)
         model = self.teacher.model

@@ -4,7 +4,7 @@ Ray itself.
 Shape suffixes: B sequences, S positions, T response tokens of the batch, D width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from oel_ray.errors import UserError
@@ -34,60 +35,37 @@ class LaidOut:
     rows_T: Tensor
 
 
-LayOut = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], torch.device | str], LaidOut]
-"""`pad_tokens` or `pack_tokens`."""
-
-
-def pad_tokens(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | str
+def lay_out(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    device: torch.device | str,
+    *,
+    packed: bool = False,
 ) -> LaidOut:
-    """The padding token is 0; it is masked, and behind everything that is read.
+    """Padded with token 0, which is masked and behind all that is read; or `packed`, for a model that `can_pack`.
 
     Raises:
         ValueError: a prompt is empty, so that nothing predicts the first response token.
     """
-    texts = _texts(prompts, responses)
-    width = max(map(len, texts))
-    mask_BS = torch.arange(width) < torch.tensor([len(text) for text in texts]).unsqueeze(1)
-    return LaidOut(
-        torch.tensor([text + [0] * (width - len(text)) for text in texts], dtype=torch.long).to(device),
-        mask_BS.long().to(device),
-        None,
-        _rows(range(0, width * len(texts), width), prompts, responses).to(device),
-    )
-
-
-def pack_tokens(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | str
-) -> LaidOut:
-    """A model that `can_pack` keeps the samples apart by their positions.
-
-    Raises:
-        ValueError: a prompt is empty, so that nothing predicts the first response token.
-    """
-    texts = _texts(prompts, responses)
-    lengths = [len(text) for text in texts]
-    return LaidOut(
-        torch.tensor([[token for text in texts for token in text]], dtype=torch.long).to(device),
-        None,
-        torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device),
-        _rows(accumulate(lengths[:-1], initial=0), prompts, responses).to(device),
-    )
-
-
-def _texts(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[int]]:
     if not all(prompts):
         raise ValueError("a prompt has no tokens")
-    return [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-
-
-def _rows(starts: Iterable[int], prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+    texts = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
+    mask_BS = positions_BS = None
+    starts: Iterable[int]
+    if packed:
+        tokens_BS = torch.cat(texts).unsqueeze(0)
+        positions_BS = torch.cat([torch.arange(len(text)) for text in texts]).unsqueeze(0).to(device)
+        starts = accumulate(map(len, texts[:-1]), initial=0)
+    else:
+        tokens_BS = pad_sequence(texts, batch_first=True)
+        mask_BS = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(device)
+        starts = range(0, tokens_BS.numel(), tokens_BS.shape[1])
     rows = [
         start + len(prompt) - 1 + offset
         for start, prompt, response in zip(starts, prompts, responses, strict=True)
         for offset in range(len(response))
     ]
-    return torch.tensor(rows, dtype=torch.long)
+    return LaidOut(tokens_BS.to(device), mask_BS, positions_BS, torch.tensor(rows, dtype=torch.long, device=device))
 
 
 def response_hidden(model: Any, texts: LaidOut) -> Tensor:
@@ -125,8 +103,8 @@ def can_pack(model: Any) -> bool:
     )
 
 
-def layout_for(model: Any, packing: Literal["auto", "always", "never"]) -> LayOut:
-    """How the student's samples are laid out (`consolidate.packing`).
+def reads_packed(model: Any, packing: Literal["auto", "always", "never"]) -> bool:
+    """Whether the student's samples are one row (`consolidate.packing`).
 
     Raises:
         UserError: they are to be packed in any case, and the model cannot read them so.
@@ -137,8 +115,7 @@ def layout_for(model: Any, packing: Literal["auto", "always", "never"]) -> LayOu
             "consolidate.packing=auto"
         )
     flash = "flash" in model.config._attn_implementation
-    packed = packing == "always" or (packing == "auto" and flash and can_pack(model))
-    return pack_tokens if packed else pad_tokens
+    return packing == "always" or (packing == "auto" and flash and can_pack(model))
 
 
 @contextmanager

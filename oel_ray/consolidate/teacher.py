@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from oel_ray.buckets import buckets
 from oel_ray.consolidate.batches import Sample, length_groups
 from oel_ray.consolidate.caches import CacheCounts, Text, TextCache, TextCaches
-from oel_ray.consolidate.reading import LayOut, has_fixed_rotations, pad_tokens, response_hidden
+from oel_ray.consolidate.reading import has_fixed_rotations, lay_out, response_hidden
 
 PASS_TOKENS = 2048
 """Tokens of one forward pass. More of them in a row would mostly look at masked positions of each other."""
@@ -77,10 +77,11 @@ class Teacher:
         return found
 
     @torch.no_grad()
-    def reread(self, samples: Sequence[Sample], lay_out: LayOut = pad_tokens) -> list[Tensor]:
+    def reread(self, samples: Sequence[Sample], *, packed: bool = False) -> list[Tensor]:
         """The same, from one pass over everything."""
         responses = [sample.response_ids for sample in samples]
-        batch = lay_out([sample.teacher_prompt_ids for sample in samples], responses, self.model.device)
+        prompts = [sample.teacher_prompt_ids for sample in samples]
+        batch = lay_out(prompts, responses, self.model.device, packed=packed)
         return list(torch.split(response_hidden(self.model, batch), [len(response) for response in responses]))
 
     def _reread_passes(

@@ -23,7 +23,7 @@ from transformers import (
 from oel_ray.consolidate.batches import MicroBatch, Sample, micro_batches, token_weights
 from oel_ray.consolidate.distiller import Distiller, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
-from oel_ray.consolidate.reading import LayOut, pack_tokens, pad_tokens
+from oel_ray.consolidate.reading import lay_out
 from oel_ray.consolidate.teacher import Teacher
 from oel_ray.errors import UserError
 from tests.consolidate.naive import divergence, soft_capped
@@ -49,14 +49,14 @@ def gemma(seed: int) -> Any:
 
 
 def run(
-    distiller: Distiller, teacher: Any, batches: list[MicroBatch], lay_out: LayOut = pad_tokens
+    distiller: Distiller, teacher: Any, batches: list[MicroBatch], *, packed: bool = False
 ) -> tuple[float, dict[str, list[float]]]:
     """The loss over all micro-batches with gradients left in the model, and the KL of each sample's tokens."""
     distiller.zero_grad()
     total, kl = 0.0, {}
     for batch in batches:
         responses = [sample.response_ids for sample in batch.samples]
-        texts = lay_out([s.student_prompt_ids for s in batch.samples], responses, "cpu")
+        texts = lay_out([s.student_prompt_ids for s in batch.samples], responses, "cpu", packed=packed)
         weights = [w for response, w in zip(responses, batch.weights, strict=True) for _ in response]
         hidden_TE = torch.cat(Teacher(teacher, device_bytes=0, host_bytes=0).hidden(batch.samples))
         logits = Logits(hidden_TE, teacher.get_output_embeddings().weight, soft_cap=logit_soft_cap(teacher))
@@ -103,7 +103,7 @@ def test_packed_samples_have_the_loss_and_gradients_of_padded_ones(
     distiller = Distiller(student, temperature=0.7, chunk_tokens=4)
     loss, kl = run(distiller, teacher, micro_batches(samples, 0, 1, budget))
     gradients = {name: p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}
-    packed, kl_packed = run(distiller, teacher, micro_batches(samples, 0, 1, budget, packed=True), pack_tokens)
+    packed, kl_packed = run(distiller, teacher, micro_batches(samples, 0, 1, budget, packed=True), packed=True)
     assert packed == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert all(kl_packed[name] == pytest.approx(kl[name], rel=1e-4, abs=1e-5) for name in kl)
     for name, parameter in distiller.named_parameters():
@@ -118,9 +118,9 @@ def test_a_packed_sample_does_not_depend_on_its_neighbours(attention: str, chang
     student.set_attn_implementation(attention)
     distiller = Distiller(student, temperature=0.7, chunk_tokens=4)
     other = replace(samples[changed], student_prompt_ids=[3, 4, 90, 17], response_ids=[8, 80, 8, 80, 8])
-    _, kl = run(distiller, teacher, [MicroBatch(tuple(samples), (1.0,) * 4)], pack_tokens)
+    _, kl = run(distiller, teacher, [MicroBatch(tuple(samples), (1.0,) * 4)], packed=True)
     samples[changed] = other
-    _, kl_beside_another = run(distiller, teacher, [MicroBatch(tuple(samples), (1.0,) * 4)], pack_tokens)
+    _, kl_beside_another = run(distiller, teacher, [MicroBatch(tuple(samples), (1.0,) * 4)], packed=True)
     assert kl_beside_another[other.id] != pytest.approx(kl[other.id], rel=1e-2)
     for name in kl.keys() - {other.id}:
         assert kl_beside_another[name] == pytest.approx(kl[name], rel=1e-5, abs=1e-6)
@@ -135,17 +135,17 @@ def test_a_batch_without_a_response_token_has_loss_zero_and_gradients() -> None:
 
 
 def test_rows_are_the_positions_that_predict_the_response() -> None:
-    batch = pad_tokens([[5, 6], [7]], [[8, 9], [10, 11, 12]], "cpu")
+    batch = lay_out([[5, 6], [7]], [[8, 9], [10, 11, 12]], "cpu")
     assert batch.tokens_BS.tolist() == [[5, 6, 8, 9], [7, 10, 11, 12]]
     assert batch.rows_T.tolist() == [1, 2, 4, 5, 6]
     assert batch.mask_BS is not None and batch.mask_BS.tolist() == [[1, 1, 1, 1]] * 2
-    row = pack_tokens([[5, 6], [7]], [[8, 9], [10, 11, 12]], "cpu")
+    row = lay_out([[5, 6], [7]], [[8, 9], [10, 11, 12]], "cpu", packed=True)
     assert row.tokens_BS.tolist() == [[5, 6, 8, 9, 7, 10, 11, 12]]
     assert row.positions_BS is not None and row.positions_BS.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
     assert row.rows_T.tolist() == [1, 2, 4, 5, 6]
-    for lay_out in (pad_tokens, pack_tokens):
+    for packed in (False, True):
         with pytest.raises(ValueError, match="no tokens"):
-            lay_out([[]], [[1]], "cpu")
+            lay_out([[]], [[1]], "cpu", packed=packed)
 
 
 def test_dropout_stays_off_in_training() -> None:

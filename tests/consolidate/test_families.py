@@ -24,15 +24,7 @@ from transformers import (
 
 from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensors
 from oel_ray.consolidate.loading import load_model, use_flash_attention
-from oel_ray.consolidate.reading import (
-    LayOut,
-    attention_of,
-    can_pack,
-    layout_for,
-    pack_tokens,
-    pad_tokens,
-    response_hidden,
-)
+from oel_ray.consolidate.reading import attention_of, can_pack, lay_out, reads_packed, response_hidden
 from oel_ray.consolidate.weights import FullWeights, check_names
 from oel_ray.errors import UserError
 from tests.tiny_models import FAMILIES, tiny_model
@@ -58,14 +50,14 @@ def test_a_loaded_model_attends_as_its_family_does(family: str, tmp_path: Path) 
     assert torch.allclose(torchs, exact, atol=1e-4) == (family != "gemma2"), "transformers has changed: look again"
 
 
-@pytest.mark.parametrize("lay_out", [pad_tokens, pack_tokens])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_company_changes_no_hidden_state(family: str, lay_out: LayOut, tmp_path: Path) -> None:
+def test_company_changes_no_hidden_state(family: str, packed: bool, tmp_path: Path) -> None:
     model_of(family).save_pretrained(tmp_path)
     model = load_model(tmp_path, torch.float32)
 
     def hidden(prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
-        return response_hidden(model, lay_out(prompts, responses, "cpu"))
+        return response_hidden(model, lay_out(prompts, responses, "cpu", packed=packed))
 
     alone = [hidden([PROMPT], [[8, 9]]), hidden([SHORT], [[10]])]
     assert torch.allclose(hidden([PROMPT, SHORT], [[8, 9], [10]]), torch.cat(alone), atol=1e-4)
@@ -90,9 +82,9 @@ def test_a_model_that_cannot_pack_is_padded_or_refused(kind: str) -> None:
         model = AutoModelForCausalLM.from_config(CANNOT_PACK[kind])
     assert not can_pack(model)
     model.config._attn_implementation = "flash_attention_2"
-    assert layout_for(model, "auto") is pad_tokens
+    assert not reads_packed(model, "auto")
     with pytest.raises(UserError, match=r"^consolidate.packing=always: \w+ cannot keep samples apart"):
-        layout_for(model, "always")
+        reads_packed(model, "always")
 
 
 def by_itself(
@@ -125,7 +117,7 @@ def test_flash_attention_is_told_where_a_packed_sample_begins(family: str) -> No
     AttentionInterface.register("by_itself", by_itself)
     AttentionMaskInterface.register("by_itself", lambda *_, **__: None)
     model = model_of(family)
-    batch = pack_tokens([PROMPT, SHORT, PROMPT[:60]], [[8, 9], [10], [11] * 5], "cpu")
+    batch = lay_out([PROMPT, SHORT, PROMPT[:60]], [[8, 9], [10], [11] * 5], "cpu", packed=True)
     read = partial(response_hidden, model, batch)
     with torch.no_grad():
         masked = read()
@@ -160,9 +152,8 @@ def test_samples_are_packed_for_flash_attention_and_where_that_is_asked_for() ->
     ways = {}
     for attention in ("sdpa", "flash_attention_2"):
         model.config._attn_implementation = attention
-        ways[attention] = [layout_for(model, packing) for packing in ("auto", "always", "never")]
-    assert ways["sdpa"] == [pad_tokens, pack_tokens, pad_tokens]
-    assert ways["flash_attention_2"] == [pack_tokens, pack_tokens, pad_tokens]
+        ways[attention] = [reads_packed(model, packing) for packing in ("auto", "always", "never")]
+    assert ways == {"sdpa": [False, True, False], "flash_attention_2": [True, True, False]}
 
 
 @pytest.mark.parametrize("tied", [True, False])

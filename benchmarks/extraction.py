@@ -32,18 +32,8 @@ SMALL = [*SIZE, "extract.seeds=3", "collect.extraction_games=2"]
 def one_after_the_other(
     trajectories: Sequence[Trajectory], served: serving.Serving, config: RunConfig
 ) -> list[KnowledgeText]:
-    worker = (
-        ray.remote(ExtractionWorker)
-        .options(num_cpus=WORKER_CPUS)
-        .remote(
-            served.policy,
-            thinking=config.thinking,
-            generate=served.pool.client,
-            config=config.extract,
-            run_seed=config.seed,
-            max_model_len=config.engines.max_model_len,
-        )
-    )
+    actor = ray.remote(ExtractionWorker).options(num_cpus=WORKER_CPUS)
+    worker = actor.remote(served.policy, served.pool.client, config)
     try:
         shared = ray.put(list(trajectories))
         seeds = range(config.extract.seeds)

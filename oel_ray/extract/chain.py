@@ -11,7 +11,7 @@ from typing import Literal
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat, strip_thinking
-from oel_ray.config import ExtractConfig
+from oel_ray.config import ExtractConfig, RunConfig
 from oel_ray.extract.items import admit, fit, items_after, join, screen, structured_items, unstructured_items
 from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory
 from oel_ray.seeds import derive_seed
@@ -64,11 +64,9 @@ async def accumulate(
     *,
     seed_index: int,
     round_number: int,
-    config: ExtractConfig,
+    config: RunConfig,
     chat: ChatFormat,
     generate: Generate,
-    run_seed: int,
-    max_model_len: int,
     known: Sequence[AccumulationStep] = (),
     on_step: Callable[[AccumulationStep], None] | None = None,
 ) -> KnowledgeText:
@@ -79,36 +77,38 @@ async def accumulate(
     Raises:
         EngineUnavailable: `generate` found no engine.
     """
-    identity = knowledge_id(round_number, seed_index)
+    extract, identity = config.extract, knowledge_id(round_number, seed_index)
     steps = list(known)
     items = items_after(steps)
     text = join([item.text for item in items])
 
-    order = reading_order(trajectories, run_seed, round_number, seed_index)
+    order = reading_order(trajectories, config.seed, round_number, seed_index)
     for index, trajectory in enumerate(order[len(steps) :], start=len(steps)):
         response: Generation | None = None
         found: list[str] = []
         status: Literal["added", "unclosed_thought", "no_items", "over_long", "repeated", "rejected"] = "no_items"
         blank = 0
-        if config.format == "raw":
+        if extract.format == "raw":
             found = [prompts.transcript(trajectory.instructions, trajectory.turns, trajectory.outcome)]
-        elif (prompt_ids := extraction_prompt_ids(trajectory, text, config, chat, max_model_len)) is None:
+        elif (
+            prompt_ids := extraction_prompt_ids(trajectory, text, extract, chat, config.engines.max_model_len)
+        ) is None:
             status = "over_long"
         else:
-            seed = derive_seed(run_seed, "extract", round_number, seed_index, index)
-            response = await generate(prompt_ids, config.sampling.sampling(), seed=seed, key=identity)
+            seed = derive_seed(config.seed, "extract", round_number, seed_index, index)
+            response = await generate(prompt_ids, extract.sampling.sampling(), seed=seed, key=identity)
             answer = strip_thinking(response.text, thinking=chat.thinking)
             if answer is None:
                 status = "unclosed_thought"
-            elif config.format == "structured":
+            elif extract.format == "structured":
                 found = structured_items(answer)
                 blank = answer.count(prompts.ITEM_MARKER) - len(found)
             else:
                 found = unstructured_items(answer)
 
-        held = [] if config.keep_repeats else [item.text for item in items]
-        found, suspect = screen(found, () if config.format == "raw" else config.reject, chat.control_tokens)
-        added, refused = admit(found, held, config.max_tokens, chat.count)
+        held = [] if extract.keep_repeats else [item.text for item in items]
+        found, suspect = screen(found, () if extract.format == "raw" else extract.reject, chat.control_tokens)
+        added, refused = admit(found, held, extract.max_tokens, chat.count)
         if added:
             status = "added"
         elif refused:
@@ -116,7 +116,7 @@ async def accumulate(
         elif suspect:
             status = "rejected"
         items += [KnowledgeItem(text=item, trajectory_id=trajectory.id) for item in added]
-        kept, dropped = fit([item.text for item in items], config.max_tokens, chat.count)
+        kept, dropped = fit([item.text for item in items], extract.max_tokens, chat.count)
         items = items[dropped:]
         text = join(kept)
         steps.append(
@@ -139,7 +139,7 @@ async def accumulate(
         id=identity,
         round=round_number,
         seed=seed_index,
-        format=config.format,
+        format=extract.format,
         text=text,
         tokens=chat.count(text),
         items=items,

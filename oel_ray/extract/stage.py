@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from oel_ray.chat import ChatFormat
-from oel_ray.config import ExtractConfig, RunConfig
+from oel_ray.config import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
 from oel_ray.journal import Journal
@@ -25,21 +25,10 @@ _POLL_S = 0.5
 class ExtractionWorker:
     """An async Ray actor: any number of accumulations as coroutines, with `progress` answering in between."""
 
-    def __init__(
-        self,
-        policy: Path,
-        *,
-        thinking: bool,
-        generate: Generate,
-        config: ExtractConfig,
-        run_seed: int,
-        max_model_len: int,
-    ) -> None:
-        self._chat = ChatFormat.from_pretrained(policy, thinking=thinking)
+    def __init__(self, policy: Path, generate: Generate, config: RunConfig) -> None:
+        self._chat = ChatFormat.from_pretrained(policy, thinking=config.thinking)
         self._generate = generate
         self._config = config
-        self._run_seed = run_seed
-        self._max_model_len = max_model_len
         self._finished_steps = 0
         self._stopping = False
 
@@ -68,8 +57,6 @@ class ExtractionWorker:
             config=self._config,
             chat=self._chat,
             generate=self._generate,
-            run_seed=self._run_seed,
-            max_model_len=self._max_model_len,
             known=known,
             on_step=on_step,
         )
@@ -110,17 +97,7 @@ def extract(
         known.cut(len(list(unbroken)))
     try:
         actor = ray.remote(ExtractionWorker).options(num_cpus=WORKER_CPUS, max_concurrency=chains + 1)
-        workers.extend(
-            actor.remote(
-                policy,
-                thinking=config.thinking,
-                generate=generate,
-                config=config.extract,
-                run_seed=config.seed,
-                max_model_len=config.engines.max_model_len,
-            )
-            for _ in range(min(config.extract.workers, chains))
-        )
+        workers.extend(actor.remote(policy, generate, config) for _ in range(min(config.extract.workers, chains)))
         shared = ray.put(list(trajectories))
         seeds = {
             workers[seed % len(workers)].accumulate.remote(shared, seed, round_number, journals[seed]): seed

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
-from oel_ray.config import ExtractConfig, SamplingConfig
+from oel_ray.config import EnginesConfig, ExtractConfig, RunConfig, SamplingConfig
 from oel_ray.extract.chain import accumulate, extraction_prompt_ids, reading_order
 from oel_ray.extract.items import join, text_after
 from oel_ray.prompts import ITEM_MARKER
@@ -40,15 +40,14 @@ async def chain(
     max_model_len: int = 16384,
     **more: Any,
 ) -> KnowledgeText:
+    engines = EnginesConfig(max_model_len=max_model_len)
     return await accumulate(
         games,
         seed_index=seed,
         round_number=1,
-        config=settings,
+        config=RunConfig(seed=3).model_copy(update={"extract": settings, "engines": engines}),
         chat=chat,
         generate=generate,
-        run_seed=3,
-        max_model_len=max_model_len,
         **more,
     )
 

@@ -8,13 +8,15 @@ a thread of its own, tells which one it is.
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
-from oel_ray.config import EnvironmentConfig
+from oel_ray.config import RunConfig
 from oel_ray.envs import Environment, make
 from oel_ray.errors import EnvironmentFailed, RunFailed, one_line
+from oel_ray.plan import play_response
 from oel_ray.records import EndedBy, Episode, Generate, Sampling, Trajectory, Turn
 from oel_ray.seeds import derive_seed
 
@@ -26,12 +28,10 @@ async def play(
     generate: Generate,
     sampling: Sampling,
     *,
-    config: EnvironmentConfig,
-    max_prompt_tokens: int,
-    run_seed: int,
+    config: RunConfig,
     knowledge: str = "",
     key: str | None = None,
-    sampling_seed: int | None = None,
+    sampling_seed: int = 0,
     inside: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Trajectory, bool]:
     """Play one fresh environment to its end; returns the trajectory, and whether the game was won.
@@ -39,20 +39,21 @@ async def play(
     `key` is the routing key (the episode's id by default). `sampling_seed` tells repeated games of one episode apart.
     The environment is called in contexts that `inside` makes.
     """
-    turns: list[Turn] = []
+    env, turns = config.env, list[Turn]()
+    max_prompt_tokens = config.engines.max_model_len - play_response(config)[1]
     with inside():
         observation = environment.reset()
     ended_by: EndedBy = "turn_limit"
-    outcome = f"The game was stopped after {config.max_turns} turns."
-    template = prompts.game_template(show_actions=config.show_actions)
-    for number in range(config.max_turns):
+    outcome = f"The game was stopped after {env.max_turns} turns."
+    template = prompts.game_template(show_actions=env.show_actions)
+    for number in range(env.max_turns):
         situation = prompts.game_situation(environment.instructions, turns, observation, template)
         prompt_ids = chat.game_ids(situation, knowledge)
         if len(prompt_ids) > max_prompt_tokens:
             ended_by = "context_limit"
             outcome = f"The game was stopped after {number} turns because its text had become too long."
             break
-        seed = derive_seed(run_seed, "play", episode.id, sampling_seed or 0, number)
+        seed = derive_seed(config.seed, "play", episode.id, sampling_seed, number)
         generation = await generate(prompt_ids, sampling, seed=seed, key=key or episode.id)
         with inside():
             step = environment.step(generation.text)
@@ -74,7 +75,7 @@ async def play(
             break
     with inside():
         won = environment.success()
-    if ended_by == "environment" and config.state_result:
+    if ended_by == "environment" and env.state_result:
         outcome = prompts.with_result(outcome, won=won)
     trajectory = Trajectory(
         **episode.model_dump(),
@@ -93,21 +94,11 @@ class Player:
     State: the games in play, and which of them is inside its environment.
     """
 
-    def __init__(
-        self,
-        policy: str,
-        thinking: bool,
-        generate: Generate,
-        config: EnvironmentConfig,
-        max_prompt_tokens: int,
-        run_seed: int,
-    ) -> None:
+    def __init__(self, policy: Path, generate: Generate, config: RunConfig) -> None:
         """`policy`: the folder that holds the tokenizer."""
-        self._chat = ChatFormat.from_pretrained(policy, thinking=thinking)
+        self._chat = ChatFormat.from_pretrained(policy, thinking=config.thinking)
         self._generate = generate
         self._config = config
-        self._max_prompt_tokens = max_prompt_tokens
-        self._run_seed = run_seed
         self._inside: list[str] = []
 
     async def play(
@@ -116,7 +107,7 @@ class Player:
         sampling: Sampling,
         knowledge: str = "",
         key: str | None = None,
-        sampling_seed: int | None = None,
+        sampling_seed: int = 0,
     ) -> tuple[Trajectory, bool]:
         """Play one episode; see `play`.
 
@@ -149,8 +140,6 @@ class Player:
             self._generate,
             sampling,
             config=self._config,
-            max_prompt_tokens=self._max_prompt_tokens,
-            run_seed=self._run_seed,
             knowledge=knowledge,
             key=key,
             sampling_seed=sampling_seed,

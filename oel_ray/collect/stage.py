@@ -19,7 +19,6 @@ from oel_ray.config import CollectConfig, RunConfig
 from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
 from oel_ray.journal import Journal
-from oel_ray.plan import play_response
 from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
 from oel_ray.stopping import draining
 
@@ -239,13 +238,11 @@ def play_missing(
 def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Players]:
     """Start the player actors of a run; `policy` gives the tokenizer, which no round changes."""
     collect = config.collect
-    _, longest_response = play_response(config)
-    longest_prompt = config.engines.max_model_len - longest_response
     actors: list[Any] = []
     try:
         for index in range(collect.players):
             actor = player_actor(collect.seats, name=f"player-{index}", num_cpus=PLAYER_CPUS)
-            actors.append(actor.remote(str(policy), config.thinking, generate, config.env, longest_prompt, config.seed))
+            actors.append(actor.remote(policy, generate, config))
         yield Players(actors, collect.seats, collect)
     finally:
         for actor in actors:

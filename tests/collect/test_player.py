@@ -8,12 +8,13 @@ import pytest
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
 from oel_ray.collect.player import Player, play, player_actor
-from oel_ray.config import EnvironmentConfig
+from oel_ray.config import EnginesConfig, EnvironmentConfig, RunConfig
 from oel_ray.consolidate.prefixes import prefixes
 from oel_ray.envs import make
 from oel_ray.envs.replay import replay
 from oel_ray.envs.splits import held_out_episodes
 from oel_ray.errors import RunFailed
+from oel_ray.plan import play_response
 from oel_ray.records import Episode, Trajectory
 from oel_ray.seeds import derive_seed
 from tests.scripted import SAMPLING, PromptedGenerate, ScriptedGenerate
@@ -39,10 +40,17 @@ def episode() -> Episode:
     return held_out_episodes(LAKE, 4, 1)[0]
 
 
-def played(episode: Episode, chat: ChatFormat, generate, **changes) -> tuple[Trajectory, bool]:
-    settings = {"config": EnvironmentConfig(max_turns=10), "max_prompt_tokens": 100_000, "run_seed": 4} | changes
-    environment = make(episode.env, episode.seed, episode.params)
-    return asyncio.run(play(episode, environment, chat, generate, SAMPLING, **settings))
+def run_config(config: EnvironmentConfig | None = None, max_prompt_tokens: int = 10_000) -> RunConfig:
+    run = RunConfig(seed=4, env=config or EnvironmentConfig(max_turns=10))
+    room = EnginesConfig(max_model_len=max_prompt_tokens + play_response(run)[1])
+    return run.model_copy(update={"engines": room})
+
+
+def played(
+    episode: Episode, chat: ChatFormat, generate, config=None, max_prompt_tokens: int = 10_000, **changes
+) -> tuple[Trajectory, bool]:
+    environment, run = make(episode.env, episode.seed, episode.params), run_config(config, max_prompt_tokens)
+    return asyncio.run(play(episode, environment, chat, generate, SAMPLING, config=run, **changes))
 
 
 def winning_answers(episode: Episode) -> list[str]:
@@ -175,7 +183,7 @@ def test_own_actions_can_be_left_out_of_prompts(chat: ChatFormat, episode: Episo
 
 
 def a_player(policy: Path, answers: list[str]) -> Player:
-    return Player(str(policy), False, ScriptedGenerate(answers), EnvironmentConfig(max_turns=10), 100_000, 4)
+    return Player(policy, ScriptedGenerate(answers), run_config())
 
 
 def test_a_player_builds_its_games(policy: Path, chat: ChatFormat, episode: Episode) -> None:
@@ -197,9 +205,7 @@ def test_a_player_in_ray_plays_many_games_at_once(policy: Path) -> None:
     ray.init(num_cpus=1, include_dashboard=False, configure_logging=False)
     try:
         episodes = held_out_episodes(LAKE, 4, 4)
-        actor = player_actor(4, num_cpus=1).remote(
-            str(policy), False, ScriptedGenerate(["[left]"]), EnvironmentConfig(max_turns=10), 100_000, 4
-        )
+        actor = player_actor(4, num_cpus=1).remote(policy, ScriptedGenerate(["[left]"]), run_config())
         results = ray.get([actor.play.remote(episode, SAMPLING) for episode in episodes], timeout=120)
     finally:
         ray.shutdown()

@@ -89,9 +89,7 @@ def test_the_same_seeds_give_the_same_boards_on_many_players_as_on_one(
         for episode in training_episodes(config, 4, 1, "extraction", 4 * count, set())
     ]
     more = [
-        player_actor(SEATS, num_cpus=1).remote(
-            str(policy), False, ScriptedGenerate(["[go]"]), EnvironmentConfig(), 100_000, 0
-        )
+        player_actor(SEATS, num_cpus=1).remote(policy, ScriptedGenerate(["[go]"]), RunConfig())
         for _ in range(count - 2)
     ]
     boards: list[list[list[str]]] = []

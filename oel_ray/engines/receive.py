@@ -8,7 +8,6 @@ What vLLM's own engines do not do, and what makes a sync safe to serve after:
 - tensors of which the sender tells the checksums are compared with what the model holds in the end.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,12 +82,10 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
         Raises:
             RuntimeError: naming the first tensors that are missing, unknown or of another shape.
         """
-        expected: Mapping[str, tuple[int, ...]] = checkpoint_shapes(self.model_config.model)
+        expected, received = checkpoint_shapes(self.model_config.model), dict(self._received)
         if self.model_config.hf_config.tie_word_embeddings:
-            received = {name: shape for name, shape in self._received.items() if name != TIED_HEAD}
-            expected = {name: shape for name, shape in expected.items() if name != TIED_HEAD}
-        else:
-            received = self._received
+            for shapes in (expected, received):
+                shapes.pop(TIED_HEAD, None)
         if received != expected:
             missing = sorted(expected.keys() - received.keys())
             unknown = sorted(received.keys() - expected.keys())

@@ -53,15 +53,11 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         sender = cls(client=client, source=source, is_sender=init_info.is_sender)
         if not sender.is_sender:
             return sender
-        meeting: dict[str, Any] = {
-            "address": init_info.address,
-            "port": init_info.port,
-            "world_size": init_info.world_size,
-        }
-        worker_info = {**meeting, "rank_offset": 1, "timeout_s": init_info.timeout_s}
+        meeting = asdict(init_info)
+        rank = meeting.pop("rank")
         # Workers block until the sender joins and the other way round, so the two must overlap.
-        with _alongside(client.init_weight_transfer_engine, worker_info):
-            sender._group = transport.gloo_group(**meeting, rank=0, timeout_s=init_info.timeout_s)
+        with _alongside(client.init_weight_transfer_engine, {**meeting, "rank_offset": rank + 1}):
+            sender._group = transport.gloo_group(**meeting, rank=rank)
         return sender
 
     def send_weights(self) -> None:
@@ -126,11 +122,10 @@ class NamedTensors(WeightSource):
 
 
 def _update_info(specs: list[transport.TensorSpec]) -> dict[str, Any]:
-    rows = [asdict(spec) for spec in specs]
     return {
-        "names": [row["name"] for row in rows],
-        "dtype_names": [str(row["dtype"]).removeprefix("torch.") for row in rows],
-        "shapes": [list(row["shape"]) for row in rows],
+        "names": [spec.name for spec in specs],
+        "dtype_names": [str(spec.dtype).removeprefix("torch.") for spec in specs],
+        "shapes": [list(spec.shape) for spec in specs],
     }
 
 

@@ -3,31 +3,19 @@
 import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from oel_ray.evaluate.metrics import Score
 from oel_ray.report.data import Report, RoundData, Z, when
 
-POLICY, CONTEXT, RANDOM, ORACLE, INK, FAINT = "#1f6f8b", "#d9822b", "#9a9a9a", "#5a8f4e", "#2b2b2b", "#dddddd"
+POLICY, CONTEXT, RANDOM, ORACLE = "#1f6f8b", "#d9822b", "#9a9a9a", "#5a8f4e"
 STAGES = {
     "collect": "#7fb3c8",
     "extract": "#d9822b",
     "evaluate_in_context": "#f0c08a",
     "consolidate": "#1f6f8b",
     "evaluate": "#b8c9a9",
-}
-STYLE = {
-    "svg.hashsalt": "oel-ray",
-    "svg.fonttype": "none",
-    "font.size": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "figure.facecolor": "white",
-    "legend.frameon": False,
 }
 UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 _WHOLE, _HALF = (8.6, 4.0), (5.4, 3.6)
@@ -60,12 +48,11 @@ def figures(report: Report) -> list[Figure]:
 
 @contextmanager
 def _figure(*, wide: bool) -> Iterator[tuple[Any, Any]]:
-    import matplotlib as mpl
+    from matplotlib import style
     from matplotlib.figure import Figure as Canvas
 
-    with mpl.rc_context():
-        mpl.rcdefaults()  # whatever matplotlibrc the machine has
-        mpl.rcParams.update(STYLE)
+    # Not over whatever matplotlibrc the machine has.
+    with style.context(Path(__file__).with_suffix(".mplstyle"), after_reset=True):
         canvas = Canvas(figsize=_WHOLE if wide else _HALF, layout="constrained")
         yield canvas, canvas.add_subplot()
 

@@ -5,48 +5,37 @@
 
 from collections.abc import Collection, Mapping
 
+from oel_ray import layout
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
-from oel_ray.layout import (
-    COLLECT,
-    CONSOLIDATE,
-    EVALUATE,
-    EVALUATE_IN_CONTEXT,
-    EXTRACT,
-    IMPORT_CONSOLIDATION,
-    IMPORT_EXTRACTION,
-    IMPORT_KNOWLEDGE,
-    PREPARE,
-    planned_stages,
-)
+from oel_ray.layout import planned_stages
 
 Committed = Mapping[int, Collection[str]]
 
-PLAYED = frozenset({COLLECT, EVALUATE_IN_CONTEXT, EVALUATE})
+PLAYED = frozenset({layout.COLLECT, layout.EVALUATE_IN_CONTEXT, layout.EVALUATE})
 """The stages that need an environment."""
 
-_GAMES = ("games to extract from", (COLLECT, IMPORT_EXTRACTION), "collect them, or give a file with --trajectories")
-_PREFIXES = (
-    "games to consolidate on", (COLLECT, IMPORT_CONSOLIDATION), "collect them, or give a file with --trajectories",
-)  # fmt: skip
-_KNOWLEDGE = ("knowledge", (EXTRACT, IMPORT_KNOWLEDGE), "extract it, or give a file with --knowledge")
-_POLICY = ("policy", (CONSOLIDATE,), "consolidate first")
+_COLLECT_THEM = "collect them, or give a file with --trajectories"
+_GAMES = ("games to extract from", (layout.COLLECT, layout.IMPORT_EXTRACTION), _COLLECT_THEM)
+_PREFIXES = ("games to consolidate on", (layout.COLLECT, layout.IMPORT_CONSOLIDATION), _COLLECT_THEM)
+_KNOWLEDGE = ("knowledge", (layout.EXTRACT, layout.IMPORT_KNOWLEDGE), "extract it, or give a file with --knowledge")
+_POLICY = ("policy", (layout.CONSOLIDATE,), "consolidate first")
 # What a stage reads of its own round: its name, the stages any of which leaves it behind, and what to do without it.
 _READS = {
-    EXTRACT: (_GAMES,),
-    EVALUATE_IN_CONTEXT: (_KNOWLEDGE,),
-    CONSOLIDATE: (_PREFIXES, _KNOWLEDGE),
-    EVALUATE: (_POLICY,),
+    layout.EXTRACT: (_GAMES,),
+    layout.EVALUATE_IN_CONTEXT: (_KNOWLEDGE,),
+    layout.CONSOLIDATE: (_PREFIXES, _KNOWLEDGE),
+    layout.EVALUATE: (_POLICY,),
 }
 
 
 def is_done(stages: Collection[str], name: str) -> bool:
     """Whether a stage is among the committed ones of its round, or imports leave nothing for it to do."""
-    if name == EXTRACT:
-        return EXTRACT in stages or IMPORT_KNOWLEDGE in stages
-    if name == COLLECT and COLLECT not in stages:
-        read = IMPORT_EXTRACTION in stages or is_done(stages, EXTRACT)
-        return read and (IMPORT_CONSOLIDATION in stages or CONSOLIDATE in stages)
+    if name == layout.EXTRACT:
+        return layout.EXTRACT in stages or layout.IMPORT_KNOWLEDGE in stages
+    if name == layout.COLLECT and layout.COLLECT not in stages:
+        read = layout.IMPORT_EXTRACTION in stages or is_done(stages, layout.EXTRACT)
+        return read and (layout.IMPORT_CONSOLIDATION in stages or layout.CONSOLIDATE in stages)
     return name in stages
 
 
@@ -67,9 +56,9 @@ def check_imports(config: RunConfig, committed: Committed) -> None:
         UserError: the games of a round are imported in part.
     """
     for number, name in unfinished(config, committed):
-        imported = {IMPORT_EXTRACTION, IMPORT_CONSOLIDATION} & set(committed.get(number, ()))
-        if name == COLLECT and imported:
-            missing = "consolidate" if IMPORT_EXTRACTION in imported else "extract"
+        imported = {layout.IMPORT_EXTRACTION, layout.IMPORT_CONSOLIDATION} & set(committed.get(number, ()))
+        if name == layout.COLLECT and imported:
+            missing = "consolidate" if layout.IMPORT_EXTRACTION in imported else "extract"
             raise UserError(
                 f"round {number} has imported games, but none to {missing} with: "
                 f"give it some with 'oel {missing} RUN_DIR --round {number} --trajectories FILE'"
@@ -109,7 +98,7 @@ def check_ready(
     stages = set(committed.get(number, ()))
     if is_done(stages, name):
         raise UserError(f"{where}: it is done; choose another --round, or start a new run with --config")
-    if number > 0 and not is_done(committed.get(number - 1, ()), CONSOLIDATE if number > 1 else PREPARE):
+    if number > 0 and not is_done(committed.get(number - 1, ()), layout.CONSOLIDATE if number > 1 else layout.PREPARE):
         raise UserError(f"{where} with: round {number - 1} has no policy to start from; finish it first")
     for what, providers, remedy in _READS.get(name, ()) if number > 0 else ():
         there = stages & set(providers)
@@ -120,4 +109,4 @@ def check_ready(
 
 
 def _verb(name: str) -> str:
-    return "evaluate in context" if name == EVALUATE_IN_CONTEXT else name
+    return "evaluate in context" if name == layout.EVALUATE_IN_CONTEXT else name

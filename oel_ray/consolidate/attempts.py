@@ -14,15 +14,7 @@ from ray.train import Checkpoint as RayCheckpoint
 from ray.train import CheckpointUploadMode
 
 from oel_ray.consolidate import checkpoints
-from oel_ray.consolidate.checkpoints import (
-    DEEPSPEED,
-    NOTES_FILE,
-    STATE_FILE,
-    WEIGHTS,
-    Checkpoint,
-    Spread,
-    State,
-)
+from oel_ray.consolidate.checkpoints import Checkpoint, Spread, State
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.optimizer import DistillStep
 from oel_ray.consolidate.weights import FullWeights, export_policy, save_adapters
@@ -73,7 +65,7 @@ class Attempt:
     def note(self, text: str) -> None:
         """Tell the driver, which tells the user."""
         if self._rank == 0:
-            with (self._job.scratch / NOTES_FILE).open("a") as file:
+            with (self._job.scratch / checkpoints.NOTES_FILE).open("a") as file:
                 file.write(text + "\n")
 
     def version(self, step: int) -> str:
@@ -86,14 +78,14 @@ class Attempt:
 
         That is a policy, or the adapters that belong to the round's.
         """
-        return self._checkpoint.folder / WEIGHTS if self._checkpoint and not self._fits else None
+        return self._checkpoint.folder / checkpoints.WEIGHTS if self._checkpoint and not self._fits else None
 
     def restore(self, step: DistillStep) -> None:
         """Put masters and optimizer where the checkpoint has them. Collective."""
         if self._checkpoint is None:
             return
         if self._fits:
-            step.load(self._checkpoint.folder / DEEPSPEED)
+            step.load(self._checkpoint.folder / checkpoints.DEEPSPEED)
         step.updates = self._checkpoint.state.updates
 
     def weight_sync(self, weights: FullWeights) -> WeightSync:
@@ -141,11 +133,11 @@ class Attempt:
             shutil.rmtree(writing, ignore_errors=True)
             checkpoints.keep_outputs(self._job, done, writing)
         dist.barrier()
-        step.save(writing / DEEPSPEED)
+        step.save(writing / checkpoints.DEEPSPEED)
         if self._job.config.consolidate.lora is None:
-            export_policy(FullWeights(step.student, torch.float32), self._job.policy, writing / WEIGHTS)
+            export_policy(FullWeights(step.student, torch.float32), self._job.policy, writing / checkpoints.WEIGHTS)
         else:
-            save_adapters(step.student, writing / WEIGHTS)
+            save_adapters(step.student, writing / checkpoints.WEIGHTS)
         files = self._sealed(writing)
         if self._rank == 0:
             state = State(
@@ -155,7 +147,7 @@ class Attempt:
                 spread=Spread.of(self._job),
                 files=files,
             )
-            write_json(writing / STATE_FILE, state.model_dump())
+            write_json(writing / checkpoints.STATE_FILE, state.model_dump())
             shutil.rmtree(final, ignore_errors=True)
             writing.rename(final)
             sync_folder(self._folder)

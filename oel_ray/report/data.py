@@ -7,18 +7,9 @@ from typing import NamedTuple
 
 import orjson
 
+from oel_ray import layout
 from oel_ray.durable import read_json
 from oel_ray.evaluate.metrics import Evaluation, Score, by_step, score
-from oel_ray.layout import (
-    COLLECT,
-    CONSOLIDATE,
-    EVALUATE,
-    EVALUATE_IN_CONTEXT,
-    EXTRACT,
-    IMPORT_EXTRACTION,
-    IMPORT_KNOWLEDGE,
-    STATUS_FILE,
-)
 from oel_ray.prompts import ITEM_MARKER
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, read_jsonl
 from oel_ray.runs import RunFolder
@@ -152,7 +143,7 @@ def read_report(path: Path, pairs: int = 3) -> Report:
         run=folder.path.resolve().name,
         model=config.model,
         environment=f"{config.env.id} ({params})" if params else config.env.id,
-        state=state_of(read_json(folder.path / STATUS_FILE)),
+        state=state_of(read_json(folder.path / layout.STATUS_FILE)),
         planned_rounds=config.rounds,
         rounds=rounds,
         pairs=choose_pairs(games[0], games[-1], pairs) if len(evaluated) > 1 else [],
@@ -181,14 +172,14 @@ def choose_pairs(before: Sequence[EvaluationGame], after: Sequence[EvaluationGam
 
 def _round(folder: RunFolder, number: int) -> RoundData:
     files, stages = folder.files(number), folder.manifest(number).stages
-    steps = files.consolidation_metrics.read_bytes().splitlines() if CONSOLIDATE in stages else []
-    played = read_jsonl(files.in_context, EvaluationGame) if EVALUATE_IN_CONTEXT in stages else []
-    texts = files.knowledge_files() if {EXTRACT, IMPORT_KNOWLEDGE} & set(stages) else []
-    has_games = {COLLECT, IMPORT_EXTRACTION} & set(stages)
+    steps = files.consolidation_metrics.read_bytes().splitlines() if layout.CONSOLIDATE in stages else []
+    played = read_jsonl(files.in_context, EvaluationGame) if layout.EVALUATE_IN_CONTEXT in stages else []
+    texts = files.knowledge_files() if {layout.EXTRACT, layout.IMPORT_KNOWLEDGE} & set(stages) else []
+    has_games = {layout.COLLECT, layout.IMPORT_EXTRACTION} & set(stages)
     read = read_jsonl(files.trajectories("extraction"), Trajectory) if has_games else []
     return RoundData(
         number=number,
-        policy=Evaluation.from_json(files.evaluation.read_bytes()) if EVALUATE in stages else None,
+        policy=Evaluation.from_json(files.evaluation.read_bytes()) if layout.EVALUATE in stages else None,
         in_context={step: score(games) for step, games in by_step(played).items()},
         kl=[float(orjson.loads(line)["kl_per_token"]) for line in steps],
         seconds={name: entry.wall_s for name, entry in stages.items()},

@@ -1,9 +1,8 @@
 """What a run says while it works: bars in a terminal, status lines elsewhere. Runs in the driver."""
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,7 +14,7 @@ STATUS_INTERVAL_S = 1.0
 
 
 class StageProgress:
-    """How far one stage is. `update` may be called from any thread."""
+    """How far one stage is, told from when the block is entered. `update` may be called from any thread."""
 
     def __init__(self, owner: "Progress", round_number: int, rounds: int, name: str, total: int, unit: str) -> None:
         self.done = 0
@@ -45,7 +44,7 @@ class StageProgress:
             if time.monotonic() - self._written >= STATUS_INTERVAL_S:
                 self._write_status()
 
-    def open(self) -> None:
+    def __enter__(self) -> Self:
         if self._bars:
             self._bars.add_task(self._head(), total=self._total, note="")
             self._bars.start()
@@ -53,14 +52,15 @@ class StageProgress:
             self._say("")
             threading.Thread(target=self._tick, name="progress", daemon=True).start()
         self._write_status()
+        return self
 
-    def close(self, end: str) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._closed.set()
         with self._guard:
             if self._bars:
                 self._bars.stop()
             else:
-                self._say(end)
+                self._say("stopped" if kind else "done")
             self._write_status()
 
     def _head(self) -> str:
@@ -105,16 +105,8 @@ class Progress:
         self.console = console or Console(stderr=True)
         self.interval_s = interval_s
 
-    @contextlib.contextmanager
-    def stage(self, round_number: int, rounds: int, name: str, total: int, unit: str) -> Iterator[StageProgress]:
-        stage = StageProgress(self, round_number, rounds, name, total, unit)
-        stage.open()
-        try:
-            yield stage
-        except BaseException:
-            stage.close("stopped")
-            raise
-        stage.close("done")
+    def stage(self, round_number: int, rounds: int, name: str, total: int, unit: str) -> StageProgress:
+        return StageProgress(self, round_number, rounds, name, total, unit)
 
     def note(self, text: str) -> None:
         """Print one line, above the bars where there are any."""

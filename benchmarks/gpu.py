@@ -142,7 +142,7 @@ def optimizer_step(size: Sizes) -> dict[str, Any]:
         "student_tokens": size.samples * (size.prompt + size.response),
         "teacher_tokens": size.samples * (size.knowledge + size.prompt + size.response),
         "response_tokens": first.tokens,
-        "first_kl": first.kl,
+        "first_kl": first.kl_per_token,
         "precision": config.precision,
         "zero_stage": config.zero_stage,
     }

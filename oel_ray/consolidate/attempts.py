@@ -50,10 +50,8 @@ class Attempt:
                 break
             self.note(f"{damage}: the checkpoint of step {checkpoint.state.step} is not used")
         if number > 0:
-            where = (
-                f"attempt {number}, after step {chosen.state.step}" if chosen else f"attempt {number}, from the start"
-            )
-            self.note(f"round {job.round}: consolidation goes on: {where} of {len(job.plan)}")
+            where = f"after step {chosen.state.step}" if chosen else "from the start"
+            self.note(f"round {job.round}: consolidation goes on: attempt {number}, {where} of {len(job.plan)}")
         if chosen and (ours := Spread.of(job)) != chosen.state.spread:
             self.note(
                 f"the checkpoint was written with {chosen.state.spread}, and this is {ours}: its weights are taken, "

@@ -81,13 +81,13 @@ def divergence(config: ConsolidateConfig) -> Divergence:
 class StepMetrics:
     """One step, the same on every rank. `applied` is False when it was skipped, and then `grad_norm` may be inf or nan.
 
-    `kl` is the mean of the configured divergence over all response tokens, in nats per token, whatever the weights in
-    `loss`; `kl_by_sample` is the mean over each response's own tokens, under the sample's id (0 for a response without
-    a token).
+    `kl_per_token` is the mean of the configured divergence over all response tokens, in nats per token, whatever the
+    weights in `loss`; `kl_by_sample` is the mean over each response's own tokens, under the sample's id (0 for a
+    response without a token).
     """
 
     loss: float
-    kl: float
+    kl_per_token: float
     tokens: int
     grad_norm: float
     learning_rate: float
@@ -196,7 +196,7 @@ class DistillStep:
         self.updates += applied
         return StepMetrics(
             loss=loss_sum.item(),
-            kl=sum(total for total, _ in all_sums.values()) / max(tokens, 1),
+            kl_per_token=sum(total for total, _ in all_sums.values()) / max(tokens, 1),
             tokens=tokens,
             grad_norm=grad_norm,
             learning_rate=learning_rate,

@@ -92,10 +92,10 @@ def train(job: Job) -> None:
         }
         texts = {f"teacher_{name}": count for name, count in asdict(step.teacher.counts).items()}
         if rank == 0:
-            _write_samples(job, number, draws, samples, generations, metrics)
-            _append(
-                job.metrics, [_metrics_row(number, metrics, len(draws), made_by, version) | retried | seconds | texts]
-            )
+            row = {"step": number, "samples": len(draws), **asdict(metrics), **retried, **seconds, **texts}
+            row |= {"generated_by": made_by, "weight_version": version}
+            _append(job.samples, _sample_rows(job, number, draws, generations, row.pop("kl_by_sample")))
+            _append(job.metrics, [row])
         if skipped > job.config.consolidate.max_skipped_steps:
             attempt.save_last_good(number + 1 - skipped, step)
             raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
@@ -149,43 +149,21 @@ def _distill_step(job: Job, device: torch.device, attempt: Attempt) -> DistillSt
     return step
 
 
-def _metrics_row(step: int, metrics: StepMetrics, samples: int, made_by: str, version: str) -> dict[str, Any]:
-    return {
-        "step": step,
-        "loss": metrics.loss,
-        "kl_per_token": metrics.kl,
-        "grad_norm": metrics.grad_norm,
-        "learning_rate": metrics.learning_rate,
-        "applied": metrics.applied,
-        "samples": samples,
-        "tokens": metrics.tokens,
-        "generated_by": made_by,
-        "weight_version": version,
-    }
-
-
-def _write_samples(
-    job: Job,
-    step: int,
-    draws: Sequence[Draw],
-    samples: Sequence[Sample],
-    generations: Sequence[Generation],
-    metrics: StepMetrics,
-) -> None:
-    rows = []
-    for draw, sample, generation in zip(draws, samples, generations, strict=True):
-        rows.append(
-            {
-                "step": step,
-                "prefix_id": sample.id,
-                "knowledge_id": job.knowledge[draw.knowledge].id,
-                "response": generation.text,
-                "response_ids": generation.token_ids,
-                "kl": metrics.kl_by_sample[sample.id],
-                "weight_version": generation.weight_version,
-            }
-        )
-    _append(job.samples, rows)
+def _sample_rows(
+    job: Job, step: int, draws: Sequence[Draw], generations: Sequence[Generation], kl_by_sample: dict[str, float]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "prefix_id": job.prefixes[draw.prefix].id,
+            "knowledge_id": job.knowledge[draw.knowledge].id,
+            "response": generation.text,
+            "response_ids": generation.token_ids,
+            "kl": kl_by_sample[job.prefixes[draw.prefix].id],
+            "weight_version": generation.weight_version,
+        }
+        for draw, generation in zip(draws, generations, strict=True)
+    ]
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

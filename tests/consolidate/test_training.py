@@ -126,7 +126,7 @@ def test_metrics_agree_on_all_ranks(runs: Runs) -> None:
     for case in FLOAT32 + BFLOAT16:
         metrics = ranks[0][case]["metrics"]
         assert metrics == ranks[1][case]["metrics"]
-        assert all(m["applied"] and m["grad_norm"] > 0 and m["kl"] > 0 for m in metrics)
+        assert all(m["applied"] and m["grad_norm"] > 0 and m["kl_per_token"] > 0 for m in metrics)
         assert [m["learning_rate"] for m in metrics] == pytest.approx([0.005, 0.01, 0.01, 0.01])
         sizes = [sum(len(s.response_ids) for s in step_samples(i)) for i in range(STEPS)]
         assert [m["tokens"] for m in metrics] == sizes

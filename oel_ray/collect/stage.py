@@ -76,7 +76,7 @@ class Players:
         """
         playing = _Playing(self, games, on_played)
         with draining() as drain:
-            while playing.done < len(games) and not drain.over and (playing.busy or not drain.asked):
+            while playing.done < len(games) and not drain.over and (playing.running or not drain.asked):
                 playing.step(begin=not drain.asked)
                 on_progress(playing.done)
         return [result for result in playing.results if result is not None]
@@ -101,7 +101,7 @@ class _Playing:
         self._allowed = max(_ERRORS_IN_ANY_CASE, int(self._limits.max_error_rate * len(games)))
         self._failed_before = len(self._failures)
         self._waiting = deque(_Try(game) for game in range(len(games)))
-        self._running: dict[Any, tuple[_Try, Any]] = {}
+        self.running: dict[Any, tuple[_Try, Any]] = {}
         # Seats in turn over the actors, so that few games spread over all of them.
         self._free = deque(actor for _ in range(players.seats) for actor in players.actors)
         # Questions to players: to whom, when, and seats that it gets with its answer.
@@ -109,17 +109,12 @@ class _Playing:
         for actor in players.actors:
             self._watch(actor)
 
-    @property
-    def busy(self) -> bool:
-        """Whether any game is in play."""
-        return bool(self._running)
-
     def step(self, *, begin: bool) -> None:
         """Fill the free seats, if games are to `begin`, and take what has ended; comes back within a second or so."""
         while begin and self._waiting and self._free:
             self._start(self._waiting.popleft())
         # The watches first: where there always is a result to take, they would wait for ever.
-        ready, _ = ray.wait([*self._watches, *self._running], timeout=_POLL_S)
+        ready, _ = ray.wait([*self._watches, *self.running], timeout=_POLL_S)
         for reference in ready:
             if reference in self._watches:
                 self._take_watch(reference)
@@ -136,7 +131,7 @@ class _Playing:
         # Games with the same knowledge share a long prefix; they are routed together.
         text, key = (knowledge.text, knowledge.id) if knowledge else ("", None)
         play = actor.play.options(max_task_retries=0)
-        self._running[play.remote(game.episode, game.sampling, text, key, game.sampling_seed)] = this, actor
+        self.running[play.remote(game.episode, game.sampling, text, key, game.sampling_seed)] = this, actor
 
     def _watch(self, actor: Any, seats: int = 0) -> None:
         # What is asked of a player that was ended Ray repeats until the next one answers, which is all that it says. In
@@ -159,7 +154,7 @@ class _Playing:
             self._watch(actor)
 
     def _take_result(self, reference: Any) -> None:
-        this, actor = self._running[reference]
+        this, actor = self.running[reference]
         try:
             self.results[this.game] = result = ray.get(reference)  # ready
             self.done += 1
@@ -173,16 +168,16 @@ class _Playing:
             self._again(this, actor, f"an environment raised {error.cause}" if raised else one_line(error.cause, 0))
         else:
             self._on_played(self._games[this.game], *result)
-        del self._running[reference]
+        del self.running[reference]
         self._free.append(actor)
 
     def _lose(self, actor: Any, what: str, episode: str = "") -> None:
         """End a player and play its games again; `episode` is the one that was the cause, if that is known."""
         if not what.startswith(_DIED):
             ray.kill(actor, no_restart=False)
-        for reference, (this, at) in list(self._running.items()):
+        for reference, (this, at) in list(self.running.items()):
             if at == actor:
-                del self._running[reference]
+                del self.running[reference]
                 if self._games[this.game].episode.id == episode:
                     self._again(this, actor, what)
                 else:

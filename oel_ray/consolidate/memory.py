@@ -44,7 +44,7 @@ def account(
         "gradients": trained * 4 / (ranks if config.zero_stage >= 2 else 1),
         f"masters and optimizer{where}": trained * states / (ranks if config.zero_stage >= 1 or size == 2 else 1),
         "teacher": sum(p.numel() * p.element_size() for p in teacher.model.parameters()),
-        "its kept texts": teacher.kept_bytes,
+        "its kept texts": teacher.caches.device_size,
     }
     shapes = [pass_shape([s.student_tokens for s in batch.samples], packed=packed) for batch in micro_batches]
     rows, width = max(shapes, key=math.prod)

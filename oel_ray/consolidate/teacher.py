@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from oel_ray.buckets import buckets
 from oel_ray.consolidate.batches import Sample, length_groups
-from oel_ray.consolidate.caches import CacheCounts, Text, TextCache, TextCaches
+from oel_ray.consolidate.caches import Text, TextCache, TextCaches
 from oel_ray.consolidate.reading import has_fixed_rotations, lay_out, response_hidden
 
 PASS_TOKENS = 2048
@@ -46,17 +46,8 @@ class Teacher:
         """`model` lies where it computes; the budgets are those of `TextCaches`."""
         self.model = model
         self.pass_tokens = pass_tokens
-        self._caches = TextCaches(self._read_text, model.device, device_bytes, host_bytes)
+        self.caches = TextCaches(self._read_text, model.device, device_bytes, host_bytes)
         self._keeps_texts = can_keep_texts(model)
-
-    @property
-    def counts(self) -> CacheCounts:
-        return self._caches.counts
-
-    @property
-    def kept_bytes(self) -> int:
-        """What the kept texts take on the device."""
-        return self._caches.device_size
 
     @torch.no_grad()
     def hidden(self, samples: Sequence[Sample]) -> list[Tensor]:
@@ -98,11 +89,11 @@ class Teacher:
         by_text: dict[Text, list[int]] = {}
         for index in wanted:
             by_text.setdefault(samples[index].knowledge_ids, []).append(index)
-        for text in sorted(by_text, key=self._caches.distance):
-            cache = self._caches.get(text)
+        for text in sorted(by_text, key=self.caches.distance):
+            cache = self.caches.get(text)
             for part in buckets(by_text[text], lambda index: samples[index].tokens_behind, self.pass_tokens):
                 yield part, self._read_behind(cache, len(text), [samples[index] for index in part])
-        self._caches.trim()
+        self.caches.trim()
 
     def _read_text(self, text: Text) -> TextCache:
         cache = DynamicCache(config=self.model.config)

@@ -90,7 +90,7 @@ def train(job: Job) -> None:
             "seconds_train": trained - generated,
             "seconds_sync": time.monotonic() - waited,
         }
-        texts = {f"teacher_{name}": count for name, count in asdict(step.teacher.counts).items()}
+        texts = {f"teacher_{name}": count for name, count in asdict(step.teacher.caches.counts).items()}
         if rank == 0:
             row = {"step": number, "samples": len(draws), **asdict(metrics), **retried, **seconds, **texts}
             row |= {"generated_by": made_by, "weight_version": version}

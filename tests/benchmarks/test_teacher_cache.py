@@ -15,7 +15,7 @@ def test_both_ways_find_the_same() -> None:
     samples = random_samples(3, 100, texts=2, knowledge=40, prompt=30, response=10)
     for sample, kept in zip(samples, teacher.hidden(samples), strict=True):
         assert torch.allclose(kept, teacher.reread([sample])[0], atol=1e-4)
-    assert teacher.counts.builds == 2
+    assert teacher.caches.counts.builds == 2
 
 
 @pytest.mark.slow

@@ -69,8 +69,10 @@ def test_what_student_and_teacher_share_is_counted_once() -> None:
     }
     with torch.device("meta"):
         student: Any = Qwen3ForCausalLM(Qwen3Config(**size)).bfloat16()
-        other: Any = SimpleNamespace(model=Qwen3ForCausalLM(Qwen3Config(**size)).bfloat16(), kept_bytes=0)
-    shared: Any = SimpleNamespace(model=sharing_weights(student), kept_bytes=0)
+        other: Any = SimpleNamespace(
+            model=Qwen3ForCausalLM(Qwen3Config(**size)).bfloat16(), caches=SimpleNamespace(device_size=0)
+        )
+    shared: Any = SimpleNamespace(model=sharing_weights(student), caches=SimpleNamespace(device_size=0))
     add_adapters(student, LoraConfig(rank=8), seed=0)
     config = ConsolidateConfig(offload_optimizer=True)
     samples = tiny_samples(2, seed=0)

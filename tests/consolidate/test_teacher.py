@@ -65,7 +65,7 @@ def test_it_equals_reading_every_prompt_alone(kind: str, attention: str, pass_to
     expected = log_probabilities(model, SAMPLES)
     for _ in range(2):  # with texts that are new, and with kept ones
         assert furthest(of_hidden(model, teacher.hidden(SAMPLES)), expected) < 1e-4
-    assert teacher.counts == CacheCounts(hits=4, builds=4)
+    assert teacher.caches.counts == CacheCounts(hits=4, builds=4)
 
 
 def test_in_bfloat16_it_is_as_near_to_float32_as_reading_anew_is() -> None:
@@ -81,7 +81,7 @@ def test_families_with_full_attention_keep_their_texts(family: str) -> None:
     model = model_of(family)
     teacher = teacher_of(model)
     assert furthest(of_hidden(model, teacher.hidden(SAMPLES)), log_probabilities(model, SAMPLES)) < 1e-4
-    assert teacher.counts.builds == len(KNOWLEDGE)
+    assert teacher.caches.counts.builds == len(KNOWLEDGE)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
@@ -93,7 +93,7 @@ def test_families_with_windows_read_everything_anew(family: str) -> None:
     samples = [Sample(s.id, s.student_prompt_ids, s.head, HEAD + long, s.response_ids) for s in SAMPLES]
     teacher = teacher_of(model, pass_tokens=200)
     assert furthest(of_hidden(model, teacher.hidden(samples)), log_probabilities(model, samples)) < 1e-4
-    assert teacher.counts == CacheCounts()
+    assert teacher.caches.counts == CacheCounts()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_texts_that_find_no_room_on_the_device_wait_on_the_host_or_are_read_agai
         teacher = teacher_of(model, device=device, host=host)
         for _ in range(3):
             assert furthest(of_hidden(model, teacher.hidden(SAMPLES)), expected) < 1e-4
-        assert teacher.counts == counts, (device, host)
+        assert teacher.caches.counts == counts, (device, host)
 
 
 def text_cache(length: int) -> TextCache:
@@ -173,7 +173,7 @@ def test_samples_without_a_response_are_not_read() -> None:
     teacher = teacher_of(model)
     hidden = teacher.hidden([Sample("a", [1, 2, 3], 2, (1, 2), [])])
     assert hidden[0].shape == (0, model.config.hidden_size)
-    assert teacher.counts == CacheCounts()
+    assert teacher.caches.counts == CacheCounts()
 
 
 def test_a_sample_without_a_prompt_of_its_own_is_refused() -> None:

@@ -39,13 +39,23 @@ class Evaluation(Score):
 
 
 def score(games: Sequence[EvaluationGame]) -> Score:
-    """The score of the games of one condition; there must be at least one."""
+    """The score of the games of one condition; there must be at least one.
+
+    The pass rate is the share of games won. Its standard error has maps as clusters, since games on one map are no
+    independent draws: the sample deviation of the maps' own pass rates over the root of their number; 0 for a single
+    map. A response's end token counts; without any turn the length is 0.
+    """
+    by_map: dict[str, list[bool]] = defaultdict(list)
+    for game in games:
+        by_map[game.map_hash].append(game.success)
+    means = [statistics.fmean(wins) for wins in by_map.values()]
+    lengths = [len(turn.response_ids) for game in games for turn in game.turns]
     return Score(
-        pass_rate=pass_rate(games),
-        pass_rate_se=pass_rate_se(games),
+        pass_rate=statistics.fmean(game.success for game in games),
+        pass_rate_se=statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0,
         games=len(games),
         seeds=len({game.sampling_seed for game in games}),
-        response_tokens_per_turn=response_tokens_per_turn(games),
+        response_tokens_per_turn=statistics.fmean(lengths) if lengths else 0.0,
     )
 
 
@@ -74,26 +84,3 @@ def by_step(in_context: Sequence[EvaluationGame]) -> dict[int, list[EvaluationGa
     for game in in_context:
         steps[game.knowledge_step or 0].append(game)
     return dict(sorted(steps.items()))
-
-
-def pass_rate(games: Sequence[EvaluationGame]) -> float:
-    """Share of games won."""
-    return sum(game.success for game in games) / len(games)
-
-
-def pass_rate_se(games: Sequence[EvaluationGame]) -> float:
-    """Standard error of the pass rate with maps as clusters: games on one map are no independent draws.
-
-    The sample deviation of the maps' own pass rates over the root of their number; 0 for a single map.
-    """
-    by_map: dict[str, list[bool]] = defaultdict(list)
-    for game in games:
-        by_map[game.map_hash].append(game.success)
-    means = [sum(wins) / len(wins) for wins in by_map.values()]
-    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-
-
-def response_tokens_per_turn(games: Sequence[EvaluationGame]) -> float:
-    """Mean length of a response in tokens, its end token included; 0 if no turn was played."""
-    lengths = [len(turn.response_ids) for game in games for turn in game.turns]
-    return sum(lengths) / len(lengths) if lengths else 0.0

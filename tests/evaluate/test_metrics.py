@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oel_ray.evaluate.metrics import Evaluation, evaluation, pass_rate, pass_rate_se, response_tokens_per_turn, score
+from oel_ray.evaluate.metrics import Evaluation, evaluation, score
 from oel_ray.records import EvaluationGame, Turn
 
 
@@ -49,14 +49,14 @@ def test_the_standard_error_is_clustered_by_map(results: list[list[bool]], shuff
     shuffler.shuffle(games)
     means = np.array([np.mean(wins, dtype=np.float64) for wins in results])
     expected = means.std(ddof=1) / np.sqrt(len(means)) if len(means) > 1 else 0.0
-    assert pass_rate_se(games) == pytest.approx(expected, rel=1e-12, abs=1e-15)
-    assert pass_rate(games) == pytest.approx(np.mean([won for wins in results for won in wins]))
+    assert score(games).pass_rate_se == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert score(games).pass_rate == pytest.approx(np.mean([won for wins in results for won in wins]))
 
 
 def test_repeating_a_map_does_not_shrink_its_error() -> None:
     once = [game("a", 0, True), game("b", 0, False)]
     often = [game(name, seed, name == "a") for name in "ab" for seed in range(50)]
-    assert pass_rate_se(once) == pass_rate_se(often) == 0.5
+    assert score(once).pass_rate_se == score(often).pass_rate_se == 0.5
 
 
 def test_score_and_evaluation() -> None:
@@ -86,4 +86,4 @@ def test_earlier_knowledge_has_scores_of_its_own() -> None:
 
 
 def test_games_without_turns_have_no_length() -> None:
-    assert response_tokens_per_turn([game("a", 0, False, ())]) == 0.0
+    assert score([game("a", 0, False, ())]).response_tokens_per_turn == 0.0

@@ -5,7 +5,7 @@ The driver plans with it.
 
 import random
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
 from oel_ray import prompts
@@ -77,12 +77,9 @@ def step_batches(
         cuts = [len(order) * step // steps for step in range(steps + 1)]
         parts = [order[start:end] for start, end in pairwise(cuts)]
     else:
-        games = {identity: game for game, identity in enumerate(dict.fromkeys(x.trajectory_id for x in prefixes))}
-        parts = [[] for _ in range(steps)]
-        for index, prefix in enumerate(prefixes):
-            step = games[prefix.trajectory_id] // config.games_per_step
-            if step < steps:
-                parts[step].append(index)
+        games = [[*game] for _, game in groupby(range(len(prefixes)), lambda index: prefixes[index].trajectory_id)]
+        each = config.games_per_step
+        parts = [[*chain.from_iterable(games[step * each : (step + 1) * each])] for step in range(steps)]
     if not all(parts):
         raise UserError(
             f"{len(prefixes)} prefixes do not fill {steps} steps: lower consolidate.steps, or bring more games"

@@ -14,6 +14,7 @@ from rich.text import Text
 from oel_ray.config import EnvironmentConfig
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.registry import known_ids, make, parameters, registered
+from oel_ray.envs.splits import episode
 from oel_ray.errors import UserError
 from oel_ray.records import Episode
 from oel_ray.show import plain
@@ -96,7 +97,7 @@ def facts(env: EnvironmentConfig) -> Facts:
     seeds = 0
     while seeds < _SEEDS and time.monotonic() - began < _PATIENCE_S:
         map_hash = make(env.id, seeds, env.params).map_hash
-        episodes.setdefault(map_hash, _episode(env, seeds, map_hash))
+        episodes.setdefault(map_hash, episode(f"s{seeds}", 0, "held_out", env, seeds, map_hash))
         seeds += 1
     build_s = (time.monotonic() - began) / seeds
     measured = [*episodes.values()][: max(1, int(_PATIENCE_S / build_s / (_RANDOM_GAMES + 1)))]
@@ -112,15 +113,13 @@ def facts(env: EnvironmentConfig) -> Facts:
 def _measured(found: Facts) -> Table:
     on = f"on {found.measured} maps"
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    random = "none: the environment lists no actions"
+    if found.random is not None:
+        random = f"{found.random:.1%} won {on}, {_RANDOM_GAMES} games each"
+    perfect = "none: the environment tells no solution" if found.oracle is None else f"{found.oracle:.1%} won {on}"
     table.add_row("distinct maps", f"{found.maps} among {found.seeds} seeds")
-    if found.random is None:
-        table.add_row("random player", "none: the environment lists no actions")
-    else:
-        table.add_row("random player", f"{found.random:.1%} won {on}, {_RANDOM_GAMES} games each")
-    if found.oracle is None:
-        table.add_row("perfect player", "none: the environment tells no solution")
-    else:
-        table.add_row("perfect player", f"{found.oracle:.1%} won {on}")
+    table.add_row("random player", random)
+    table.add_row("perfect player", perfect)
     return table
 
 
@@ -148,9 +147,3 @@ def _listed(defaults: Mapping[str, Any] | None) -> str:
 def _yaml(value: Any) -> str:
     """A value as it is written on the command line: JSON is YAML."""
     return json.dumps(value, default=str, ensure_ascii=False)
-
-
-def _episode(env: EnvironmentConfig, seed: int, map_hash: str) -> Episode:
-    return Episode(
-        id=f"s{seed}", round=0, split="held_out", env=env.id, params=env.params, seed=seed, map_hash=map_hash
-    )

@@ -33,7 +33,7 @@ def held_out_episodes(env: EnvironmentConfig, run_seed: int, maps: int) -> list[
             + (f"lower evaluate.maps below {len(found)}, so that maps are left to learn on" if found else _NONE_FITS)
         )
     return [
-        _episode(f"h-{number:04d}", 0, "held_out", env, seed, map_hash) for number, (seed, map_hash) in enumerate(drawn)
+        episode(f"h-{number:04d}", 0, "held_out", env, seed, map_hash) for number, (seed, map_hash) in enumerate(drawn)
     ]
 
 
@@ -58,7 +58,7 @@ def training_episodes(
             f"{len(found & excluded)} of them are held out: " + ("lower evaluate.maps" if found else _NONE_FITS)
         )
     return [
-        _episode(f"r{round_number:03d}-{_LETTERS[split]}-{number:04d}", round_number, split, env, seed, map_hash)
+        episode(f"r{round_number:03d}-{_LETTERS[split]}-{number:04d}", round_number, split, env, seed, map_hash)
         for number, (seed, map_hash) in enumerate(drawn)
     ]
 
@@ -115,7 +115,8 @@ def _maps(env: EnvironmentConfig) -> str:
     return f"{env.id} with {env.params}{wanted}"
 
 
-def _episode(name: str, round_number: int, split: Split, env: EnvironmentConfig, seed: int, map_hash: str) -> Episode:
+def episode(name: str, round_number: int, split: Split, env: EnvironmentConfig, seed: int, map_hash: str) -> Episode:
+    """The game of a seed, under a name that no other game has."""
     return Episode(
         id=name, round=round_number, split=split, env=env.id, params=env.params, seed=seed, map_hash=map_hash
     )

@@ -15,8 +15,7 @@ from oel_ray.runs import RunFolder
 
 def texts(folder: RunFolder) -> dict[str, KnowledgeText]:
     """The knowledge texts of all rounds, by id."""
-    files = [file for number in folder.rounds() for file in folder.files(number).knowledge_files()]
-    return {text.id: text for text in (KnowledgeText.from_json(file.read_bytes()) for file in files)}
+    return {text.id: text for number in folder.rounds() for text in folder.files(number).knowledge_texts()}
 
 
 def listing(folder: RunFolder) -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from oel_ray.config import RunConfig
 from oel_ray.durable import FileEntry
-from oel_ray.records import Record, Split, TrainingSplit
+from oel_ray.records import KnowledgeText, Record, Split, TrainingSplit
 
 SCHEMA_VERSION = 1
 CONFIG_FILE, RUN_FILE, STATUS_FILE, METRICS_FILE = "config.yaml", "run.json", "status.json", "metrics.jsonl"
@@ -74,3 +74,6 @@ class RoundFiles:
 
     def knowledge_files(self) -> list[Path]:
         return sorted((self.root / "knowledge").glob("seed-*.json"))
+
+    def knowledge_texts(self) -> list[KnowledgeText]:
+        return [KnowledgeText.from_json(file.read_bytes()) for file in self.knowledge_files()]

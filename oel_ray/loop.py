@@ -134,7 +134,7 @@ class Rounds:
 
     def evaluate_in_context(self, number: int) -> None:
         """The teacher's view: the policy that played, with the knowledge in its prompt."""
-        knowledge = growth(self._knowledge(number), self.config.evaluate.accumulation_steps)
+        knowledge = growth(self.folder.files(number).knowledge_texts(), self.config.evaluate.accumulation_steps)
         self._evaluate(number, layout.EVALUATE_IN_CONTEXT, number - 1, knowledge)
 
     def consolidate(self, number: int) -> None:
@@ -149,7 +149,7 @@ class Rounds:
             policy = self.folder.policy(number - 1)
             chat = ChatFormat.from_pretrained(policy, thinking=self.config.thinking)
             starts = prefixes(self._trajectories(number, "consolidation"), chat)
-            knowledge = self._knowledge(number)
+            knowledge = self.folder.files(number).knowledge_texts()
             plan = step_batches(starts, len(knowledge), config, run_seed=self.config.seed, round_number=number)
             out = stage.out
             job = Job(
@@ -247,6 +247,3 @@ class Rounds:
 
     def _trajectories(self, number: int, split: Split) -> list[Trajectory]:
         return read_jsonl(self.folder.files(number).trajectories(split), Trajectory)
-
-    def _knowledge(self, number: int) -> list[KnowledgeText]:
-        return [KnowledgeText.from_json(path.read_bytes()) for path in self.folder.files(number).knowledge_files()]

@@ -76,8 +76,8 @@ def next_steps(path: Path) -> str:
         files, stages = folder.files(number), folder.manifest(number).stages
         if EVALUATE in stages and (game := _first_id(files.evaluation_games)):
             last["a game"] = f"oel show {path} {game}"
-        if EXTRACT in stages and (texts := files.knowledge_files()):
-            last["what it learned"] = f"oel show {path} {orjson.loads(texts[0].read_bytes())['id']}"
+        if EXTRACT in stages and (texts := files.knowledge_texts()):
+            last["what it learned"] = f"oel show {path} {texts[0].id}"
         if CONSOLIDATE in stages:
             last["the policy"] = str(path / files.policy.relative_to(folder.path))
     places = {"this table": lines[0], "as a page": f"oel report {path}", **last, "is it sound?": lines[1]}
@@ -95,9 +95,7 @@ def _row(folder: RunFolder, number: int) -> list[str]:
     evaluation = read_json(files.evaluation) if EVALUATE in stages else {}
     steps = files.consolidation_metrics.read_bytes().splitlines() if CONSOLIDATE in stages else []
     kl = [orjson.loads(line)["kl_per_token"] for line in (steps[:1] + steps[-1:])]
-    texts = (
-        [KnowledgeText.from_json(file.read_bytes()) for file in files.knowledge_files()] if EXTRACT in stages else []
-    )
+    texts = files.knowledge_texts() if EXTRACT in stages else []
     return [
         str(number),
         _rate(evaluation),

@@ -174,7 +174,7 @@ def _round(folder: RunFolder, number: int) -> RoundData:
     files, stages = folder.files(number), folder.manifest(number).stages
     steps = files.consolidation_metrics.read_bytes().splitlines() if layout.CONSOLIDATE in stages else []
     played = read_jsonl(files.in_context, EvaluationGame) if layout.EVALUATE_IN_CONTEXT in stages else []
-    texts = files.knowledge_files() if {layout.EXTRACT, layout.IMPORT_KNOWLEDGE} & set(stages) else []
+    texts = files.knowledge_texts() if {layout.EXTRACT, layout.IMPORT_KNOWLEDGE} & set(stages) else []
     has_games = {layout.COLLECT, layout.IMPORT_EXTRACTION} & set(stages)
     read = read_jsonl(files.trajectories("extraction"), Trajectory) if has_games else []
     return RoundData(
@@ -184,7 +184,7 @@ def _round(folder: RunFolder, number: int) -> RoundData:
         kl=[float(orjson.loads(line)["kl_per_token"]) for line in steps],
         seconds={name: entry.wall_s for name, entry in stages.items()},
         counts={name: count for entry in stages.values() for name, count in entry.counts.items()},
-        knowledge=[_knowledge(KnowledgeText.from_json(file.read_bytes())) for file in texts],
+        knowledge=[*map(_knowledge, texts)],
         read={game.id: game for game in read},
     )
 

@@ -24,16 +24,8 @@ class TextCache:
         """In bytes."""
         return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
 
-    def to_host(self) -> "TextCache":
-        return TextCache(tuple((_host_copy(keys), _host_copy(values)) for keys, values in self.layers))
-
-    def to_device(self, device: torch.device) -> "TextCache":
-        return TextCache(
-            tuple(
-                (keys.to(device, non_blocking=True), values.to(device, non_blocking=True))
-                for keys, values in self.layers
-            )
-        )
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "TextCache":
+        return TextCache(tuple((move(keys), move(values)) for keys, values in self.layers))
 
     def as_past(self) -> Cache:
         """For one forward pass behind the text."""
@@ -108,7 +100,7 @@ class TextCaches:
             self.counts.loads += 1
             kept = self._on_host[text] = self._on_host.pop(text)
             self._make_room(kept.size)
-            cache = kept.to_device(self._device)
+            cache = kept.moved(lambda tensor: tensor.to(self._device, non_blocking=True))
         else:
             self.counts.builds += 1
             self._make_room(self._bytes_per_token * len(text))
@@ -132,7 +124,7 @@ class TextCaches:
         while _total(self._on_host) + cache.size > self._host_bytes:
             del self._on_host[next(iter(self._on_host))]
         self.counts.offloads += 1
-        self._on_host[text] = cache.to_host()
+        self._on_host[text] = cache.moved(_host_copy)
 
 
 def _total(caches: dict[Text, TextCache]) -> int:

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 
 from oel_ray.config import ConsolidateConfig
-from oel_ray.consolidate.batches import MicroBatch, filler
+from oel_ray.consolidate.batches import MicroBatch, filler, pass_shape
 from oel_ray.consolidate.distiller import Distiller, Divergence, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
-from oel_ray.consolidate.memory import account, ran_out
 from oel_ray.consolidate.reading import attention_of, can_pack, lay_out, reads_packed
 from oel_ray.consolidate.teacher import Teacher
 from oel_ray.errors import RunFailed
@@ -110,7 +109,7 @@ class DistillStep:
         """
         self.device = torch.device(device)
         self.world_size = dist.get_world_size()
-        self._config = config
+        self.config = config
         self.updates = 0
         """Steps that were applied; decides on the learning rate."""
         self.shortage = ""
@@ -184,14 +183,14 @@ class DistillStep:
         for share, _ in shares:
             _add(all_sums, share)
         tokens = sum(count for _, count in all_sums.values())
-        learning_rate = self._config.rate(self.updates)
+        learning_rate = self.config.rate(self.updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         try:
             applied, grad_norm = self._apply()
         except (RuntimeError, MemoryError) as error:
             if ran_out(error):  # some of the weights may have been changed
-                raise RunFailed(f"out of memory in the optimizer: {self._account(micro_batches)}") from error
+                raise RunFailed(f"out of memory in the optimizer: {account(self, micro_batches)}") from error
             raise
         self.updates += applied
         return StepMetrics(
@@ -260,14 +259,14 @@ class DistillStep:
         if not ran_out(error):
             raise error
         stage, optimizer = self.engine.zero_optimization_stage(), self.engine.optimizer
-        account = self._account(micro_batches)
+        said = account(self, micro_batches)
         if in_collectives and (stage == 3 or (stage == 2 and any(optimizer.params_already_reduced))):
-            raise RunFailed(f"out of memory: {account}") from error
+            raise RunFailed(f"out of memory: {said}") from error
         if in_collectives and stage == 2:
             optimizer.extra_large_param_to_reduce.clear()
             for bucket in optimizer.ipg_buckets.values():
                 bucket.clear()
-        return account
+        return said
 
     def _discard(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Forget the gradients, as after a loss that is not finite, and have the teacher take smaller bites."""
@@ -277,11 +276,6 @@ class DistillStep:
         self._take_part(micro_batches, spoil=True)
         applied, _ = self._apply()
         assert not applied
-
-    def _account(self, micro_batches: Sequence[MicroBatch]) -> str:
-        return account(
-            self.student, self.teacher, self._config, micro_batches, ranks=self.world_size, packed=self.packs
-        )
 
     def save(self, folder: Path) -> None:
         """Write masters and optimizer state, and nothing that is frozen. Collective.
@@ -333,7 +327,7 @@ class DistillStep:
         if not self._bare_optimizer:
             self.engine.step()
             applied, optimizer = self.engine.was_step_applied(), self.engine.optimizer
-            if self._config.offload_optimizer and not applied:  # DeepSpeed would add the next gradients to these
+            if self.config.offload_optimizer and not applied:  # DeepSpeed would add the next gradients to these
                 optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
             return applied, float(self.engine.get_global_grad_norm())
         self.engine.buffered_allreduce_fallback()
@@ -362,3 +356,48 @@ def _add(sums: dict[str, _Sum], more: dict[str, _Sum]) -> None:
     for name, (total, count) in more.items():
         total_before, count_before = sums.get(name, (0.0, 0))
         sums[name] = (total_before + total, count_before + count)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: on a GPU, or on the CPU, whose allocator has no error of its own."""
+    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def account(step: DistillStep, micro_batches: Sequence[MicroBatch]) -> str:
+    """What takes a rank's memory in a step: what always lies there, and the largest of what comes and goes.
+
+    Weights that the student shares with the teacher are the teacher's.
+    """
+    student, teacher, config, ranks = step.student, step.teacher, step.config, step.world_size
+    size = 4 if config.precision == "float32" else 2
+    shared = {id(p) for p in teacher.model.parameters()}
+    own = [p for p in student.parameters() if id(p) not in shared]
+    numel, trained = (
+        sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        for parameters in (own, [p for p in own if p.requires_grad])
+    )
+    states = 8 if (size == 4 and config.zero_stage == 0) else 12  # float32 parameters are their own masters
+    where = " (on the host)" if config.offload_optimizer else ""
+    lying = {
+        "parameters": numel * size / (ranks if config.zero_stage == 3 else 1),
+        "gradients": trained * 4 / (ranks if config.zero_stage >= 2 else 1),
+        f"masters and optimizer{where}": trained * states / (ranks if config.zero_stage >= 1 or size == 2 else 1),
+        "teacher": sum(p.numel() * p.element_size() for p in teacher.model.parameters()),
+        "its kept texts": teacher.caches.device_size,
+    }
+    shapes = [pass_shape([s.student_tokens for s in batch.samples], packed=step.packs) for batch in micro_batches]
+    rows, width = max(shapes, key=math.prod)
+    head = student.get_output_embeddings().weight
+    words, hidden = getattr(head, "ds_shape", head.shape)
+    logits = config.chunk_tokens * words * 4
+    parts = [f"{name} {_gib(count)}" for name, count in lying.items()]
+    return (
+        f"{', '.join(parts)}; the largest micro-batch is {rows} x {width} tokens of width {hidden}, and a chunk of "
+        f"logits {config.chunk_tokens} x {words} words, {_gib(logits)}. Lower consolidate.micro_batch_tokens, "
+        "chunk_tokens or teacher_cache_gib, raise zero_stage or workers, or set offload_optimizer"
+    )
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -58,6 +58,7 @@ def begin(case: Any, world_size: int, source: Path) -> Any:
 
 def run_case(case: Any, rank: int, world_size: int, output: Path) -> dict[str, Any]:
     from oel_ray.consolidate.batches import MicroBatch, micro_batches
+    from oel_ray.consolidate.optimizer import account
     from oel_ray.consolidate.weights import save_adapters, weights_of
     from tests.consolidate.lora_worker import copied, step_samples
 
@@ -82,7 +83,7 @@ def run_case(case: Any, rank: int, world_size: int, output: Path) -> dict[str, A
     result["losses again"] = [again.step(share).loss for _ in range(SAVED, STEPS)]
     result["weights again"] = copied(weights_of(again.student, torch.float32, output / "source"))
     result["teacher"].append(again.teacher.hidden(step_samples()))
-    result["account"] = again._account(share)
+    result["account"] = account(again, share)
     return result
 
 

@@ -13,7 +13,7 @@ from oel_ray.config import ConsolidateConfig, LoraConfig
 from oel_ray.configure import parse_config
 from oel_ray.consolidate.batches import MicroBatch
 from oel_ray.consolidate.lora import add_adapters, sharing_weights
-from oel_ray.consolidate.memory import account, ran_out
+from oel_ray.consolidate.optimizer import account, ran_out
 from oel_ray.consolidate.worker import _train_step
 from oel_ray.errors import RunFailed
 from tests.consolidate.memory_worker import KINDS, PLACES, ZERO_3
@@ -77,7 +77,8 @@ def test_what_student_and_teacher_share_is_counted_once() -> None:
     config = ConsolidateConfig(offload_optimizer=True)
     samples = tiny_samples(2, seed=0)
     batches = [MicroBatch(tuple(samples), (1.0, 1.0))]
-    said = [account(student, teacher, config, batches, ranks=2, packed=True) for teacher in (shared, other)]
+    step: Any = SimpleNamespace(student=student, config=config, world_size=2, packs=True)
+    said = [account(SimpleNamespace(**vars(step), teacher=teacher), batches) for teacher in (shared, other)]  # type: ignore[arg-type]
     beside, whole = (dict(re.findall(r"([a-z ]+?)(?: \(on the host\))? ([\d.]+) GiB", text)) for text in said)
     assert float(beside["parameters"]) < 0.05 < 0.5 < float(beside[" teacher"])
     assert float(whole["parameters"]) == pytest.approx(

@@ -43,8 +43,7 @@ def preflight(config: RunConfig, note: Callable[[str], None], *, plays: bool = T
     check_resources(config)
     environment = check_environment(config) if plays else None
     model = check_model(config, note)
-    check_lora(config, model)
-    check_packing(config, model)
+    check_student(config, model)
     check_context(config, model, check_teacher(config, model, note), environment)
     return model
 
@@ -132,39 +131,29 @@ def check_teacher(config: RunConfig, model: Model, note: Callable[[str], None]) 
     return teacher
 
 
-def check_lora(config: RunConfig, model: Model) -> None:
-    """That the layers which are to get adapters exist, and the package that adds them.
+def check_student(config: RunConfig, model: Model) -> None:
+    """That the layers which are to get adapters exist, with the package that adds them, and that samples can be packed.
 
     Raises:
-        UserError: one of them is missing.
+        UserError: one of them is missing, or the student is to read its samples as one row and cannot.
     """
-    lora = config.consolidate.lora
-    if lora is None:
-        return
-    if importlib.util.find_spec("peft") is None:
+    lora, packing = config.consolidate.lora, config.consolidate.packing
+    if lora and importlib.util.find_spec("peft") is None:
         raise UserError(
             "consolidate.lora needs the package peft, which is not installed: install oel-ray with the extra 'lora', "
             "or set consolidate.lora=null"
         )
-    if lora.target_modules == "all-linear":
+    named = lora and lora.target_modules != "all-linear"
+    if not named and packing != "always":
         return
     from oel_ray.consolidate.loading import model_without_weights
     from oel_ray.consolidate.lora import layers_to_adapt
+    from oel_ray.consolidate.reading import reads_packed
 
-    layers_to_adapt(model_without_weights(model.folder), lora)
-
-
-def check_packing(config: RunConfig, model: Model) -> None:
-    """That the student can read its samples as one row, if it is to in any case.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if config.consolidate.packing == "always":
-        from oel_ray.consolidate.loading import model_without_weights
-        from oel_ray.consolidate.reading import reads_packed
-
-        reads_packed(model_without_weights(model.folder), "always")
+    student = model_without_weights(model.folder)
+    reads_packed(student, packing)
+    if lora:
+        layers_to_adapt(student, lora)
 
 
 def check_context(config: RunConfig, model: Model, teacher: Model, environment: Environment | None) -> None:

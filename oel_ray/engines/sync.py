@@ -4,22 +4,13 @@ One `WeightSync` lives as long as the training group. A sync that fails leaves i
 must end the training attempt.
 """
 
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import ray
 
 from oel_ray.config import EnginesConfig
 from oel_ray.faults import fault_point
-
-
-class Weights(Protocol):
-    """Full tensors under their checkpoint names. Iterating may be a collective; `metadata` is not."""
-
-    def metadata(self) -> Sequence[tuple[str, Any, Sequence[int]]]: ...
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]: ...
 
 
 class EngineSyncClient:
@@ -70,14 +61,18 @@ class WeightSync:
     """The sending end of all syncs of one training group."""
 
     def __init__(
-        self, engines: Sequence[Any], weights: Weights, config: EnginesConfig, *, rank: int, on_gpu: bool
+        self, engines: Sequence[Any], weights: Iterable[Any], config: EnginesConfig, *, rank: int, on_gpu: bool
     ) -> None:
-        """A collective over sender and engines; ranks other than 0 only take part in the gathering of weights."""
+        """A collective over sender and engines; ranks other than 0 only take part in the gathering of weights.
+
+        `weights` are full tensors under their checkpoint names, as `send.NamedTensors` takes them.
+        """
         self._weights = weights
         self._sender: Any = None
         if rank != 0:
             return
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.utils.network_utils import get_open_port
 
         from oel_ray.engines.plugin import register
         from oel_ray.engines.send import GlooTrainerInitInfo, NamedTensors, NcclTrainerInitInfo
@@ -86,7 +81,7 @@ class WeightSync:
         source = NamedTensors(weights, config.check_weights)
         self._client = EngineSyncClient(engines, config.tensor_parallel, config.sync_deadline_s)
         self._client.checksums = source.checksums
-        address, port = ray.util.get_node_ip_address(), _free_port()
+        address, port = ray.util.get_node_ip_address(), get_open_port()
         world_size = 1 + len(engines) * config.tensor_parallel
         info: Any = (
             NcclTrainerInitInfo(address, port, world_size, rank=0)
@@ -103,9 +98,3 @@ class WeightSync:
             return
         self._client.version = version
         self._sender.send_weights()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import psutil
 import ray
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.utils.network_utils import get_open_port
 
 from oel_ray.engines.engine import Engine
 from oel_ray.engines.plugin import register
 from oel_ray.engines.send import GlooTrainerInitInfo, NamedTensors
-from oel_ray.engines.sync import _free_port
 from tests.engines.tiny import PROMPTS, plain_logprobs
 
 DEADLINE_S = 120.0
@@ -50,7 +50,7 @@ class InProcess:
     def sender(self, weights: Any) -> Any:
         """A sender in a group of its own."""
         register()
-        info = GlooTrainerInitInfo("127.0.0.1", _free_port(), 2, 60.0, rank=0)
+        info = GlooTrainerInitInfo("127.0.0.1", get_open_port(), 2, 60.0, rank=0)
         return WeightTransferTrainerFactory.trainer_init(info, client=self, source=NamedTensors(weights))
 
     def send(self, sender: Any, version: str) -> None:

@@ -106,20 +106,18 @@ class ChatFormat:
             )
 
     def _rendered(self, *, thinking: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _SENTINEL}],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=thinking,
+        message = {"role": "user", "content": _SENTINEL}
+        return str(
+            self.tokenizer.apply_chat_template(
+                [message], add_generation_prompt=True, tokenize=False, enable_thinking=thinking
+            )
         )
-        return text
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         if not text:
             return []
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)
-        ids: list[int] = encoded["input_ids"]
-        return ids
+        return list(encoded["input_ids"])
 
     def message_ids(self, text: str) -> list[int]:
         """Prompt ids of one user message."""

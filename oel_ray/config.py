@@ -184,16 +184,12 @@ class ConsolidateConfig(Section):
     """How the student's responses are sampled."""
 
     @model_validator(mode="after")
-    def _keeps_weights_whole(self) -> Self:
+    def _has_a_stage_that_fits(self) -> Self:
         if self.lora and self.zero_stage == 3:
             raise ValueError(
                 "zero_stage=3 would partition the frozen weights, which the student of consolidate.lora shares with "
                 "its teacher and every rank needs whole: set consolidate.zero_stage=2"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _offloads_what_is_partitioned(self) -> Self:
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer=true needs ZeRO: set consolidate.zero_stage=1, 2 or 3")
         return self

@@ -48,23 +48,15 @@ class _GridGame(NamedTuple):
     solve: Callable[..., list[str] | None]
 
 
-def _lake_content(game: Any) -> tuple[Any, ...]:
-    return [list(row) for row in game.state.game_state["grid"]], tuple(game.state.game_state["player_pos"])
-
-
-def _room_content(game: Any) -> tuple[Any, ...]:
-    return game.room_fixed.tolist(), game.room_state.tolist()
-
-
 _GRID_GAMES = {
     "FrozenLake-v0": _GridGame(
         f"You are P on the board. Get to the goal in as few moves as you can. {_ACTIONS_TEXT}",
-        _lake_content,
+        lambda game: ([*map(list, game.state.game_state["grid"])], tuple(game.state.game_state["player_pos"])),
         solve_frozen_lake,
     ),
     "Sokoban-v0": _GridGame(
         f"You are P on the board. Finish the puzzle in as few moves as you can. {_ACTIONS_TEXT}",
-        _room_content,
+        lambda game: (game.room_fixed.tolist(), game.room_state.tolist()),
         solve_sokoban,
     ),
 }

@@ -88,11 +88,7 @@ class EnginePool:
         if lease in self._given_back_early:
             del self._given_back_early[lease]
             raise EngineUnavailable("the request was given up before its lease was granted")
-        try:
-            replica = self._router.pick(key, tokens)
-        except EngineUnavailable as error:
-            why = "; ".join(filter(None, (replica.why_dead for replica in self._router.replicas)))
-            raise EngineUnavailable(f"{error} ({why})" if why else str(error)) from None
+        replica = self._router.pick(key, tokens)
         self._leases[lease] = (replica, tokens, replica.handle)
         return replica.handle
 

@@ -40,11 +40,12 @@ class Router:
         """The replica for a request of `tokens` tokens; counts them as its load.
 
         Raises:
-            EngineUnavailable: no healthy replica is left.
+            EngineUnavailable: no healthy replica is left; says what the last ones died of.
         """
         healthy = [replica for replica in self.replicas if replica.healthy]
         if not healthy:
-            raise EngineUnavailable("no healthy engine is left")
+            reasons = "; ".join(filter(None, (replica.why_dead for replica in self.replicas)))
+            raise EngineUnavailable("no healthy engine is left" + (f" ({reasons})" if reasons else ""))
         home = self.replicas[self._home[key]] if key in self._home else None
         chosen = self.choose(healthy, home if home and home.healthy else None, tokens)
         self._home[key] = chosen.index

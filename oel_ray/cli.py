@@ -326,13 +326,13 @@ def _one_stage(
     """Do one stage of one round, in an existing run or in a new one."""
     from oel_ray.progress import Progress
     from oel_ray.show import next_steps
-    from oel_ray.single import Files, plan_stage
+    from oel_ray.single import plan_stage
 
     if overrides and config is None:
         raise UserError(f"'{overrides[0]}' changes a configuration: name one with --config to start a new run")
     settings = _load(config, overrides) if config else None
-    files = Files({split: path for split, path in (trajectories or {}).items() if path}, knowledge or [])
-    stage = plan_stage(run_dir, settings, name, number, files, Progress().note)
+    games = {split: path for split, path in (trajectories or {}).items() if path}
+    stage = plan_stage(run_dir, settings, name, number, games, knowledge or [], Progress().note)
     folder = stage.open()
     _work(folder, run_dir, lambda: stage.work(folder, Progress(folder)))
     print(next_steps(run_dir))

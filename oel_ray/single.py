@@ -1,6 +1,6 @@
 """One stage of one round by hand: for a closer look, or for games and knowledge from elsewhere. Runs in the driver."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +14,6 @@ from oel_ray.progress import Progress
 from oel_ray.records import KnowledgeText, TrainingSplit, Trajectory
 from oel_ray.runs import RunFolder
 from oel_ray.schedule import PLAYED, check_ready, first_open_round
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where a stage's input comes from, if it is not what the run made itself."""
-
-    trajectories: dict[TrainingSplit, Path]
-    knowledge: list[Path]
-
-    @property
-    def stages(self) -> set[str]:
-        """The import stages that reading these files amounts to."""
-        return {IMPORT_OF[split] for split in self.trajectories} | ({IMPORT_KNOWLEDGE} if self.knowledge else set())
 
 
 @dataclass(frozen=True)
@@ -60,11 +47,13 @@ def plan_stage(
     settings: RunConfig | None,
     name: str,
     round_number: int | None,
-    files: Files,
+    games: dict[TrainingSplit, Path],
+    texts: Sequence[Path],
     note: Callable[[str], None],
 ) -> SingleStage:
     """Check and read all that a stage needs; writes nothing.
 
+    `games` and `texts` are files to read in place of what the run has made itself.
     `settings` start a new run at `path`, or must be those of the run there. Without `round_number` it is the first
     round that lacks the stage.
 
@@ -81,10 +70,9 @@ def plan_stage(
         raise UserError(f"{path} holds no run: start one there with --config CONFIG")
     committed[0] = committed.get(0, set()) | {PREPARE}  # every stage makes up for it
     number = first_open_round(config, committed, name) if round_number is None else round_number
-    check_ready(config, committed, number, name, files.stages)
+    imports = {IMPORT_OF[split] for split in games} | ({IMPORT_KNOWLEDGE} if texts else set())
+    check_ready(config, committed, number, name, imports)
     chat = preflight(starting_at(run, number) if run else config, note, plays=name in PLAYED).chat
-    trajectories = {
-        split: read_trajectories(file, number, split, config, chat) for split, file in files.trajectories.items()
-    }
-    knowledge = read_knowledge(files.knowledge, number, config, chat)
+    trajectories = {split: read_trajectories(file, number, split, config, chat) for split, file in games.items()}
+    knowledge = read_knowledge(texts, number, config, chat)
     return SingleStage(path, config, run is None, number, name, trajectories, knowledge)

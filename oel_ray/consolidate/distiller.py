@@ -4,19 +4,18 @@ Shape suffixes: B sequences, S positions, T response tokens of a micro-batch, V 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Self
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from oel_ray.consolidate.loss import Logits, apply_soft_cap, reverse_kl
+from oel_ray.consolidate.loss import Logits, apply_soft_cap
 from oel_ray.consolidate.reading import LaidOut, response_hidden
 from oel_ray.errors import UserError
 
-Divergence = Callable[..., tuple[Tensor, Tensor]]
-"""`reverse_kl` or `forward_kl`, with or without some of the arguments bound."""
+Objective = Callable[[Logits, Logits, Tensor], tuple[Tensor, Tensor]]
+"""`reverse_kl` or `forward_kl` with its options bound."""
 
 
 class Distiller(nn.Module):
@@ -27,13 +26,9 @@ class Distiller(nn.Module):
     itself at the first access, but only inside the forward of the module that it wraps).
     """
 
-    def __init__(
-        self, student: Any, *, temperature: float, chunk_tokens: int, divergence: Divergence = reverse_kl
-    ) -> None:
-        """`divergence` is `reverse_kl` with its options bound, or `forward_kl`; the other keywords are theirs."""
+    def __init__(self, student: Any, objective: Objective) -> None:
         super().__init__()
         self.student = student
-        objective = partial(divergence, temperature=temperature, chunk_tokens=chunk_tokens)
         self.loss = _DistillLoss(student.get_output_embeddings(), logit_soft_cap(student), objective)
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
 
@@ -62,7 +57,7 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _metadat
 class _DistillLoss(nn.Module):
     """The loss as a module, so that ZeRO-3 gathers the head around it, forward and backward, and not for longer."""
 
-    def __init__(self, head: nn.Linear, soft_cap: float | None, objective: Divergence) -> None:
+    def __init__(self, head: nn.Linear, soft_cap: float | None, objective: Objective) -> None:
         super().__init__()
         self._head = [head]  # in a list, or the head would get a second name in this module tree
         self._soft_cap = soft_cap

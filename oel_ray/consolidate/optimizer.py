@@ -17,7 +17,7 @@ from deepspeed.utils import safe_set_full_fp32_param
 
 from oel_ray.config import ConsolidateConfig
 from oel_ray.consolidate.batches import MicroBatch, filler, pass_shape
-from oel_ray.consolidate.distiller import Distiller, Divergence, check_linear_head, logit_soft_cap
+from oel_ray.consolidate.distiller import Distiller, Objective, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 from oel_ray.consolidate.reading import attention_of, can_pack, lay_out, reads_packed
 from oel_ray.consolidate.teacher import Teacher
@@ -68,12 +68,12 @@ def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) ->
     return settings
 
 
-def divergence(config: ConsolidateConfig) -> Divergence:
+def objective(config: ConsolidateConfig) -> Objective:
     """The configured divergence."""
-    if config.divergence == "forward":
-        return forward_kl
     top_k = None if config.divergence == "full" else config.top_k
-    return partial(reverse_kl, top_k=top_k, tail=config.divergence == "top_k_tail")
+    reverse = partial(reverse_kl, top_k=top_k, tail=config.divergence == "top_k_tail")
+    chosen = forward_kl if config.divergence == "forward" else reverse
+    return partial(chosen, temperature=config.temperature, chunk_tokens=config.chunk_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +130,7 @@ class DistillStep:
         self._teacher_reads_so = type(teacher) is type(student) and (can_pack(teacher) or not self.packs)
         if config.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        distiller = Distiller(
-            student,
-            temperature=config.temperature,
-            chunk_tokens=config.chunk_tokens,
-            divergence=divergence(config),
-        )
+        distiller = Distiller(student, objective(config))
         self._trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
         # DeepSpeed takes the masters from weights that it has rounded to bfloat16 already.
         masters = {p: p.detach().clone() for p in self._trained if p.dtype == torch.float32 != compute_dtype}
@@ -215,7 +210,7 @@ class DistillStep:
         for index, batch in enumerate(micro_batches):
             if not shortage:
                 try:
-                    loss, kl_T = self._forward_backward(batch, hidden[index])
+                    loss, kl_T = self._pass(batch, hidden[index])
                 except (RuntimeError, MemoryError) as error:
                     shortage = self._survived(error, micro_batches, in_collectives=True)
                 else:
@@ -226,16 +221,6 @@ class DistillStep:
                 self._take_part(micro_batches)
         return loss_sum, kl_sums, shortage
 
-    def _forward_backward(
-        self, batch: MicroBatch, teacher_hidden_TE: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, kl_T = self._forward(batch, teacher_hidden_TE)
-        # DeepSpeed averages gradients over ranks, and the loss is a sum over all of them. A loss that is not
-        # finite is made to spoil the gradient for certain: gradients are what every rank gets to see.
-        scale = self.world_size if math.isfinite(loss.item()) else math.nan
-        self.engine.backward(loss * scale, scale_wrt_gas=False)
-        return loss.detach().double(), kl_T
-
     def _take_part(self, micro_batches: Sequence[MicroBatch], *, spoil: bool = False) -> None:
         """A pass over next to nothing, which leaves no gradient finite if it is to `spoil` them."""
         batch = filler([sample for batch in micro_batches for sample in batch.samples])
@@ -243,8 +228,7 @@ class DistillStep:
             (sample,) = batch.samples
             batch = MicroBatch((replace(sample, response_ids=sample.student_prompt_ids[:1]),), (1.0,))
         head_VE = self.teacher.model.get_output_embeddings().weight
-        loss, _ = self._forward(batch, head_VE.new_zeros(int(spoil), head_VE.shape[1]))
-        self.engine.backward(loss * (math.nan if spoil else 1.0), scale_wrt_gas=False)
+        self._pass(batch, head_VE.new_zeros(int(spoil), head_VE.shape[1]), spoil=spoil)
 
     def _survived(self, error: BaseException, micro_batches: Sequence[MicroBatch], *, in_collectives: bool) -> str:
         """What there is to say about an error in a pass, if the step can be given up together with the other ranks.
@@ -309,8 +293,10 @@ class DistillStep:
         with attention_of(self.teacher.model, self._attention):
             return self.teacher.reread(batch.samples, packed=self.packs)
 
-    def _forward(self, batch: MicroBatch, teacher_hidden_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of one micro-batch, and the KL of each of its response tokens, sample by sample."""
+    def _pass(
+        self, batch: MicroBatch, teacher_hidden_TE: torch.Tensor, *, spoil: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward: the loss of a micro-batch, and the KL of its response tokens, sample by sample."""
         responses = [sample.response_ids for sample in batch.samples]
         prompts = [sample.student_prompt_ids for sample in batch.samples]
         texts = lay_out(prompts, responses, self.device, packed=self.packs)
@@ -320,7 +306,11 @@ class DistillStep:
         head = model.get_output_embeddings()
         teacher = Logits(teacher_hidden_TE, head.weight, head.bias, logit_soft_cap(model))
         loss, kl_T = self.engine(texts, teacher, weights_T)
-        return loss, kl_T
+        # DeepSpeed averages gradients over ranks, and the loss is a sum over all of them. A loss that is not
+        # finite is made to spoil the gradient for certain: gradients are what every rank gets to see.
+        scale = math.nan if spoil or not math.isfinite(loss.item()) else self.world_size
+        self.engine.backward(loss * scale, scale_wrt_gas=False)
+        return loss.detach().double(), kl_T
 
     def _apply(self) -> tuple[bool, float]:
         """Step the optimizer unless a gradient is not finite; whether it did, and the gradient norm before clipping."""

@@ -29,7 +29,7 @@ class Shortage:
         if place == "teacher":
             self._wrap(step.teacher, "hidden")
         elif place == "forward":
-            self._wrap(step, "_forward")
+            self._wrap(step, "_pass")
         else:  # behind some of the gradients, before others
             next(p for p in step.student.parameters() if p.requires_grad).register_hook(self._look)
 
@@ -42,12 +42,12 @@ class Shortage:
     def _wrap(self, owner: Any, name: str) -> None:
         real: Callable[..., Any] = getattr(owner, name)
 
-        def wrapped(*arguments: Any) -> Any:
+        def wrapped(*arguments: Any, **keywords: Any) -> Any:
             samples = getattr(arguments[0], "samples", arguments[0])
             if samples and samples[0].response_ids:  # there is room for a filler
                 self.calls += self.place == "teacher"  # which is asked once in a step
                 self._look(None)
-            return real(*arguments)
+            return real(*arguments, **keywords)
 
         setattr(owner, name, wrapped)
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from oel_ray.consolidate.batches import MicroBatch, Sample, micro_batches, token_weights
-from oel_ray.consolidate.distiller import Distiller, check_linear_head, logit_soft_cap
+from oel_ray.consolidate.distiller import Distiller, Objective, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 from oel_ray.consolidate.reading import lay_out
 from oel_ray.consolidate.teacher import Teacher
@@ -69,11 +69,15 @@ def run(
     return total, kl
 
 
+def objective(temperature: float) -> Objective:
+    return partial(reverse_kl, temperature=temperature, chunk_tokens=4)
+
+
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_padding_order_and_micro_batch_size_change_nothing(kind: str) -> None:
     samples = tiny_samples(6, seed=0)
     teacher = tiny_model(kind, seed=2)
-    distiller = Distiller(tiny_model(kind, seed=1), temperature=0.7, chunk_tokens=4)
+    distiller = Distiller(tiny_model(kind, seed=1), objective(0.7))
     alone = [MicroBatch((s,), (w,)) for s, w in zip(samples, token_weights(samples, "token"), strict=True)]
     loss, kl = run(distiller, teacher, alone)
     gradients = {name: p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}
@@ -100,7 +104,7 @@ def test_packed_samples_have_the_loss_and_gradients_of_padded_ones(
 ) -> None:
     samples, teacher, student = tiny_samples(count, seed), tiny_model("tied", 2), tiny_model("tied", 1)
     student.set_attn_implementation(attention)
-    distiller = Distiller(student, temperature=0.7, chunk_tokens=4)
+    distiller = Distiller(student, objective(0.7))
     loss, kl = run(distiller, teacher, micro_batches(samples, 0, 1, budget))
     gradients = {name: p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}
     packed, kl_packed = run(distiller, teacher, micro_batches(samples, 0, 1, budget, packed=True), packed=True)
@@ -116,7 +120,7 @@ def test_packed_samples_have_the_loss_and_gradients_of_padded_ones(
 def test_a_packed_sample_does_not_depend_on_its_neighbours(attention: str, changed: int) -> None:
     samples, teacher, student = tiny_samples(4, seed=3), tiny_model("tied", 2), tiny_model("tied", 1)
     student.set_attn_implementation(attention)
-    distiller = Distiller(student, temperature=0.7, chunk_tokens=4)
+    distiller = Distiller(student, objective(0.7))
     other = replace(samples[changed], student_prompt_ids=[3, 4, 90, 17], response_ids=[8, 80, 8, 80, 8])
     _, kl = run(distiller, teacher, [MicroBatch(tuple(samples), (1.0,) * 4)], packed=True)
     samples[changed] = other
@@ -128,7 +132,7 @@ def test_a_packed_sample_does_not_depend_on_its_neighbours(attention: str, chang
 
 def test_a_batch_without_a_response_token_has_loss_zero_and_gradients() -> None:
     model = tiny_model("tied", seed=1)
-    distiller = Distiller(model, temperature=1.0, chunk_tokens=4)
+    distiller = Distiller(model, objective(1.0))
     loss, _ = run(distiller, model, [MicroBatch((Sample("a", [1, 2], 1, (3, 1), []),), (0.0,))])
     assert loss == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in distiller.parameters())
@@ -149,13 +153,13 @@ def test_rows_are_the_positions_that_predict_the_response() -> None:
 
 
 def test_dropout_stays_off_in_training() -> None:
-    distiller = Distiller(tiny_model("tied", seed=1), temperature=1.0, chunk_tokens=4).train()
+    distiller = Distiller(tiny_model("tied", seed=1), objective(1.0)).train()
     assert distiller.training and not any(module.training for module in distiller.student.modules())
 
 
-@pytest.mark.parametrize("objective", [{}, {"forward": True}, {"top_k": 9}, {"top_k": 9, "tail": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"forward": True}, {"top_k": 9}, {"top_k": 9, "tail": False}], ids=str)
 @pytest.mark.parametrize("kind", ["gemma", "untied"])
-def test_loss_and_gradients_are_those_of_the_models_own_logits(kind: str, objective: dict[str, Any]) -> None:
+def test_loss_and_gradients_are_those_of_the_models_own_logits(kind: str, options: dict[str, Any]) -> None:
     student, teacher = (gemma(seed) if kind == "gemma" else tiny_model(kind, seed) for seed in (1, 2))
     samples = tiny_samples(5, seed=0)
     weights = token_weights(samples, "response")
@@ -165,12 +169,12 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(kind: str, object
         for model, prompt in ((student, sample.student_prompt_ids), (teacher, sample.teacher_prompt_ids)):
             tokens_BS = torch.tensor([[*prompt, *sample.response_ids]])
             logits.append(model(tokens_BS).logits[0, len(prompt) - 1 : -1] / 0.7)
-        expected = expected + weight * divergence(logits[0], logits[1].detach(), **objective).sum()
+        expected = expected + weight * divergence(logits[0], logits[1].detach(), **options).sum()
     expected.backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad.clone() for name, p in student.named_parameters()}
 
-    configured = forward_kl if objective.get("forward") else partial(reverse_kl, **objective)
-    distiller = Distiller(student, temperature=0.7, chunk_tokens=4, divergence=configured)
+    configured = forward_kl if options.get("forward") else partial(reverse_kl, **options)
+    distiller = Distiller(student, partial(configured, temperature=0.7, chunk_tokens=4))
     loss, _ = run(distiller, teacher, micro_batches(samples, 0, 1, 30))
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in student.named_parameters():

@@ -1,4 +1,4 @@
-"""Plays games with a policy. `play` is a plain coroutine; `Player` wraps it into a Ray actor with many seats.
+"""Plays games with a policy. `Player` is made into a Ray actor with many seats.
 
 All seats of an actor share one event loop and no threads: environments are not safe in threads, and a step takes
 microseconds while a response takes seconds. An environment that does not come back stops them all, so a second loop, in
@@ -6,86 +6,19 @@ a thread of its own, tells which one it is.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
 from oel_ray.config import RunConfig
-from oel_ray.envs import Environment, make
+from oel_ray.envs import make
 from oel_ray.errors import EnvironmentFailed, RunFailed, one_line
 from oel_ray.plan import play_response
 from oel_ray.records import EndedBy, Episode, Generate, Sampling, Trajectory, Turn
 from oel_ray.seeds import derive_seed
-
-
-async def play(
-    episode: Episode,
-    environment: Environment,
-    chat: ChatFormat,
-    generate: Generate,
-    sampling: Sampling,
-    *,
-    config: RunConfig,
-    knowledge: str = "",
-    key: str | None = None,
-    sampling_seed: int = 0,
-    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> tuple[Trajectory, bool]:
-    """Play one fresh environment to its end; returns the trajectory, and whether the game was won.
-
-    `key` is the routing key (the episode's id by default). `sampling_seed` tells repeated games of one episode apart.
-    The environment is called in contexts that `inside` makes.
-    """
-    env, turns = config.env, list[Turn]()
-    max_prompt_tokens = config.engines.max_model_len - play_response(config)[1]
-    with inside():
-        observation = environment.reset()
-    ended_by: EndedBy = "turn_limit"
-    outcome = f"The game was stopped after {env.max_turns} turns."
-    template = prompts.game_template(show_actions=env.show_actions)
-    for number in range(env.max_turns):
-        situation = prompts.game_situation(environment.instructions, turns, observation, template)
-        prompt_ids = chat.game_ids(situation, knowledge)
-        if len(prompt_ids) > max_prompt_tokens:
-            ended_by = "context_limit"
-            outcome = f"The game was stopped after {number} turns because its text had become too long."
-            break
-        seed = derive_seed(config.seed, "play", episode.id, sampling_seed, number)
-        generation = await generate(prompt_ids, sampling, seed=seed, key=key or episode.id)
-        with inside():
-            step = environment.step(generation.text)
-        turns.append(
-            Turn(
-                observation=observation,
-                response=generation.text,
-                prompt_ids=prompt_ids,
-                response_ids=generation.token_ids,
-                action=step.action,
-                feedback=step.feedback,
-                weight_version=generation.weight_version,
-                finish_reason=generation.finish_reason,
-            )
-        )
-        observation = step.feedback
-        if step.done:
-            ended_by, outcome = "environment", step.outcome
-            break
-    with inside():
-        won = environment.success()
-    if ended_by == "environment" and env.state_result:
-        outcome = prompts.with_result(outcome, won=won)
-    trajectory = Trajectory(
-        **episode.model_dump(),
-        instructions=environment.instructions,
-        template=template,
-        turns=turns,
-        outcome=outcome,
-        ended_by=ended_by,
-    )
-    return trajectory, won
 
 
 class Player:
@@ -109,42 +42,79 @@ class Player:
         key: str | None = None,
         sampling_seed: int = 0,
     ) -> tuple[Trajectory, bool]:
-        """Play one episode; see `play`.
+        """Play one episode to its end; returns the trajectory, and whether the game was won.
+
+        `key` is the routing key (the episode's id by default). `sampling_seed` tells repeated games of one episode
+        apart.
 
         Raises:
             EnvironmentFailed: the environment raised an error, or wanted to exit.
             RunFailed: the seed draws another map here than where the episode was planned.
         """
-
-        @contextmanager
-        def inside() -> Iterator[None]:
-            self._inside = [episode.id]
-            try:
-                yield
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's code may raise anything
-                raise EnvironmentFailed(one_line(error)) from None
-            finally:
-                self._inside = []
-
-        with inside():
+        config, env, turns = self._config, self._config.env, list[Turn]()
+        max_prompt_tokens = config.engines.max_model_len - play_response(config)[1]
+        with self._inside_of(episode):
             environment = make(episode.env, episode.seed, episode.params)
+            observation = environment.reset()
         if environment.map_hash != episode.map_hash:
             raise RunFailed(
                 f"{episode.env} drew another map for episode {episode.id} (seed {episode.seed}) than was planned: "
                 "the nodes have different versions of the environment, or it does not keep to its seed"
             )
-        return await play(
-            episode,
-            environment,
-            self._chat,
-            self._generate,
-            sampling,
-            config=self._config,
-            knowledge=knowledge,
-            key=key,
-            sampling_seed=sampling_seed,
-            inside=inside,
+        ended_by: EndedBy = "turn_limit"
+        outcome = f"The game was stopped after {env.max_turns} turns."
+        template = prompts.game_template(show_actions=env.show_actions)
+        for number in range(env.max_turns):
+            situation = prompts.game_situation(environment.instructions, turns, observation, template)
+            prompt_ids = self._chat.game_ids(situation, knowledge)
+            if len(prompt_ids) > max_prompt_tokens:
+                ended_by = "context_limit"
+                outcome = f"The game was stopped after {number} turns because its text had become too long."
+                break
+            seed = derive_seed(config.seed, "play", episode.id, sampling_seed, number)
+            generation = await self._generate(prompt_ids, sampling, seed=seed, key=key or episode.id)
+            with self._inside_of(episode):
+                step = environment.step(generation.text)
+            turns.append(
+                Turn(
+                    observation=observation,
+                    response=generation.text,
+                    prompt_ids=prompt_ids,
+                    response_ids=generation.token_ids,
+                    action=step.action,
+                    feedback=step.feedback,
+                    weight_version=generation.weight_version,
+                    finish_reason=generation.finish_reason,
+                )
+            )
+            observation = step.feedback
+            if step.done:
+                ended_by, outcome = "environment", step.outcome
+                break
+        with self._inside_of(episode):
+            won = environment.success()
+        if ended_by == "environment" and env.state_result:
+            outcome = prompts.with_result(outcome, won=won)
+        trajectory = Trajectory(
+            **episode.model_dump(),
+            instructions=environment.instructions,
+            template=template,
+            turns=turns,
+            outcome=outcome,
+            ended_by=ended_by,
         )
+        return trajectory, won
+
+    @contextmanager
+    def _inside_of(self, episode: Episode) -> Iterator[None]:
+        """For calls of the environment that plays an episode."""
+        self._inside = [episode.id]
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's code may raise anything
+            raise EnvironmentFailed(one_line(error)) from None
+        finally:
+            self._inside = []
 
     async def stuck(self, deadline_s: float) -> str:
         """After so many seconds: the game that has been in one call of its environment all the while, or "".

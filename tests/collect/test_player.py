@@ -7,7 +7,7 @@ import pytest
 
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat
-from oel_ray.collect.player import Player, play, player_actor
+from oel_ray.collect.player import Player, player_actor
 from oel_ray.config import EnginesConfig, EnvironmentConfig, RunConfig
 from oel_ray.consolidate.prefixes import prefixes
 from oel_ray.envs import make
@@ -49,8 +49,8 @@ def run_config(config: EnvironmentConfig | None = None, max_prompt_tokens: int =
 def played(
     episode: Episode, chat: ChatFormat, generate, config=None, max_prompt_tokens: int = 10_000, **changes
 ) -> tuple[Trajectory, bool]:
-    environment, run = make(episode.env, episode.seed, episode.params), run_config(config, max_prompt_tokens)
-    return asyncio.run(play(episode, environment, chat, generate, SAMPLING, config=run, **changes))
+    player = Player(Path(chat.tokenizer.name_or_path), generate, run_config(config, max_prompt_tokens))
+    return asyncio.run(player.play(episode, SAMPLING, **changes))
 
 
 def winning_answers(episode: Episode) -> list[str]:
@@ -182,21 +182,10 @@ def test_own_actions_can_be_left_out_of_prompts(chat: ChatFormat, episode: Episo
     prefixes([shown, hidden], chat)  # both are rendered again by the template that they name
 
 
-def a_player(policy: Path, answers: list[str]) -> Player:
-    return Player(policy, ScriptedGenerate(answers), run_config())
-
-
-def test_a_player_builds_its_games(policy: Path, chat: ChatFormat, episode: Episode) -> None:
-    answers = winning_answers(episode)
-    trajectory, success = asyncio.run(a_player(policy, answers).play(episode, SAMPLING))
-    assert success is True
-    assert trajectory == played(episode, chat, ScriptedGenerate(answers))[0]
-
-
-def test_a_player_refuses_another_map(policy: Path, episode: Episode) -> None:
+def test_a_player_refuses_another_map(chat: ChatFormat, episode: Episode) -> None:
     other = episode.model_copy(update={"map_hash": "0" * 16})
     with pytest.raises(RunFailed, match=episode.id):
-        asyncio.run(a_player(policy, ["[up]"]).play(other, SAMPLING))
+        played(other, chat, ScriptedGenerate(["[up]"]))
 
 
 def test_a_player_in_ray_plays_many_games_at_once(policy: Path) -> None:

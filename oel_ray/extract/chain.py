@@ -61,12 +61,12 @@ def extraction_prompt_ids(
 
 async def accumulate(
     trajectories: Sequence[Trajectory],
-    *,
     seed_index: int,
     round_number: int,
     config: RunConfig,
     chat: ChatFormat,
     generate: Generate,
+    *,
     known: Sequence[AccumulationStep] = (),
     on_step: Callable[[AccumulationStep], None] | None = None,
 ) -> KnowledgeText:
@@ -78,7 +78,7 @@ async def accumulate(
         EngineUnavailable: `generate` found no engine.
     """
     extract, identity = config.extract, knowledge_id(round_number, seed_index)
-    steps = list(known)
+    steps, room = list(known), config.engines.max_model_len
     items = items_after(steps)
     text = join([item.text for item in items])
 
@@ -90,9 +90,7 @@ async def accumulate(
         blank = 0
         if extract.format == "raw":
             found = [prompts.transcript(trajectory.instructions, trajectory.turns, trajectory.outcome)]
-        elif (
-            prompt_ids := extraction_prompt_ids(trajectory, text, extract, chat, config.engines.max_model_len)
-        ) is None:
+        elif (prompt_ids := extraction_prompt_ids(trajectory, text, extract, chat, room)) is None:
             status = "over_long"
         else:
             seed = derive_seed(config.seed, "extract", round_number, seed_index, index)

@@ -50,16 +50,8 @@ class ExtractionWorker:
             if self._stopping:
                 raise RunFailed("the accumulation was asked to stop")
 
-        return await accumulate(
-            trajectories,
-            seed_index=seed_index,
-            round_number=round_number,
-            config=self._config,
-            chat=self._chat,
-            generate=self._generate,
-            known=known,
-            on_step=on_step,
-        )
+        job = trajectories, seed_index, round_number, self._config, self._chat, self._generate
+        return await accumulate(*job, known=known, on_step=on_step)
 
     async def progress(self) -> int:
         """Steps finished so far, over all accumulations of this worker."""

@@ -1,5 +1,8 @@
 """Plays recorded responses again and compares. Runs in `oel verify --replay`, in the main thread."""
 
+from collections.abc import Iterator
+
+from oel_ray.envs.base import Environment
 from oel_ray.envs.registry import make
 from oel_ray.prompts import with_result
 from oel_ray.records import Trajectory
@@ -8,36 +11,28 @@ from oel_ray.records import Trajectory
 def replay(trajectory: Trajectory) -> tuple[bool, str]:
     """Whether the recorded game was won, and the first difference between record and game ("" if they agree)."""
     environment = make(trajectory.env, trajectory.seed, trajectory.params)
-    shown = environment.reset()
-    for name, recorded, real in (
-        ("map_hash", trajectory.map_hash, environment.map_hash),
-        ("instructions", trajectory.instructions, environment.instructions),
-    ):
+    for where, recorded, real in _compared(trajectory, environment):
         if recorded != real:
-            return False, _difference(trajectory, name, recorded, real)
-
-    done, outcome = False, ""
-    for number, turn in enumerate(trajectory.turns, start=1):
-        if done:
-            return environment.success(), _difference(trajectory, f"turn {number}", "a response", "the game was over")
-        step = environment.step(turn.response)
-        for name, recorded, real in (
-            ("observation", turn.observation, shown),
-            ("action", turn.action, step.action),
-            ("feedback", turn.feedback, step.feedback),
-        ):
-            if recorded != real:
-                return environment.success(), _difference(trajectory, f"turn {number}, {name}", recorded, real)
-        shown, done, outcome = step.feedback, step.done, step.outcome
-
-    ended = trajectory.ended_by == "environment"
-    if ended != done:
-        real = "the game was over" if done else "the game goes on"
-        return environment.success(), _difference(trajectory, "ended_by", trajectory.ended_by, real)
-    if ended and trajectory.outcome not in (outcome, with_result(outcome, won=environment.success())):
-        return environment.success(), _difference(trajectory, "outcome", trajectory.outcome, outcome)
+            difference = f"{trajectory.id}, {where}: recorded {recorded[:200]!r}, replayed {real[:200]!r}"
+            return environment.success(), difference
     return environment.success(), ""
 
 
-def _difference(trajectory: Trajectory, where: str, recorded: str, real: str) -> str:
-    return f"{trajectory.id}, {where}: recorded {recorded[:200]!r}, replayed {real[:200]!r}"
+def _compared(trajectory: Trajectory, environment: Environment) -> Iterator[tuple[str, str, str]]:
+    """Place, record and game, while the game is played again; to be read up to the first difference."""
+    shown, done, outcome = environment.reset(), False, ""
+    yield "map_hash", trajectory.map_hash, environment.map_hash
+    yield "instructions", trajectory.instructions, environment.instructions
+    for number, turn in enumerate(trajectory.turns, start=1):
+        if done:
+            yield f"turn {number}", "a response", "the game was over"
+        step = environment.step(turn.response)
+        yield f"turn {number}, observation", turn.observation, shown
+        yield f"turn {number}, action", turn.action, step.action
+        yield f"turn {number}, feedback", turn.feedback, step.feedback
+        shown, done, outcome = step.feedback, step.done, step.outcome
+    ended = trajectory.ended_by == "environment"
+    if ended != done:
+        yield "ended_by", trajectory.ended_by, "the game was over" if done else "the game goes on"
+    if ended and trajectory.outcome not in (outcome, with_result(outcome, won=environment.success())):
+        yield "outcome", trajectory.outcome, outcome

@@ -30,9 +30,7 @@ class Attempt:
         """Collective. Metrics and samples become what they were at the checkpoint that the attempt starts from."""
         self._job, self._rank, self._world_size = job, rank, world_size
         self._folder = Path(ray.train.get_context().get_storage().experiment_fs_path)
-        chosen: list[tuple[int, Checkpoint | None] | None] = [None]
-        if rank == 0:
-            chosen = [self._choose()]
+        chosen = [self._choose() if rank == 0 else None]
         dist.broadcast_object_list(chosen)
         assert chosen[0]
         self.number, self._checkpoint = chosen[0]
@@ -61,10 +59,9 @@ class Attempt:
         return number, chosen
 
     def note(self, text: str) -> None:
-        """Tell the driver, which tells the user."""
-        if self._rank == 0:
-            with (self._job.scratch / checkpoints.NOTES_FILE).open("a") as file:
-                file.write(text + "\n")
+        """Tell the driver, which tells the user. Rank 0."""
+        with (self._job.scratch / checkpoints.NOTES_FILE).open("a") as file:
+            file.write(text + "\n")
 
     def version(self, step: int) -> str:
         """The label of the weights after so many steps."""

@@ -106,16 +106,14 @@ def check_linear_head(model: Any) -> None:
     finally:
         hook.remove()
     hidden_BSD = model.base_model(input_ids=tokens_BS, use_cache=False).last_hidden_state
-    expected_BSV = apply_soft_cap(seen["head"], soft_cap) if seen else None
-    for ours, theirs in ((hidden_BSD, seen.get("hidden")), (expected_BSV, logits_BSV)):
-        if ours is None or theirs is None or ours.shape != theirs.shape or not _close(ours, theirs):
-            raise UserError(
-                f"{name} changes its logits behind the output head (a scale, or a soft cap that its configuration does "
-                "not declare as final_logit_softcapping): not supported"
-            )
+    if not (seen and _close(hidden_BSD, seen["hidden"]) and _close(apply_soft_cap(seen["head"], soft_cap), logits_BSV)):
+        raise UserError(
+            f"{name} changes its logits behind the output head (a scale, or a soft cap that its configuration does "
+            "not declare as final_logit_softcapping): not supported"
+        )
 
 
 def _close(left: Tensor, right: Tensor) -> bool:
-    """Equal up to the rounding of the coarser dtype."""
+    """Equal in shape, and up to the rounding of the coarser dtype in value."""
     tolerance = 4 * max(torch.finfo(left.dtype).eps, torch.finfo(right.dtype).eps)
-    return torch.allclose(left.float(), right.float(), rtol=tolerance, atol=tolerance)
+    return left.shape == right.shape and torch.allclose(left.float(), right.float(), rtol=tolerance, atol=tolerance)

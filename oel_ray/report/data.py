@@ -96,12 +96,9 @@ class Report(NamedTuple):
         if not self.evaluated:
             return "No policy has been evaluated yet."
         (start, first), (end, last) = self.evaluated[0], self.evaluated[-1]
-        players = [
-            f"{name} {100 * rate:.0f} %"
-            for name, rate in (("a random player", last.random), ("a perfect one", last.oracle))
-            if rate is not None
-        ]
-        beside = "; ".join(["95 % interval", *filter(None, [", ".join(players)])])
+        rates = (("a random player", last.random), ("a perfect one", last.oracle))
+        players = ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in rates if rate is not None)
+        beside = "95 % interval" + (f"; {players}" if players else "")
         if start == end:
             return f"The policy wins {interval(first)} of the held-out games {when(start)} ({beside})."
         text = (

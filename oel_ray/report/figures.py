@@ -25,29 +25,32 @@ _SPELLED = 6
 
 
 class Figure(NamedTuple):
-    """A figure in both forms. `caption` says what is to be seen; a `wide` one takes a row of the page for itself."""
+    """How a figure is made, and whether the run has anything to show in it.
+
+    `caption` says what is to be seen; a `wide` one takes a row of the page for itself.
+    """
 
     name: str
     title: str
     caption: str
-    svg: str
-    png: bytes
-    wide: bool
+    has_data: Callable[[Report], bool]
+    draw: Callable[[Report, Any], None]
+    wide: bool = False
 
 
-def figures(report: Report) -> list[Figure]:
-    """The figures that the run has data for."""
+def figures(report: Report) -> list[tuple[Figure, str, bytes]]:
+    """The figures that the run has data for, as SVG and as PNG."""
     drawn = []
-    for it in _DRAWINGS:
-        if it.has_data(report):
-            with _figure(wide=it.wide) as (canvas, axes):
-                it.draw(report, axes)
-                drawn.append(Figure(it.name, it.title, it.caption, *_rendered(canvas), wide=it.wide))
+    for figure in _FIGURES:
+        if figure.has_data(report):
+            with _canvas(wide=figure.wide) as (canvas, axes):
+                figure.draw(report, axes)
+                drawn.append((figure, *_rendered(canvas)))
     return drawn
 
 
 @contextmanager
-def _figure(*, wide: bool) -> Iterator[tuple[Any, Any]]:
+def _canvas(*, wide: bool) -> Iterator[tuple[Any, Any]]:
     from matplotlib import style
     from matplotlib.figure import Figure as Canvas
 
@@ -171,19 +174,8 @@ def _any_in(report: Report, part: Callable[[RoundData], Any]) -> bool:
     return any(part(data) for data in report.rounds)
 
 
-class _Drawing(NamedTuple):
-    """How a figure is made, and whether the run has anything to show in it."""
-
-    name: str
-    title: str
-    caption: str
-    has_data: Callable[[Report], bool]
-    draw: Callable[[Report, Any], None]
-    wide: bool = False
-
-
-_DRAWINGS = [
-    _Drawing(
+_FIGURES = [
+    Figure(
         "pass_rate",
         "Pass rate",
         "On held-out games, with 95 % intervals clustered by map. From one bare policy to the next: what it wins with "
@@ -193,21 +185,21 @@ _DRAWINGS = [
         _pass_rate,
         wide=True,
     ),
-    _Drawing(
+    Figure(
         "tokens",
         "Length of responses",
         "On held-out games, thinking included; read like the figure above. (Figure 5 of the paper.)",
         lambda report: bool(report.evaluated),
         _tokens,
     ),
-    _Drawing(
+    Figure(
         "reverse_kl",
         "Reverse KL",
         "Of the student to the teacher that reads the knowledge, on responses that the student has just written.",
         lambda report: _any_in(report, lambda data: data.kl),
         _kl,
     ),
-    _Drawing(
+    Figure(
         "time",
         "Wall time",
         "What each stage of a round took.",

@@ -23,15 +23,15 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     page = target / PAGE
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for figure in drawn:
-            (target / f"{figure.name}.png").write_bytes(figure.png)
+        for figure, _, png in drawn:
+            (target / f"{figure.name}.png").write_bytes(png)
         page.write_text(render(report, drawn), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {target}: {error.strerror}: choose another folder with --out") from None
     return page
 
 
-def render(report: Report, drawn: list[Figure]) -> str:
+def render(report: Report, drawn: list[tuple[Figure, str, bytes]]) -> str:
     """The page. Whatever games and models wrote is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -92,28 +92,25 @@ class TextCaches:
         return 0 if text in self._on_device else 1 if text in self._on_host else 2
 
     def get(self, text: Text) -> TextCache:
-        """The text's cache on the device. It may be larger than the budget: `trim` when done with it."""
+        """The text's cache on the device. It may be larger than the budget: `make_room` when done with it."""
         if text in self._on_device:
             self.counts.hits += 1
             cache = self._on_device.pop(text)
         elif text in self._on_host:
             self.counts.loads += 1
             kept = self._on_host[text] = self._on_host.pop(text)
-            self._make_room(kept.size)
+            self.make_room(kept.size)
             cache = kept.moved(lambda tensor: tensor.to(self._device, non_blocking=True))
         else:
             self.counts.builds += 1
-            self._make_room(self._bytes_per_token * len(text))
+            self.make_room(self._bytes_per_token * len(text))
             cache = self._read(text)
             self._bytes_per_token = cache.size // len(text)
         self._on_device[text] = cache
         return cache
 
-    def trim(self) -> None:
-        """Put the device's caches back within their budget."""
-        self._make_room(0)
-
-    def _make_room(self, needed: int) -> None:
+    def make_room(self, needed: int = 0) -> None:
+        """Put the device's caches back within their budget, less what is `needed`."""
         while self._on_device and _total(self._on_device) + needed > self._device_bytes:
             text = next(iter(self._on_device))
             self._offload(text, self._on_device.pop(text))

@@ -93,7 +93,7 @@ class Teacher:
             cache = self.caches.get(text)
             for part in buckets(by_text[text], lambda index: samples[index].tokens_behind, self.pass_tokens):
                 yield part, self._read_behind(cache, len(text), [samples[index] for index in part])
-        self.caches.trim()
+        self.caches.make_room()
 
     def _read_text(self, text: Text) -> TextCache:
         cache = DynamicCache(config=self.model.config)

@@ -164,7 +164,7 @@ def test_a_text_in_use_may_be_larger_than_the_budget() -> None:
     caches = TextCaches(lambda text: text_cache(len(text)), torch.device("cpu"), device_bytes=8, host_bytes=8)
     caches.get((1, 2))
     assert caches.distance((1, 2)) == 0
-    caches.trim()
+    caches.make_room()
     assert caches.distance((1, 2)) == 2
 
 

@@ -400,7 +400,7 @@ def _one_stage(
     """Do one stage of one round, in an existing run or in a new one."""
     from oel_ray.progress import Progress
     from oel_ray.show import next_steps
-    from oel_ray.single import plan_stage
+    from oel_ray.single import Files, plan_stage
 
     if overrides and config is None:
         raise UserError(f"'{overrides[0]}' changes a configuration: name one with --config to start a new run")

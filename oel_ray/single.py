@@ -1,6 +1,6 @@
 """One stage of one round by hand: for a closer look, or for games and knowledge from elsewhere. Runs in the driver."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +64,11 @@ def plan_stage(
     settings: RunConfig | None,
     name: str,
     round_number: int | None,
-    games: dict[TrainingSplit, Path],
-    texts: Sequence[Path],
+    files: Files,
     note: Callable[[str], None],
 ) -> SingleStage:
     """Check and read all that a stage needs; writes nothing.
 
-    `games` and `texts` are files to read in place of what the run has made itself.
     `settings` start a new run at `path`, or must be those of the run there. Without `round_number` it is the first
     round that lacks the stage.
 
@@ -87,8 +85,7 @@ def plan_stage(
         raise UserError(f"{path} holds no run: start one there with --config CONFIG")
     committed[0] = committed.get(0, set()) | {PREPARE}  # every stage makes up for it
     number = first_open_round(config, committed, name) if round_number is None else round_number
-    imports = {IMPORT_OF[split] for split in games} | ({IMPORT_KNOWLEDGE} if texts else set())
-    check_ready(config, committed, number, name, imports)
+    check_ready(config, committed, number, name, files.stages)
     chat = preflight(starting_at(run, number) if run else config, note, plays=name in PLAYED).chat
     trajectories = {
         split: read_trajectories(file, number, split, config, chat, files.max_bad)

@@ -1,5 +1,7 @@
 """`python -m experiments.beyond`: what the paper fixes, changed one at a time. Run as a script."""
 
+import sys
+
 from experiments import recipes, runner
 from experiments.records import Arm, Experiment, Start
 
@@ -40,4 +42,4 @@ EXPERIMENT = Experiment(
 )
 
 if __name__ == "__main__":
-    runner.main(EXPERIMENT)
+    sys.exit(runner.main(EXPERIMENT))

@@ -3,6 +3,8 @@
 Both arms read the same games and practise on the same games. No knowledge is the untouched model, as in the paper.
 """
 
+import sys
+
 from experiments import recipes, runner
 from experiments.records import Arm, Claim, Experiment, Start
 
@@ -56,4 +58,4 @@ EXPERIMENT = Experiment(
 )
 
 if __name__ == "__main__":
-    runner.main(EXPERIMENT)
+    sys.exit(runner.main(EXPERIMENT))

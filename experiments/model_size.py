@@ -3,6 +3,7 @@
 The micro model's other two sizes have to be trained first; README.md has the commands.
 """
 
+import sys
 from functools import partial
 
 from experiments import recipes, runner
@@ -75,4 +76,4 @@ EXPERIMENT = Experiment(
 )
 
 if __name__ == "__main__":
-    runner.main(EXPERIMENT)
+    sys.exit(runner.main(EXPERIMENT))

@@ -4,6 +4,8 @@ The off-policy arm takes games and knowledge of round 1 from the other: the two 
 round 2 each plays for itself.
 """
 
+import sys
+
 from experiments import recipes, runner
 from experiments.records import Arm, Arms, Claim, Experiment, Start
 
@@ -66,4 +68,4 @@ EXPERIMENT = Experiment(
 )
 
 if __name__ == "__main__":
-    runner.main(EXPERIMENT)
+    sys.exit(runner.main(EXPERIMENT))

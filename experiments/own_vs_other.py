@@ -4,6 +4,8 @@ The same policy practises on the same games with knowledge from three authors: i
 is after two rounds, when it wins more. Both others have read games of their own.
 """
 
+import sys
+
 from experiments import model_size, recipes, runner
 from experiments.records import Arm, Claim, Experiment, Recipe, Start
 from oel_ray.errors import UserError
@@ -56,4 +58,4 @@ EXPERIMENT = Experiment(
 )
 
 if __name__ == "__main__":
-    runner.main(EXPERIMENT)
+    sys.exit(runner.main(EXPERIMENT))

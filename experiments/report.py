@@ -4,12 +4,13 @@ The same results give the same bytes.
 """
 
 import io
+import itertools
 import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments import beyond, knowledge_vs_raw, model_size, on_vs_off_policy, own_vs_other, rounds
 from experiments.records import ArmResult, Arms, Condition, Experiment, Key, Point
@@ -24,7 +25,8 @@ PAGE, FIGURES = "results.md", "results"
 EXPERIMENTS: tuple[Experiment, ...] = tuple(
     module.EXPERIMENT for module in (rounds, on_vs_off_policy, model_size, knowledge_vs_raw, own_vs_other, beyond)
 )
-COLORS = (POLICY, CONTEXT, ORACLE, INK, RANDOM)
+COLORS = (POLICY, CONTEXT, ORACLE, INK, RANDOM, "#8e5ea2", "#c0504d", "#4f9d9d", "#b8860b", "#7f7fbf")
+BARE = 0
 ABSENT = "-"
 OUTSIDE: Condition = "out_of_distribution"
 
@@ -40,8 +42,9 @@ and with it maps, games and sampling of its own; all arms have the same seeds, s
 claim **holds here** if the whole 95 % interval of its paired difference is on its side of zero, **does not hold here**
 if the whole interval is on the other side, and else **cannot be told apart**. Where a claim says that nothing changes,
 the interval has to lie within the margin that it names, or outside of it. There is no correction for the number of
-claims, and with three repetitions intervals are wide. The micro model is a proving ground and no language model, and much that it does is built into it: see
-[its card](../oel_ray/micro/README.md).
+claims, and with three repetitions intervals are wide. In figures bars are intervals, and hollow marks are the policy of
+the round before with knowledge in its prompt. The micro model is a proving ground and no language model, and much that
+it does is built into it: see [its card](../oel_ray/micro/README.md).
 """
 NOTHING = """
 **No results are committed yet.** Nothing on this page has been tried. The commands are below; what they write into
@@ -50,6 +53,9 @@ NOTHING = """
 
 Group = dict[str, dict[int, ArmResult]]
 """The results of one experiment with one preset: by arm, by seed."""
+
+Curve = dict[float, Estimate]
+"""Estimates by their places in the run, in order."""
 
 
 def read_results(folder: Path) -> list[ArmResult]:
@@ -222,23 +228,18 @@ _METRICS = (
 def _drawn(group: Group, metric: _Metric) -> bytes:
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever matplotlibrc the machine has
         mpl.rcParams.update(STYLE)
         canvas = Figure(figsize=(8.6, 4.0), layout="constrained")
         axes = canvas.add_subplot()
-        for index, (arm, by_seed) in enumerate(group.items()):
-            color = COLORS[index % len(COLORS)]
-            for in_context, style in ((False, "o-"), (True, "D:")):
-                curve = _curve(by_seed, metric, in_context=in_context)
-                if curve:
-                    label = f"{arm}, knowledge in the prompt" if in_context else arm
-                    halves = [0.0 if math.isinf(it.half) else it.half for it in curve.values()]
-                    means = [it.mean for it in curve.values()]
-                    axes.errorbar(list(curve), means, halves, fmt=style, color=color, ms=4, capsize=2.5, label=label)
+        for color, (arm, by_seed) in zip(itertools.cycle(COLORS), group.items(), strict=False):
+            _draw_arm(axes, arm, _curves(by_seed, metric), color)
         axes.set(xlabel="round", ylabel=metric.title.lower())
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, fontsize=8)
         svg = io.StringIO()
         canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
@@ -246,14 +247,30 @@ def _drawn(group: Group, metric: _Metric) -> bytes:
     return "\n".join(line.rstrip() for line in text[text.index("<svg") :].splitlines()).encode() + b"\n"
 
 
-def _curve(by_seed: dict[int, ArmResult], metric: _Metric, *, in_context: bool) -> dict[float, Estimate]:
-    """Estimates by place, in order."""
-    values: dict[float, list[float]] = defaultdict(list)
-    for it in by_seed.values():
-        for point in it.points:
-            if metric.takes(point) and (point.condition == "in_context") == in_context:
-                values[point.place].append(metric.value(point))
-    return {place: estimate(values[place]) for place in sorted(values)}
+def _draw_arm(axes: Any, arm: str, curves: dict[int, Curve], color: str) -> None:
+    """Its policies in a line; from each the climb while knowledge grows in its prompt, hollow and dotted."""
+    bare = curves.pop(BARE, {})
+    _draw_curve(axes, bare, color, fmt="o-", label=arm)
+    for number, grown in curves.items():
+        climb = {place: it for place, it in bare.items() if place == number - 1} | grown
+        axes.plot(list(climb), [it.mean for it in climb.values()], ":", color=color, lw=1.2)
+        _draw_curve(axes, grown, color, fmt="D", mfc="white")
+
+
+def _draw_curve(axes: Any, curve: Curve, color: str, **style: str) -> None:
+    halves = [0.0 if math.isinf(it.half) else it.half for it in curve.values()]
+    means = [it.mean for it in curve.values()]
+    axes.errorbar(list(curve), means, halves, color=color, ms=4, capsize=2.5, **style)
+
+
+def _curves(by_seed: dict[int, ArmResult], metric: _Metric) -> dict[int, Curve]:
+    """Of the bare policies, and of each round's knowledge in the prompt under its number."""
+    values: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for point in sorted((it for result in by_seed.values() for it in result.points), key=lambda it: it.place):
+        if metric.takes(point):
+            number = point.round if point.condition == "in_context" else BARE
+            values[number][point.place].append(metric.value(point))
+    return {number: {place: estimate(rates) for place, rates in at.items()} for number, at in values.items()}
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """`python -m experiments.rounds`: figures 4 and 5 of the paper, round after round. Run as a script."""
 
+import sys
+
 from experiments import recipes, runner
 from experiments.records import Arm, Arms, Claim, Experiment, Start
 
@@ -63,4 +65,4 @@ EXPERIMENT = Experiment(
 )
 
 if __name__ == "__main__":
-    runner.main(EXPERIMENT)
+    sys.exit(runner.main(EXPERIMENT))

@@ -27,7 +27,7 @@ from oel_ray.schedule import Committed, is_done, unfinished
 
 OEL = (sys.executable, "-m", "oel_ray")
 RESULTS = Path("experiments/results")
-SECONDS = {"command": 30.0, "round": 20.0, "step": 2.0, "game": 0.08, "extraction": 0.1, "measure": 40.0}
+SECONDS = {"command": 30.0, "round": 20.0, "step": 2.0, "game": 0.08, "extraction": 0.1, "measure": 60.0}
 """About what the micro model takes on two cores that do nothing else, for the estimate of `--plan` alone."""
 
 _STAGE_OF: dict[Imported, str] = dict(IMPORT_OF) | {"knowledge": IMPORT_KNOWLEDGE}
@@ -254,13 +254,14 @@ def run_child(command: Sequence[str]) -> None:
         sys.exit(child.returncode if child.returncode > 0 else 1)
 
 
-def main(experiment: Experiment) -> None:
-    """The command line of an experiment."""
+def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
+    """The command line of an experiment; returns the exit code. What ends a run's command ends this one, too."""
     try:
-        _main(experiment, _arguments(experiment).parse_args())
+        _main(experiment, _arguments(experiment).parse_args(arguments))
     except UserError as error:
         print(f"experiments: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 def _main(experiment: Experiment, options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from examples.micro_model.worlds import worlds
 from experiments.measure import Measured
 from oel_ray.durable import write_json
 
-MAPS = 192
+MAPS = 128
 
 
 def measure(folder: Path, maps: int, seed: int) -> Measured:

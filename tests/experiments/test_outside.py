@@ -1,0 +1,46 @@
+"""Measurements out of distribution: what the harness is asked for, what is read from its answer, the micro worlds."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import ifeval, worlds
+from experiments.measure import Measured
+from oel_ray.errors import UserError
+from oel_ray.models import MICRO, resolve_model
+
+# Of the shape that lm-evaluation-harness 0.4.13 returns, what is not read left out.
+ANSWER = {
+    "results": {
+        "ifeval": {
+            "alias": "ifeval",
+            "prompt_level_strict_acc,none": 0.625,
+            "prompt_level_strict_acc_stderr,none": 0.125,
+            "inst_level_strict_acc,none": 0.75,
+            "inst_level_strict_acc_stderr,none": "N/A",
+        }
+    },
+    "n-samples": {"ifeval": {"original": 541, "effective": 16}},
+    "higher_is_better": {"ifeval": {"prompt_level_strict_acc": True}},
+}
+
+
+def test_the_harness_samples_as_the_paper_does() -> None:
+    called = ifeval.arguments(Path("policy"), "vllm", "ifeval", 42)
+    assert called["model_args"] == {"pretrained": "policy", "enable_thinking": False, "seed": 42}
+    assert called["gen_kwargs"] == {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+    assert called["apply_chat_template"] is True
+    assert "seed" not in ifeval.arguments(Path("policy"), "hf", "ifeval", 42)["model_args"]
+
+
+def test_its_answer_is_read() -> None:
+    assert ifeval.measured(ANSWER, "ifeval") == Measured(rate=0.625, error=0.125, count=16)
+    with pytest.raises(UserError, match="the task other gave no prompt_level_strict_acc"):
+        ifeval.measured(ANSWER, "other")
+
+
+@pytest.mark.slow
+def test_told_of_letters_that_it_never_saw_the_micro_model_wins() -> None:
+    it = worlds.measure(resolve_model(MICRO, print), maps=16, seed=0)
+    assert it.count == 16
+    assert it.rate >= 0.4

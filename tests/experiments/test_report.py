@@ -1,0 +1,94 @@
+"""What is made of results, and that the committed page is made of the committed results."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import report
+from oel_ray.errors import UserError
+from tests.experiments.made_up import point, result, rounds
+
+BETTER = "After consolidation the bare policy is better than it was with the knowledge in its prompt"
+
+
+def page(*results: report.ArmResult) -> str:
+    return report.pages(results)[report.PAGE].decode()
+
+
+def row(text: str, start: str) -> str:
+    (found,) = (line for line in text.splitlines() if line.startswith(f"| {start}"))
+    return found
+
+
+def test_the_committed_page_is_made_of_the_committed_results() -> None:
+    made = report.pages(report.read_results(report.RESULTS))
+    there = [report.DOCS / report.PAGE, *(report.DOCS / report.FIGURES).glob("*")]
+    assert {path.relative_to(report.DOCS).as_posix() for path in there} == set(made)
+    for name, content in made.items():
+        assert (report.DOCS / name).read_bytes() == content, f"{name}: run python -m experiments.report"
+
+
+def test_without_results_the_page_says_so_and_names_every_command() -> None:
+    text = page()
+    assert "No results are committed yet" in text
+    for experiment in report.EXPERIMENTS:
+        assert f"`python -m experiments.{experiment.name}`" in text
+        assert all(claim.text in text for claim in experiment.claims)
+
+
+def test_numbers_have_intervals_and_claims_a_verdict() -> None:
+    text = page(*(rounds(seed) for seed in (0, 1, 2)))
+    assert "No results are committed yet" not in text
+    assert row(text, "oel | untouched model").startswith("| oel | untouched model | 11.0 ± 2.5 | 120.0 ± 0.0 |")
+    assert "| oel | round 1, knowledge of 4 games in the prompt | 34.0 ± 2.5 |" in text
+    assert "**holds here** | +23.0 ± 5.0 points" in row(text, "Knowledge in the prompt raises")
+    assert "**cannot be told apart** | -3.0 ± 5.0 points" in row(text, f"{BETTER} (round 1)")
+    assert "**holds here** | +30.0 ± 0.0 tokens" in row(text, "Responses get shorter")
+    assert "python -m experiments.rounds --preset quickstart --seeds 0 1 2" in text
+
+
+def test_one_repetition_has_no_interval_and_decides_nothing() -> None:
+    text = page(rounds(0))
+    assert "| oel | untouched model | 10.0 | 120.0 |" in text
+    assert "holds here** |" not in text.partition("| the paper's claim |")[2]
+
+
+def test_arms_are_compared_seed_by_seed_with_the_reference() -> None:
+    def arm(label: str, seed: int, rate: float) -> report.ArmResult:
+        return result("beyond", label, seed, [point("policy", 1, None, rate)])
+
+    pairs = [(0, 0.2, 0.3), (1, 0.5, 0.61), (2, 0.8, 0.89)]
+    text = page(
+        *(arm("K-10", seed, high) for seed, _, high in pairs), *(arm("base", seed, low) for seed, low, _ in pairs)
+    )
+    assert "| base | round 1 | 50.0 ± 74.5 |" in text
+    assert "| 60.0 ± 73.3 | 100.0 ± 0.0 | +10.0 ± 2.5 |" in row(text, "K-10 | round 1")
+    assert text.index("| base | round 1") < text.index("| K-10 | round 1"), "the reference comes first"
+
+
+def test_what_was_not_measured_is_said_to_be_missing() -> None:
+    partial = result("knowledge_vs_raw", "raw", 0, [point("policy", 0, None, 0.1), point("in_context", 1, None, 0.1)])
+    text = page(partial)
+    assert "**cannot be told apart** | not measured |" in row(text, "Extracted knowledge in the prompt")
+
+
+def test_figures_are_the_same_bytes_for_the_same_results_and_show_what_they_are_for() -> None:
+    twice = [report.pages([rounds(0), rounds(1)]) for _ in range(2)]
+    assert twice[0] == twice[1]
+    assert set(twice[0]) == {report.PAGE, *(f"results/quickstart.rounds.{name}.svg" for name in ("rate", "tokens"))}
+    assert "games won" in twice[0]["results/quickstart.rounds.rate.svg"].decode()
+
+
+def test_repetitions_of_different_settings_are_not_averaged() -> None:
+    other = rounds(1).model_copy(update={"settings_hash": "b" * 16})
+    with pytest.raises(UserError, match="rounds, oel: repetitions were made with different settings"):
+        page(rounds(0), other)
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    it = rounds(0)
+    (tmp_path / it.file_name).write_text(it.model_dump_json(indent=1))
+    assert report.read_results(tmp_path) == [it]
+    (tmp_path / it.file_name).rename(tmp_path / "other.json")
+    with pytest.raises(UserError, match=r"other\.json holds quickstart\.rounds\.oel\.seed-0\.json: rename it"):
+        report.read_results(tmp_path)

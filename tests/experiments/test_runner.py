@@ -1,0 +1,152 @@
+"""What the runner would do, and what it reads from a run. Nothing is run here."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from experiments import measure, recipes, rounds, runner
+from experiments.records import Arm, Import, Recipe, Start
+from experiments.report import EXPERIMENTS
+from oel_ray.envs import make
+from oel_ray.errors import UserError
+from oel_ray.layout import planned_stages
+from oel_ray.preflight import check_context, check_model
+from oel_ray.runs import RunFolder
+from tests import example_run
+
+START = Start("quickstart")
+QWEN = [f"frozenlake-qwen3-{size}" for size in ("1.7b", "4b")]
+RUN = Path("runs/x")
+
+
+def named(name: str, start: Start = START) -> list[Arm]:
+    (experiment,) = (it for it in EXPERIMENTS if it.name == name)
+    return experiment.arms(start)
+
+
+def recipe(label: str, name: str) -> Recipe:
+    (found,) = (arm.recipe for arm in named(name) if arm.label == label)
+    return found
+
+
+def files(item: Import) -> Sequence[Path]:
+    names = ["k0.json", "k1.json"] if item.what == "knowledge" else [f"{item.what}.jsonl"]
+    return [Path(item.source.name) / str(item.round) / name for name in names]
+
+
+def following(it: Recipe, *stages: str) -> list[str]:
+    """The next command of a run with these stages of round 1, the untouched model being evaluated."""
+    committed = {0: {"prepare", "evaluate"}, 1: set(stages)}
+    return runner.next_command(it, 7, RUN, committed, files) or []
+
+
+@pytest.mark.parametrize("preset", ["quickstart", *QWEN])
+def test_every_arm_is_a_configuration_and_each_name_stands_for_one_recipe(preset: str) -> None:
+    known: dict[str, Recipe] = {}
+    for experiment in EXPERIMENTS:
+        arms = experiment.arms(Start(preset))
+        labels = [arm.label for arm in arms]
+        assert len(labels) == len(set(labels))
+        assert experiment.reference in labels
+        for arm in arms:
+            assert arm.rounds <= arm.recipe.config.rounds
+            for one in arm.recipe.with_sources():
+                assert known.setdefault(one.name, one) == one
+                assert all(item.round <= item.source.config.rounds for item in one.imports)
+
+
+def test_an_arm_differs_from_the_reference_in_what_it_is_about() -> None:
+    off, on = recipe("off_policy", "on_vs_off_policy").config, recipe("on_policy", "on_vs_off_policy").config
+    assert (off.consolidate.responses, off.consolidate.divergence) == ("teacher", "forward")
+    same = {"responses": "student", "divergence": "full"}
+    assert off.consolidate.model_copy(update=same) == on.consolidate
+    raw, extracted = recipe("raw", "knowledge_vs_raw").config, recipe("extracted", "knowledge_vs_raw").config
+    assert (raw.extract.format, extracted.extract.format) == ("raw", "structured")
+    assert raw.consolidate.model_copy(update={"keep_steps": (2, 4)}) == extracted.consolidate
+
+
+def test_the_micro_model_has_room_for_raw_games() -> None:
+    config = recipe("raw", "knowledge_vs_raw").config
+    model = check_model(config, print)
+    check_context(config, model, model, make(config.env.id, 0, config.env.params))
+
+
+def test_a_run_is_started_gone_on_with_and_left_alone() -> None:
+    base = recipes.base(START)
+    started = runner.next_command(base, 7, RUN, None, files)
+    assert started == ["run", "quickstart", *base.overrides, "seed=7", "--run-dir", str(RUN)]
+    assert following(base, "collect") == ["run", "--resume", "--run-dir", str(RUN)]
+    committed = {number: planned_stages(base.config, number) for number in range(4)}
+    assert runner.next_command(base, 7, RUN, committed, files) is None
+
+
+def test_what_is_imported_comes_before_the_rest_and_after_a_kill_only_what_is_missing() -> None:
+    raw = recipe("raw", "knowledge_vs_raw")
+    new = [*raw.overrides, "seed=7", "--config", "quickstart"]
+    read, practised = ("--trajectories", "base/1/extraction.jsonl"), ("--trajectories", "base/1/consolidation.jsonl")
+    where = [str(RUN), "--round", "1"]
+    assert runner.next_command(raw, 7, RUN, None, files) == ["extract", str(RUN), *new, "--round", "1", *read]
+    assert following(raw) == ["extract", *where, *read]
+    assert following(raw, "import_extraction") == ["extract", *where]
+    assert following(raw, "import_extraction", "extract") == ["consolidate", *where, *practised]
+    there = ("import_extraction", "extract", "import_consolidation")
+    assert following(raw, *there) == ["run", "--resume", "--run-dir", str(RUN)]
+    assert following(raw, *there, "consolidate", "evaluate_in_context", "evaluate") == []
+
+    later, texts = recipe("later", "own_vs_other"), ["--knowledge", "base/3/k0.json", "--knowledge", "base/3/k1.json"]
+    assert following(later) == ["consolidate", *where, *practised, *texts]
+    assert following(later, "import_consolidation") == ["consolidate", *where, *texts]
+
+
+def test_the_work_of_a_run_is_what_its_configuration_says() -> None:
+    work = runner.work_of_run(recipes.base(START))
+    learned_on, evaluated = 3 * (24 + 6 * 8), 128 * 3 * (4 + 3 * 4)
+    assert (work.games, work.extractions, work.steps) == (learned_on + evaluated, 3 * 3 * 24, 18)
+    imported = runner.work_of_run(recipe("later", "own_vs_other"))
+    assert (imported.games, imported.extractions, imported.commands) == (128 * 3 * 3, 0, 2)
+
+
+def test_what_was_measured_is_read_with_where_it_stands(tmp_path: Path) -> None:
+    run = RunFolder.open(example_run.build(tmp_path / "base/seed-0"))
+    points = {point.key: point for point in measure.run_points(run, 2, tmp_path)}
+    assert sorted(key[:2] for key in points if key.step is None) == [
+        ("in_context", 1), ("in_context", 2), ("policy", 0), ("policy", 1), ("policy", 2)
+    ]  # fmt: skip
+    early = points["in_context", 2, example_run.EARLY_STEP]
+    assert (early.rate, early.error, early.count, early.tokens_per_turn) == (0.375, 0.125, 8, 2.0)
+    assert early.source == "base/seed-0/rounds/002/evaluation.json"
+    entry = run.manifest(2).stages["evaluate"].files["evaluation.json"]
+    assert entry.sha256.startswith(early.sha256)
+    places = [point.place for point in sorted(points.values(), key=lambda it: it.place)]
+    assert places == pytest.approx([0, 0.45, 0.9, 1, 1.45, 1.9, 2])
+    assert max(point.round for point in measure.run_points(run, 1, tmp_path)) == 1
+    assert measure.knowledge_tokens(run, 2) == {1: 7, 2: 7}
+
+
+def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+    base = recipes.base(START)
+    example_run.build(tmp_path / "base/seed-7")
+    with pytest.raises(UserError, match="holds a run of other settings: choose another --out"):
+        runner.Runs(tmp_path).made(base, 7)
+
+
+def test_a_command_that_fails_ends_the_experiment_with_its_exit_code() -> None:
+    with pytest.raises(SystemExit) as ended:
+        runner.run_child([sys.executable, "-c", "raise SystemExit(130)"])
+    assert ended.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--plan", "--seeds", "5"], 0, "oel run quickstart rounds=3"),
+        (["--arms", "nobody"], 2, "no arm nobody: rounds has oel"),
+        (["--plan", "--set", "extract.sedes=1"], 2, "did you mean 'extract.seeds'?"),
+    ],
+)
+def test_the_command_line(options: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(rounds.EXPERIMENT, options) == code
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err

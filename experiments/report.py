@@ -42,9 +42,9 @@ and with it maps, games and sampling of its own; all arms have the same seeds, s
 claim **holds here** if the whole 95 % interval of its paired difference is on its side of zero, **does not hold here**
 if the whole interval is on the other side, and else **cannot be told apart**. Where a claim says that nothing changes,
 the interval has to lie within the margin that it names, or outside of it. There is no correction for the number of
-claims, and with three repetitions intervals are wide. The micro model is a proving ground and no language model, and
-much that it does is built into it: see [its card](../oel_ray/micro/README.md). In figures bars are intervals, and
-hollow marks are the policy of the round before with knowledge in its prompt.
+claims, and with three repetitions intervals are wide. In figures bars are intervals, and hollow marks are the policy of
+the round before with knowledge in its prompt. The micro model is a proving ground and no language model, and much that
+it does is built into it: see [its card](../oel_ray/micro/README.md).
 """
 NOTHING = """
 **No results are committed yet.** Nothing on this page has been tried. The commands are below; what they write into

@@ -120,7 +120,7 @@ class RunFolder:
                 "run_id": uuid.uuid4().hex[:8],
                 "created": _now(),
                 "config_hash": content_hash(config.model_dump(mode="json")),
-                "packages": _installed(PACKAGES),
+                "packages": installed(PACKAGES),
             }
             write_json(path / RUN_FILE, info)
             folder.set_status("running")
@@ -394,7 +394,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _installed(packages: Iterable[str]) -> dict[str, str]:
+def installed(packages: Iterable[str]) -> dict[str, str]:
     """Versions of those that are installed."""
     versions = {}
     for package in packages:

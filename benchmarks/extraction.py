@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import harness, serving
 from oel_ray.collect.stage import players
 from oel_ray.config import RunConfig
-from oel_ray.extract.stage import WORKER_CPUS, ExtractionWorker, extract
+from oel_ray.extract.stage import ExtractionWorker, extract
 from oel_ray.records import KnowledgeText, Trajectory
 
 import ray  # isort: skip - behind what sets its environment
@@ -34,7 +34,7 @@ def one_after_the_other(
 ) -> list[KnowledgeText]:
     worker = (
         ray.remote(ExtractionWorker)
-        .options(num_cpus=WORKER_CPUS)
+        .options(num_cpus=1)
         .remote(
             served.policy,
             thinking=config.thinking,

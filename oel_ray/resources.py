@@ -14,7 +14,7 @@ from typing import Any
 
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
-from oel_ray.plan import GPU_MEMORY, Nodes, amounts, demands, place, placement, total
+from oel_ray.plan import GPU_MEMORY, Nodes, amounts, demands, place, placement, ray_options, total
 
 # Read by Ray when it is imported, so set before.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -78,13 +78,8 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
     else:
         gpus = 0 if config.engines.device == "cpu" else _gpus_here()
         needed = total(demands(config, on_gpu=_on_gpu(config, gpus)))
-        ray.init(
-            address="local",
-            num_cpus=math.ceil(needed["CPU"]),
-            resources={kind: amount for kind, amount in needed.items() if kind not in ("CPU", "GPU")},
-            include_dashboard=config.cluster.dashboard,
-            **settings,
-        )
+        settings |= ray_options({kind: math.ceil(amount) for kind, amount in needed.items()})
+        ray.init(address="local", include_dashboard=config.cluster.dashboard, **settings)
         note(f"started Ray on this machine with {needed['CPU']:g} logical CPUs on {os.cpu_count()} cores")
     try:
         yield check_nodes(config, alive_nodes(), "the Ray cluster")
@@ -209,19 +204,13 @@ def check_nodes(config: RunConfig, nodes: Nodes, where: str) -> bool:
 
 def _check_cores(config: RunConfig) -> None:
     """A core for every thread of an engine and for every rank; each kind has the machine to itself while it works."""
-    cores, engines = len(os.sched_getaffinity(0)), config.engines
-    for what, wanted, keys in (
-        (
-            "the engines need",
-            engines.count * engines.cpu_threads * engines.tensor_parallel,
-            "engines.count, engines.cpu_threads or engines.tensor_parallel",
-        ),
-        ("the training ranks need", config.consolidate.workers, "consolidate.workers"),
-    ):
-        if wanted > cores:
+    cores = len(os.sched_getaffinity(0))
+    for demand in demands(config, on_gpu=False):
+        wanted = demand.actors * demand.each["CPU"]
+        if demand.pool in ("engines", "trainer") and wanted > cores:
             raise UserError(
-                f"{what} {wanted} cores and this machine has {cores}, {wanted - cores} too few: lower {keys}, "
-                "or join a larger cluster with cluster.address"
+                f"{demand} needs {wanted:g} cores and this machine has {cores}, {wanted - cores:g} too few: lower "
+                "engines.count, engines.cpu_threads or consolidate.workers, or join a larger cluster (cluster.address)"
             )
 
 

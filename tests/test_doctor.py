@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from oel_ray import doctor
+from oel_ray.config import RunConfig
 from oel_ray.configure import load_config
-from oel_ray.doctor import Finding, examine, is_open, look, skew
+from oel_ray.doctor import Finding, examine, is_open, look, versions
 
 CONFIG = load_config("quickstart")
 
@@ -27,9 +28,8 @@ def errors(found: list[Finding]) -> str:
     return "\n".join(what for _, what, is_error in found if is_error)
 
 
-def shared(folder: Path) -> Path:
-    (folder / "driver").touch()
-    return folder
+def here_is(folder: Path, config: RunConfig = CONFIG, gpus: float | None = None, **others: str) -> list[Finding]:
+    return look(config, folder, "node", others, gpus)
 
 
 def test_a_sound_machine_has_no_errors_and_nothing_is_left_on_it(tmp_path: Path) -> None:
@@ -42,40 +42,40 @@ def test_too_few_gpus_are_found_without_a_cluster(tmp_path: Path) -> None:
     assert "needs 4 GPUs and this machine has" in errors(examine(config, tmp_path, print))
 
 
-def test_a_folder_that_is_not_shared_is_found(tmp_path: Path) -> None:
-    versions, found = look(CONFIG, tmp_path, "node", None)
-    assert "does not see what the driver writes" in errors(found) and not (tmp_path / "node").exists()
-    assert {"python", "ray", "torch", "oel-ray"} <= versions.keys()
-    assert errors(look(CONFIG, shared(tmp_path), "node", None)[1]) == "" and (tmp_path / "node").exists()
+def test_a_folder_that_is_not_shared_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert here_is(tmp_path / "elsewhere") == here_is(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["node"]
+    monkeypatch.setattr(doctor, "look", lambda *_: [])
+    assert errors(examine(CONFIG, tmp_path / "runs", print)).startswith(
+        f"what it writes to {tmp_path} is not seen here"
+    )
 
 
 def test_a_model_that_is_not_there_is_found(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"model": str(tmp_path / "absent")})
-    assert "absent does not exist" in errors(look(config, shared(tmp_path), "node", None)[1])
+    assert "absent does not exist" in errors(here_is(tmp_path, config))
 
 
 def test_gpus_that_ray_counts_and_the_driver_does_not_see_are_found(tmp_path: Path) -> None:
-    assert "has 0 GPUs and Ray counts 2.0" in errors(look(CONFIG, shared(tmp_path), "node", 2.0)[1])
+    assert errors(here_is(tmp_path, gpus=0.0)) == ""
+    assert "has 0 GPUs and Ray counts 2.0" in errors(here_is(tmp_path, gpus=2.0))
 
 
 def test_what_may_do_harm_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 1, 1))
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
-    _, found = look(CONFIG, shared(tmp_path), "node", None)
+    found = here_is(tmp_path)
     assert not any(finding.is_error for finding in found)
     said = "\n".join(finding.what for finding in found)
     for part in ("CUDA_VISIBLE_DEVICES=1: unset it", "0.00 GiB of disk", "of /dev/shm", "1024 files at most: ulimit"):
         assert part in said
 
 
-def test_other_versions_than_on_the_first_node_are_found() -> None:
-    versions = {"a": {"ray": "2.60.0", "vllm": "1"}, "b": {"ray": "2.59.0", "vllm": "1"}, "c": {"ray": "2.60.0"}}
-    assert [(where, what.partition(":")[0]) for where, what, _ in skew(versions)] == [
-        ("b", "ray 2.59.0, but 2.60.0 on a"),
-        ("c", "vllm None, but 1 on a"),
-    ]
-    assert skew({}) == skew({"a": {}}) == []
+def test_other_versions_than_the_drivers_are_found(tmp_path: Path) -> None:
+    assert errors(here_is(tmp_path, **versions())) == ""
+    said = errors(here_is(tmp_path, **versions() | {"ray": "2.59.0"}))
+    assert f"has ray {versions()['ray']} (driver: 2.59.0): install the same everywhere" in said
 
 
 @pytest.fixture

@@ -274,11 +274,12 @@ def doctor(
 
     from oel_ray.doctor import examine
     from oel_ray.progress import Progress
+    from oel_ray.show import plain
 
     found = examine(_load(config, overrides), run_dir, Progress().note)
     table = Table("where", "", "what is wrong, and what to do", box=None)
     for where, what, is_error in found:
-        table.add_row(where, "error" if is_error else "note", what)
+        table.add_row(where, "error" if is_error else "note", plain(what))
     Console().print(table if found else "nothing was found that would make a run fail")
     if any(finding.is_error for finding in found):
         _end(1, "oel: a run would fail here")

@@ -16,19 +16,11 @@ from typing import Any, NamedTuple
 from urllib import error, request
 from urllib.parse import urlsplit
 
+from oel_ray import resources
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError, one_line
 from oel_ray.plan import gib
 from oel_ray.preflight import check_model
-from oel_ray.resources import (
-    alive_nodes,
-    ask_nodes,
-    check_nodes,
-    check_resources,
-    cluster_address,
-    gpu_memory,
-    nodes_at,
-)
 from oel_ray.runs import PACKAGES, installed
 
 ANSWER_S = 60.0
@@ -54,14 +46,12 @@ def examine(config: RunConfig, run_dir: Path, note: Callable[[str], None]) -> li
     config = config.model_copy(update={"model": str(check_model(config, note).folder)})
     above = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".oel-doctor-", dir=above) as name:
-        folder, address = Path(name), cluster_address(config)
+        folder, address = Path(name), resources.cluster_address(config)
         if address:
             answers, faults = _ask_cluster(address, config, folder)
         else:
-            answers, faults = (
-                {"here": look(config, folder, "here", {}, None)},
-                [_fault(lambda: check_resources(config))],
-            )
+            faults = [_fault(lambda: resources.check_resources(config))]
+            answers = {"here": look(config, folder, "here", {}, None)}
         unseen = [node for node, found in answers.items() if isinstance(found, list) and not (folder / node).exists()]
     found = [Finding("the cluster" if address else "here", fault) for fault in faults if fault]
     found += [Finding(node[:12], f"what it writes to {above} is not seen here: {_SHARE}") for node in unseen]
@@ -90,27 +80,21 @@ def look(config: RunConfig, folder: Path, node: str, others: Mapping[str, str], 
     ours = versions()
     wanted = {"oel-ray", "ray", "torch", "vllm", "transformers", "deepspeed"}
     lacking = wanted - {name.removesuffix("-cpu") for name in ours}
-    differing = {
-        f"{name} {ours.get(name)} (driver: {other})" for name, other in others.items() if ours.get(name) != other
-    }
+    other = [f"{name} {ours.get(name)} (driver: {there})" for name, there in others.items() if ours.get(name) != there]
     plugins = [point.value for point in metadata.entry_points(group="vllm.general_plugins")]
     disk, shm = (shutil.disk_usage(path).free for path in (folder if folder.exists() else "/", "/dev/shm"))  # noqa: S108
-    memory, there = psutil.virtual_memory().available, len(gpu_memory())
+    memory, seen = psutil.virtual_memory().available, len(resources.gpu_memory())
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     devices = (os.environ if gpus is None else psutil.Process().parent().environ()).get("CUDA_VISIBLE_DEVICES")
     model = _fault(lambda: check_model(config, lambda _: None))
     ports = _fault(lambda: socket.create_server(("", 0)).close())
     checks: list[tuple[object, bool, str]] = [
         (lacking, True, f"lacks {', '.join(sorted(lacking))}: install oel-ray from its lock file or image"),
-        (
-            "oel_ray.engines.plugin:register" not in plugins,
-            True,
-            "lacks our plug-in for vLLM: pip install oel-ray there",
-        ),
-        (differing, True, f"has {', '.join(sorted(differing))}: install the same everywhere"),
+        ("oel_ray.engines.plugin:register" not in plugins, True, "lacks our plug-in for vLLM: install oel-ray there"),
+        (other, True, f"has {', '.join(other)}: install the same everywhere"),
         (model, True, f"{model} (have the model under the same path on every node: oel prefetch)"),
         (ports, True, f"cannot listen on a port ({ports}): see what the container or a firewall forbids"),
-        (gpus and gpus > there, True, f"has {there} GPUs and Ray counts {gpus}: see what nvidia-smi says there"),
+        (gpus and gpus > seen, True, f"has {seen} GPUs and Ray counts {gpus}: see what nvidia-smi says there"),
         (devices, False, f"Ray was started with CUDA_VISIBLE_DEVICES={devices}: unset it, Ray hands out GPUs itself"),
         (disk < 20 * _GIB, False, f"has {gib(disk)} of disk left: make room, a checkpoint is 20 bytes a parameter"),
         (memory < 2 * _GIB, False, f"has {gib(memory)} of memory left: end what takes it"),
@@ -132,16 +116,16 @@ def is_open(dashboard: str) -> bool:
 
 def _ask_cluster(address: str, config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """What all nodes that are alive say, and what is wrong with the cluster."""
-    nodes_at(address)  # `ray.init` would wait for a dead one
+    resources.nodes_at(address)  # `ray.init` would wait for a dead one
     import ray
 
     offline = {"env_vars": {"HF_HUB_OFFLINE": "1"}}
     with ray.init(address=address, runtime_env=offline, log_to_driver=False, logging_level="ERROR") as context:
-        dashboard, nodes = context.dashboard_url or "", alive_nodes()
+        dashboard, nodes = context.dashboard_url or "", resources.alive_nodes()
         exposed = f"the dashboard at {dashboard} takes jobs from anybody: start Ray with RAY_AUTH_MODE=token"
         asked = {node: (config, folder, node, versions(), there.get("GPU", 0)) for node, there in nodes.items()}
-        faults = [_fault(lambda: check_nodes(config, nodes, "it")), exposed * is_open(dashboard)]
-        return ask_nodes(look, asked, ANSWER_S), faults
+        faults = [_fault(lambda: resources.check_nodes(config, nodes, "it")), exposed * is_open(dashboard)]
+        return resources.ask_nodes(look, asked, ANSWER_S), faults
 
 
 def _fault(check: Callable[[], object]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import doctor
+from oel_ray import doctor, resources
 from oel_ray.config import RunConfig
 from oel_ray.configure import load_config
 from oel_ray.doctor import Finding, examine, is_open, look, versions
@@ -21,7 +21,7 @@ CONFIG = load_config("quickstart")
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(doctor, "gpu_memory", list)
+    monkeypatch.setattr(resources, "gpu_memory", list)
 
 
 def errors(found: list[Finding]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import harness, serving
 from oel_ray.collect.stage import players
 from oel_ray.config import RunConfig
-from oel_ray.extract.stage import WORKER_CPUS, ExtractionWorker, extract
+from oel_ray.extract.stage import ExtractionWorker, extract
 from oel_ray.records import KnowledgeText, Trajectory
 
 import ray  # isort: skip - behind what sets its environment
@@ -32,7 +32,7 @@ SMALL = [*SIZE, "extract.seeds=3", "collect.extraction_games=2"]
 def one_after_the_other(
     trajectories: Sequence[Trajectory], served: serving.Serving, config: RunConfig
 ) -> list[KnowledgeText]:
-    actor = ray.remote(ExtractionWorker).options(num_cpus=WORKER_CPUS)
+    actor = ray.remote(ExtractionWorker).options(num_cpus=1)
     worker = actor.remote(served.policy, served.pool.client, config)
     try:
         shared = ray.put(list(trajectories))

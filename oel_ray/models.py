@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from oel_ray.durable import fingerprint, read_json
 from oel_ray.errors import UserError
@@ -50,6 +51,19 @@ def resolve_model(model: str, note: Callable[[str], None]) -> Path:
     return folder.resolve()
 
 
+def prefetch(model: str, note: Callable[[str], None]) -> str:
+    """Have a model in the cache, where runs find it without a network; returns a line on where, and which revision.
+
+    Raises:
+        UserError: see `resolve_model`.
+    """
+    folder = resolve_model(model, note)
+    name, _, _ = model.partition("@")
+    from_hub = folder.parent.name == "snapshots" and not Path(model).exists()
+    pinned = f"{name}@{folder.name} names it for good" if from_hub else "nothing is fetched for it"
+    return f"{model} is in {folder}; {pinned}"
+
+
 def model_files(folder: Path) -> dict[str, str]:
     """What tells a model folder from a changed one: the content of its small files, the sizes of its weights."""
     sizes = {file: file.stat().st_size for file in sorted(folder.iterdir()) if file.suffix in _READ}
@@ -81,10 +95,12 @@ def _from_hub(model: str, note: Callable[[str], None]) -> Path:
     from huggingface_hub import constants, model_info, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    name, _, revision = model.partition("@")
+    wanted: Any = {"revision": revision or None, "allow_patterns": _HUB_FILES}
     unknown = f"'{model}' is no local folder"
     remedy = "give a Hugging Face folder or a hub name"
     try:
-        cached = Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
+        cached = Path(snapshot_download(name, **wanted, local_files_only=True))
         if constants.HF_HUB_OFFLINE or not _lacking(cached):
             return cached
     except HFValidationError:
@@ -95,9 +111,9 @@ def _from_hub(model: str, note: Callable[[str], None]) -> Path:
                 f"{unknown}, and not in the hub's cache while HF_HUB_OFFLINE is set: {remedy} that is on this machine"
             ) from None
     try:
-        model_info(model, timeout=_HUB_ANSWER_S)
+        model_info(name, revision=wanted["revision"], timeout=_HUB_ANSWER_S)
         note(f"model {model}: from the hub")  # not before: a name that nobody knows ends in one line
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, **wanted))
     except Exception as error:  # noqa: BLE001 - the hub's client lets those of its HTTP library through
         raise UserError(f"{unknown}, nor to be had from the hub ({type(error).__name__}): {remedy}") from None
 

@@ -4,44 +4,165 @@
 adds the length of real prompts to it.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from oel_ray.config import RunConfig
+from oel_ray.config import ConsolidateConfig, EnginesConfig, RunConfig
 from oel_ray.layout import planned_stages
 
+Nodes = Mapping[str, Mapping[str, float]]
+"""What Ray says that each node has: `CPU`, `GPU`, `memory` in bytes, resources of the user's own."""
+GPU_MEMORY = "GPU memory"
+"""Bytes of each GPU of a node, among what it has, where that is known."""
+TURNS = ("trainer", "extractors")
+"""Pools that are never there at the same time; the others live as long as the run."""
 
-@dataclass(frozen=True)
-class Demand:
-    """What a run asks of Ray: logical CPUs and GPUs, all stages' actors at once.
 
-    Engines and players live as long as the run; extraction workers and training ranks take turns.
+class Demand(NamedTuple):
+    """What one pool of a run asks of Ray: so many actors, each of which takes `each` on one node."""
+
+    pool: str
+    actors: int
+    each: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return f"{self.pool} {self.actors} x ({amounts(self.each)})"
+
+
+def engine_takes(config: EnginesConfig, *, on_gpu: bool) -> dict[str, float]:
+    """What one engine takes of Ray."""
+    usual = {"CPU": 1.0, "GPU": 1.0} if on_gpu else {"CPU": float(config.cpu_threads)}
+    scarce = "GPU" if on_gpu else "CPU"
+    return usual | {scarce: usual[scarce] * config.tensor_parallel} | config.resources
+
+
+def rank_takes(config: ConsolidateConfig, *, on_gpu: bool) -> dict[str, float]:
+    """What one training rank takes of Ray."""
+    return {"CPU": 1.0} | ({"GPU": 1.0} if on_gpu else {}) | config.resources
+
+
+def demands(config: RunConfig, *, on_gpu: bool) -> list[Demand]:
+    """All pools of a run, in the order in which they are started."""
+    collect, extract, consolidate = config.collect, config.extract, config.consolidate
+    return [
+        Demand("engines", config.engines.count, engine_takes(config.engines, on_gpu=on_gpu)),
+        Demand("players", collect.players, {"CPU": 1.0} | collect.resources),
+        Demand("trainer", consolidate.workers, rank_takes(consolidate, on_gpu=on_gpu)),
+        Demand("extractors", min(extract.workers, extract.seeds), {"CPU": 1.0} | extract.resources),
+    ]
+
+
+def total(wanted: Sequence[Demand]) -> dict[str, float]:
+    """What a run takes of a whole cluster at most, by the kind of resource."""
+
+    def taken(kind: str, *, in_turns: bool) -> list[float]:
+        return [demand.actors * demand.each.get(kind, 0) for demand in wanted if (demand.pool in TURNS) == in_turns]
+
+    kinds = dict.fromkeys(kind for demand in wanted for kind in demand.each)
+    return {kind: sum(taken(kind, in_turns=False)) + max(taken(kind, in_turns=True), default=0) for kind in kinds}
+
+
+def place(wanted: Sequence[Demand], nodes: Nodes) -> tuple[dict[str, Counter[str]], Counter[str]]:
+    """Who finds room on which node, and how many of each pool find none.
+
+    A way that works, in the order in which pools are started; like Ray it keeps what needs no GPU away from those that
+    have one as long as there is room elsewhere. Ray itself may choose another.
     """
+    placed: dict[str, Counter[str]] = {node: Counter() for node in nodes}
+    left: Counter[str] = Counter()
+    free = {node: dict(there) for node, there in nodes.items()}
+    for pool, actors, each in wanted:
+        room = {node: dict(there) for node, there in free.items()} if pool in TURNS else free
+        for _ in range(actors):
+            able = [node for node in room if all(room[node].get(kind, 0) + 1e-6 >= each[kind] for kind in each)]
+            if able:
+                # The fullest that has room.
+                node = min(able, key=lambda node: [nodes[node].get("GPU", 0) > 0, *map(room[node].get, sorted(each))])
+                room[node] |= {kind: room[node][kind] - amount for kind, amount in each.items()}
+                placed[node][pool] += 1
+            else:
+                left[pool] += 1
+    return placed, left
 
-    engine_cpus: int
-    player_cpus: int
-    worker_cpus: int
-    engine_gpus: int = 0
-    rank_gpus: int = 0
 
-    @property
-    def cpus(self) -> int:
-        return self.engine_cpus + self.player_cpus + self.worker_cpus
-
-    @property
-    def gpus(self) -> int:
-        return self.engine_gpus + self.rank_gpus
+def placement(wanted: Sequence[Demand], nodes: Nodes) -> str:
+    """What is there, and what can run where: nodes that are alike together."""
+    shapes = {node: amounts({kind: there.get(kind, 0) for kind in total(wanted)}) for node, there in nodes.items()}
+    pools = {
+        node: ", ".join(f"{count} {pool}" for pool, count in on.items()) for node, on in place(wanted, nodes)[0].items()
+    }
+    alike = Counter((shapes[node], pools[node] or "nothing") for node in nodes)
+    return "; ".join(f"{count} x ({shape}) for {on}" for (shape, on), count in alike.items()) or "no node"
 
 
-def demand(config: RunConfig, *, on_gpu: bool) -> Demand:
-    engines, ranks = config.engines, config.consolidate.workers
-    return Demand(
-        engine_cpus=engines.count if on_gpu else engines.count * engines.cpu_threads,
-        player_cpus=config.collect.players,
-        worker_cpus=max(config.extract.workers, ranks),
-        engine_gpus=engines.count * engines.tensor_parallel if on_gpu else 0,
-        rank_gpus=ranks if on_gpu else 0,
+def amounts(resources: Mapping[str, float]) -> str:
+    """`4 CPU + 1 GPU`."""
+    return " + ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
+
+
+def ray_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Ray's options for an actor that takes these resources, and a CPU if they do not say how many."""
+    own = {kind: amount for kind, amount in resources.items() if kind not in ("CPU", "GPU")}
+    return {"num_cpus": resources.get("CPU", 1), "num_gpus": resources.get("GPU", 0), "resources": own}
+
+
+class ModelSize(NamedTuple):
+    """Numbers that a model's memory follows from."""
+
+    parameters: int
+    values_per_token: int
+    """What a key/value cache keeps of a token."""
+    own: int
+    """Parameters that the student does not share with its teacher."""
+    trained: int
+    teacher: int
+
+
+def rank_memory(config: ConsolidateConfig, own: int, trained: int, ranks: int) -> dict[str, float]:
+    """Bytes that always lie in a rank's memory, for so many parameters beside the teacher's and so many trained."""
+    size = _bytes(config.precision)
+    states = 8 if (size == 4 and config.zero_stage == 0) else 12  # float32 parameters are their own masters
+    where = " (on the host)" if config.offload_optimizer else ""
+    return {
+        "parameters": own * size / (ranks if config.zero_stage == 3 else 1),
+        "gradients": trained * 4 / (ranks if config.zero_stage >= 2 else 1),
+        f"masters and optimizer{where}": trained * states / (ranks if config.zero_stage >= 1 or size == 2 else 1),
+    }
+
+
+def outlook(config: RunConfig, size: ModelSize, nodes: Nodes, *, on_gpu: bool) -> list[str]:
+    """What can run where, and what of the memory there engines and ranks keep, beside what comes and goes."""
+    engines, consolidate = config.engines, config.consolidate
+    of, kind = ("GPU", GPU_MEMORY) if on_gpu else ("CPU", "memory")
+    there = min((node[kind] for node in nodes.values() if node.get(of) and node.get(kind)), default=0)
+    one, room = ("GPU" if on_gpu else "process"), (f" ({gib(there)})" if there else "")
+    weights, token = (
+        n * _bytes(engines.dtype) / engines.tensor_parallel for n in (size.parameters, size.values_per_token)
     )
+    cache = there * engines.gpu_memory_utilization - weights if on_gpu else engines.cpu_kv_cache_gib * 2**30
+    rank = rank_memory(consolidate, size.own, size.trained, consolidate.workers) | {
+        "teacher": size.teacher * _bytes(consolidate.precision),
+        "its kept texts at most": consolidate.teacher_cache_gib * 2**30,
+    }
+    lying = sum(count for name, count in rank.items() if "host" not in name)
+    cached = f"caches {gib(cache)} for {cache / token:,.0f} tokens" if there or not on_gpu else "caches in what is left"
+    few = ": too little, raise engines.tensor_parallel" * (cache <= 0 < there)
+    tight = ": tight, lower consolidate.teacher_cache_gib, or raise zero_stage or workers" * (lying > 0.85 * there > 0)
+    parts = ", ".join(f"{name} {gib(count)}" for name, count in rank.items())
+    return [
+        f"nodes: {placement(demands(config, on_gpu=on_gpu), nodes)}",
+        f"an engine's {one}{room}: weights {gib(weights)}, {cached}{few}",
+        f"a training rank's {one}{room}: {parts}, {gib(lying)} in all{tight}",
+    ]
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 class Reading(NamedTuple):
@@ -149,21 +270,15 @@ def explain(config: RunConfig) -> list[str]:
         ),
     ]
     if device != "cuda":
-        rows.append(("on CPUs", _shares(demand(config, on_gpu=False))))
+        rows.append(("on CPUs", _shares(demands(config, on_gpu=False))))
     if device != "cpu":
-        rows.append(("on GPUs", _shares(demand(config, on_gpu=True))))
+        rows.append(("on GPUs", _shares(demands(config, on_gpu=True))))
     rows.append(("tokens", f"at most, beside the prompt; engines.max_model_len={config.engines.max_model_len}"))
     return [f"{name:<12} {text}" for name, text in rows + [_row(reading, config) for reading in readings(config)]]
 
 
-def _shares(needed: Demand) -> str:
-    text = (
-        f"{needed.cpus} logical CPUs: {needed.engine_cpus} for engines, {needed.player_cpus} for players, "
-        f"{needed.worker_cpus} for extraction workers or training ranks"
-    )
-    if not needed.gpus:
-        return text
-    return f"{needed.gpus} GPUs: {needed.engine_gpus} for engines, {needed.rank_gpus} for training ranks; {text}"
+def _shares(wanted: list[Demand]) -> str:
+    return f"{amounts(total(wanted))} for {', '.join(map(str, wanted))}; {' and '.join(TURNS)} take turns"
 
 
 def _row(reading: Reading, config: RunConfig) -> tuple[str, str]:

@@ -1,17 +1,20 @@
 """Where a run gets its Ray from and whether it is large enough. Runs in the driver."""
 
 import json
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
-from oel_ray.plan import Demand, demand
+from oel_ray.plan import GPU_MEMORY, Nodes, amounts, demands, place, placement, ray_options, total
 
 # Read by Ray when it is imported, so set before.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -26,10 +29,14 @@ os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 CLUSTER_ANSWER_S = 25.0
 """How long a cluster may take to say what it has."""
 
+_GPUS_ANSWER_S = 10.0
+
 _ASK = """
-import json, sys, ray
+import json, sys
+from oel_ray.resources import alive_nodes
+import ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-print(json.dumps(ray.cluster_resources()))
+print(json.dumps(alive_nodes()))
 """
 
 
@@ -40,18 +47,14 @@ def check_resources(config: RunConfig) -> None:
         UserError: too little is there, with demand, supply and shortfall; or no Ray answers at the address; or a GPU's
             optimizer is to lie on the host, and there is no GPU.
     """
-    if address := _address(config):
-        available = _resources_at(address)
-        on_gpu = _on_gpu(config, available.get("GPU", 0))
-        _check(demand(config, on_gpu=on_gpu), available, f"the cluster at {address}")
+    if address := cluster_address(config):
+        on_gpu = check_nodes(config, nodes_at(address), f"the cluster at {address}")
     else:
         gpus = 0 if config.engines.device == "cpu" else _gpus_here()
         on_gpu = _on_gpu(config, gpus)
-        if on_gpu:
-            # Ray is started with as many logical CPUs as are needed.
-            needed = demand(config, on_gpu=True)
-            _check(needed, {"CPU": needed.cpus, "GPU": gpus}, "this machine")
-        else:
+        # Ray is started with as much of everything else as is needed.
+        check_nodes(config, {"here": total(demands(config, on_gpu=on_gpu)) | {"GPU": gpus}}, "this machine")
+        if not on_gpu:
             _check_cores(config)
     if config.consolidate.offload_optimizer and not on_gpu:
         raise UserError("consolidate.offload_optimizer=true means nothing on CPUs: leave it out")
@@ -72,28 +75,61 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
         "logging_level": "ERROR",
         "runtime_env": {"env_vars": _worker_environment(config)},
     }
-    if address := _address(config):
+    if address := cluster_address(config):
         ray.init(address=address, **settings)
     else:
         gpus = 0 if config.engines.device == "cpu" else _gpus_here()
-        needed = demand(config, on_gpu=_on_gpu(config, gpus))
-        ray.init(
-            address="local",
-            num_cpus=needed.cpus,
-            include_dashboard=config.cluster.dashboard,
-            **settings,
-        )
-        note(f"started Ray on this machine with {needed.cpus} logical CPUs on {os.cpu_count()} cores")
+        needed = total(demands(config, on_gpu=_on_gpu(config, gpus)))
+        settings |= ray_options({kind: math.ceil(amount) for kind, amount in needed.items()})
+        ray.init(address="local", include_dashboard=config.cluster.dashboard, **settings)
+        note(f"started Ray on this machine with {needed['CPU']:g} logical CPUs on {os.cpu_count()} cores")
     try:
-        available = ray.cluster_resources()
-        on_gpu = _on_gpu(config, available.get("GPU", 0))
-        _check(demand(config, on_gpu=on_gpu), available, "the Ray cluster")
-        yield on_gpu
+        yield check_nodes(config, alive_nodes(), "the Ray cluster")
     finally:
         ray.shutdown()
 
 
-def _address(config: RunConfig) -> str | None:
+def alive_nodes() -> dict[str, dict[str, float]]:
+    """What each node of the cluster that was joined has, by its id; the memory of GPUs if it tells soon enough."""
+    import ray
+
+    nodes = {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+    with_gpus: dict[str, tuple[Any, ...]] = {node: () for node, there in nodes.items() if there.get("GPU")}
+    for node, gpus in ask_nodes(gpu_memory, with_gpus, _GPUS_ANSWER_S).items():
+        nodes[node][GPU_MEMORY] = min(gpus, default=0) if isinstance(gpus, list) else 0
+    return nodes
+
+
+def ask_nodes(question: Callable[..., Any], asked: Mapping[str, tuple[Any, ...]], timeout_s: float) -> dict[str, Any]:
+    """What a function says on each node of the cluster that was joined; an error of Ray's where it failed or was late.
+
+    `asked`: arguments for each node, by its id.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task, end, answers = ray.remote(num_cpus=0, max_retries=0)(question), time.monotonic() + timeout_s, {}
+    for node, arguments in asked.items():
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        answers[node] = task.options(scheduling_strategy=there).remote(*arguments)
+    for node, answer in answers.items():
+        try:
+            answers[node] = ray.get(answer, timeout=max(end - time.monotonic(), 0.01))
+        except ray.exceptions.RayError as error:
+            answers[node] = error
+    return answers
+
+
+def gpu_memory() -> list[float]:
+    """Bytes of memory of every GPU of this machine, whichever of them this process may use."""
+    if not (tool := shutil.which("nvidia-smi")):
+        return []
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    said = subprocess.run(query, capture_output=True, text=True, timeout=_GPUS_ANSWER_S, check=False)
+    return [float(line) * 2**20 for line in said.stdout.split() if line.isdigit()]
+
+
+def cluster_address(config: RunConfig) -> str | None:
     """The cluster to join; None for a Ray of our own. A job joins the cluster that it was submitted to.
 
     Raises:
@@ -106,12 +142,16 @@ def _address(config: RunConfig) -> str | None:
     return None if address == "local" else address
 
 
+def _all(nodes: Nodes, kind: str) -> float:
+    return sum(node.get(kind, 0) for node in nodes.values())
+
+
 def _on_gpu(config: RunConfig, gpus: float) -> bool:
     return config.engines.device == "cuda" or (config.engines.device == "auto" and gpus > 0)
 
 
-def _resources_at(address: str) -> dict[str, float]:
-    """What the Ray cluster at an address has.
+def nodes_at(address: str) -> Nodes:
+    """What the nodes of the Ray cluster at an address have.
 
     Asked in a process of its own: `ray.init` waits for a dead address for ten minutes and more.
     """
@@ -143,35 +183,43 @@ def _resources_at(address: str) -> dict[str, float]:
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
         raise UserError(f"{unanswered} ({said[-1]}): {remedy}") from None
-    resources: dict[str, float] = json.loads(asked.stdout.splitlines()[-1])
-    return resources
+    nodes: dict[str, dict[str, float]] = json.loads(asked.stdout.splitlines()[-1])
+    return nodes
 
 
-def _check(needed: Demand, available: dict[str, float], where: str) -> None:
-    for kind, wanted, keys in (
-        ("CPU", needed.cpus, "engines.count, collect.players or consolidate.workers"),
-        ("GPU", needed.gpus, "engines.count, engines.tensor_parallel or consolidate.workers"),
-    ):
-        there = available.get(kind, 0)
-        if wanted > there:
-            cpu_only = ", or set engines.device=cpu" if kind == "GPU" else ""
-            raise UserError(
-                f"the run needs {wanted} {kind}s and {where} has {there:.0f}: add {wanted - there:.0f}, "
-                f"or lower {keys}{cpu_only}"
-            )
+def check_nodes(config: RunConfig, nodes: Nodes, where: str) -> bool:
+    """Compare what a run needs with what nodes have. Returns whether engines and trainer would use GPUs.
+
+    Raises:
+        UserError: too little is there, with demand, supply and shortfall.
+    """
+    on_gpu = _on_gpu(config, _all(nodes, "GPU"))
+    wanted = demands(config, on_gpu=on_gpu)
+    _, left = place(wanted, nodes)
+    if left:
+        needed = {kind: (amount, _all(nodes, kind)) for kind, amount in total(wanted).items()}
+        short = [
+            f"the run needs {amount:g} {kind}s and {where} has {there:g}: add {amount - there:g}"
+            for kind, (amount, there) in needed.items()
+            if amount > there
+        ] or [f"{where} has enough in all, but no node with room left for {amounts(left)}: take larger nodes"]
+        cpu_only = ", or set engines.device=cpu" if on_gpu else ""
+        raise UserError(
+            f"{short[-1]}, or lower engines.count, collect.players, engines.tensor_parallel or consolidate.workers"
+            f"{cpu_only}; demand: {', '.join(map(str, wanted))}; supply: {placement(wanted, nodes)}"
+        )
+    return on_gpu
 
 
 def _check_cores(config: RunConfig) -> None:
     """A core for every thread of an engine and for every rank; each kind has the machine to itself while it works."""
-    cores, engines = len(os.sched_getaffinity(0)), config.engines
-    for what, wanted, keys in (
-        ("the engines need", engines.count * engines.cpu_threads, "engines.count or engines.cpu_threads"),
-        ("the training ranks need", config.consolidate.workers, "consolidate.workers"),
-    ):
-        if wanted > cores:
+    cores = len(os.sched_getaffinity(0))
+    for demand in demands(config, on_gpu=False):
+        wanted = demand.actors * demand.each["CPU"]
+        if demand.pool in ("engines", "trainer") and wanted > cores:
             raise UserError(
-                f"{what} {wanted} cores and this machine has {cores}, {wanted - cores} too few: lower {keys}, "
-                "or join a larger cluster with cluster.address"
+                f"{demand} needs {wanted:g} cores and this machine has {cores}, {wanted - cores:g} too few: lower "
+                "engines.count, engines.cpu_threads or consolidate.workers, or join a larger cluster (cluster.address)"
             )
 
 

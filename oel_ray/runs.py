@@ -127,7 +127,7 @@ class RunFolder:
                 "version": SCHEMA_VERSION,
                 "run_id": uuid.uuid4().hex[:8],
                 "created": _now(),
-                "packages": _installed(PACKAGES),
+                "packages": installed(PACKAGES),
             }
             write_json(path / RUN_FILE, info)
             folder.set_status("running")
@@ -442,7 +442,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _installed(packages: Iterable[str]) -> dict[str, str]:
+def installed(packages: Iterable[str]) -> dict[str, str]:
     """Versions of those that are installed."""
     versions = {}
     for package in packages:

@@ -130,8 +130,8 @@ MISTAKES: list[tuple[str, str, str]] = [
         "take a model with a longer one",
     ),
     # machine and cluster
-    ("run game.yaml engines.count=999", "the engines need 999 cores", "lower engines.count"),
-    ("run game.yaml consolidate.workers=999", "the training ranks need 999 cores", "lower consolidate.workers"),
+    ("run game.yaml engines.count=999", "engines 999 x (1 CPU) needs 999 cores", "lower engines.count"),
+    ("run game.yaml consolidate.workers=999", "trainer 999 x (1 CPU) needs 999 cores", "or consolidate.workers"),
     ("run game.yaml engines.device=cuda", "needs 2 GPUs and this machine has 0: add 2", "set engines.device=cpu"),
     ("run game.yaml cluster.address=127.0.0.1:{closed}", "no Ray answers at '127.0.0.1:", "correct cluster.address"),
     ("run game.yaml cluster.address=127.0.0.1:{deaf}", "no Ray answers at '127.0.0.1:", "correct cluster.address"),
@@ -146,6 +146,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("submit quickstart --name a --address 127.0.0.1:{closed}", "is no address of a job server", "write that of the"),
     ("submit quickstart --name a --address ray://127.0.0.1:{closed}", "is no address of a job server", "http://HOST:"),
     ("submit quickstart --name a --address http://127.0.0.1:{closed}", "takes no job from here", "open a tunnel"),
+    ("run game.yaml 'collect.resources={GPU: 1}'", "GPUs follow from engines.device", "set those"),
     # run folder
     ("run game.yaml --run-dir game.yaml", "game.yaml is a file", "choose another folder"),
     ("run game.yaml --run-dir game.yaml/run", "game.yaml is a file", "choose another folder"),

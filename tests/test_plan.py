@@ -1,7 +1,21 @@
 """What follows from a configuration, against sums done by hand."""
 
+from collections import Counter
+
 from oel_ray.configure import load_config
-from oel_ray.plan import Demand, demand, explain, headline, readings
+from oel_ray.plan import (
+    GPU_MEMORY,
+    ModelSize,
+    Nodes,
+    demands,
+    explain,
+    headline,
+    outlook,
+    place,
+    placement,
+    readings,
+    total,
+)
 
 
 def test_the_sizes_of_a_preset() -> None:
@@ -12,7 +26,8 @@ def test_the_sizes_of_a_preset() -> None:
         "extraction   K x T = 3 x 4, 12 responses a round",
         "training     2 games x 5 turns, at most 10 samples a step and 30 a round",
         "evaluation   16 games of the policy and 16 in context a round, 80 games in all",
-        "on CPUs      6 logical CPUs: 2 for engines, 2 for players, 2 for extraction workers or training ranks",
+        "on CPUs      6 CPU for engines 2 x (1 CPU), players 2 x (1 CPU), trainer 2 x (1 CPU), extractors 1 x (1 CPU); "
+        "trainer and extractors take turns",
         "tokens       at most, beside the prompt; engines.max_model_len=4096",
         "  play       24 of response; 4072 are left to the prompt",
         "  in context 192 of knowledge + 24 of response = 216; 3880 are left to the prompt",
@@ -53,9 +68,77 @@ def test_what_is_read_by_whom() -> None:
 
 def test_the_demand_on_cpus_and_on_gpus() -> None:
     changes = ["engines.cpu_threads=3", "engines.tensor_parallel=2", "consolidate.workers=4", "engines.device=auto"]
-    config = load_config("smollm2", changes)
-    cpu, gpu = demand(config, on_gpu=False), demand(config, on_gpu=True)
-    assert (cpu, cpu.cpus, cpu.gpus) == (Demand(6, 2, 4), 12, 0)
-    assert (gpu, gpu.cpus, gpu.gpus) == (Demand(2, 2, 4, 4, 4), 8, 8)
+    config = load_config("smollm2", [*changes, "extract.resources={CPU: 6, reader: 1}"])
+    cpu, gpu = demands(config, on_gpu=False), demands(config, on_gpu=True)
+    assert total(cpu) == {"CPU": 2 * 3 * 2 + 2 + 6, "reader": 1}  # all threads of an engine's ranks count
+    assert total(gpu) == {"CPU": 10, "GPU": 8, "reader": 1}
     (row,) = (line for line in explain(config) if line.startswith("on GPUs"))
-    assert "8 GPUs: 4 for engines, 4 for training ranks; 8 logical CPUs: 2 for engines" in row
+    assert "10 CPU + 8 GPU + 1 reader for engines 2 x (1 CPU + 2 GPU), players 2 x (1 CPU), trainer 4 x (1 CPU" in row
+
+
+GPU_NODE = {"CPU": 16.0, "GPU": 8.0}
+
+
+def placed(nodes: Nodes, *changes: str) -> tuple[dict[str, Counter[str]], Counter[str]]:
+    config = load_config("frozenlake-qwen3-1.7b", ["engines.device=cuda", *changes])
+    return place(demands(config, on_gpu=True), nodes)
+
+
+def test_what_needs_no_gpu_keeps_away_from_nodes_that_have_one() -> None:
+    changes = ["engines.count=4", "consolidate.workers=4", "collect.players=3"]
+    on, left = placed({"head": {"CPU": 0.0}, "gpus": GPU_NODE, "small": {"CPU": 2.0}}, *changes)
+    assert not left
+    assert on["head"] == {}
+    assert on["small"]["players"] == 2 and on["gpus"]["players"] == 1  # there was no more room elsewhere
+    assert on["gpus"]["engines"] == on["gpus"]["trainer"] == 4
+
+
+def test_an_engine_needs_its_gpus_on_one_node() -> None:
+    nodes = {"a": {"CPU": 8.0, "GPU": 3.0}, "b": {"CPU": 8.0, "GPU": 3.0}}
+    changes = ["engines.tensor_parallel=4", "engines.count=1", "consolidate.workers=2", "collect.players=1"]
+    on, left = placed(nodes, *changes)
+    assert left == {"engines": 1}
+    changes[0] = "engines.tensor_parallel=3"
+    on, left = placed(nodes, *changes)
+    assert not left and on["a"]["trainer"] * on["a"]["engines"] == 0
+
+
+def test_a_resource_of_ones_own_keeps_a_pool_on_its_nodes() -> None:
+    nodes = {"a": GPU_NODE, "b": {"CPU": 64.0}, "c": {"CPU": 64.0, "collector": 2.0}}
+    on, left = placed(nodes, "engines.count=1", "collect.players=3", "collect.resources={collector: 1}")
+    assert on["c"]["players"] == 2 and left == {"players": 1}
+
+
+def test_nodes_that_are_alike_are_told_together() -> None:
+    config = load_config("smollm2", ["engines.count=2", "collect.players=1", "consolidate.workers=2"])
+    nodes = {"head": {"CPU": 0.0, "memory": 1.0}, "x": {"CPU": 2.0}, "y": {"CPU": 2.0}, "z": {"CPU": 2.0}}
+    said = placement(demands(config, on_gpu=False), nodes)
+    assert said == (
+        "1 x (0 CPU) for nothing; 1 x (2 CPU) for 2 engines; "
+        "1 x (2 CPU) for 1 players, 1 trainer, 1 extractors; 1 x (2 CPU) for 1 trainer"
+    )
+
+
+SIZE = ModelSize(10**9, values_per_token=2**16, own=10**9, trained=10**9, teacher=10**9)
+
+
+def test_what_a_gpu_holds_against_what_it_has() -> None:
+    config = load_config("frozenlake-qwen3-1.7b", ["engines.device=cuda", "consolidate.workers=4"])
+    nodes = {"head": {"CPU": 4.0}, "gpus": {"GPU": 8.0, GPU_MEMORY: 80.0 * 2**30}}
+    _, engine, rank = outlook(config, SIZE, nodes, on_gpu=True)
+    assert engine.startswith("an engine's GPU (80.00 GiB): weights 1.86 GiB, caches ") and "too little" not in engine
+    # 2 bytes of weights and of teacher, a quarter of 12 bytes of masters and optimizer.
+    assert "parameters 1.86 GiB" in rank and "masters and optimizer 2.79 GiB" in rank and "teacher 1.86 GiB" in rank
+    assert "tight" not in rank
+    nodes["gpus"][GPU_MEMORY] = 2.0 * 2**30
+    _, engine, rank = outlook(config, SIZE, nodes, on_gpu=True)
+    assert "too little, raise engines.tensor_parallel" in engine and "tight, lower" in rank
+    _, unknown, _ = outlook(config, SIZE, {"gpus": {"GPU": 8.0}}, on_gpu=True)
+    assert unknown == "an engine's GPU: weights 1.86 GiB, caches in what is left"
+
+
+def test_a_process_on_cpus_has_the_cache_that_is_configured() -> None:
+    config = load_config("smollm2", ["engines.cpu_kv_cache_gib=2"])
+    where, engine, _ = outlook(config, SIZE, {"here": {"CPU": 2.0, "memory": 24.0 * 2**30}}, on_gpu=False)
+    assert where.startswith("nodes: 1 x (2 CPU) for 2 engines")
+    assert engine == "an engine's process (24.00 GiB): weights 1.86 GiB, caches 2.00 GiB for 16,384 tokens"

@@ -111,11 +111,19 @@ def test_a_resumed_run_needs_the_policy_that_it_goes_on_with(model: Path, tmp_pa
 
 
 def test_a_cluster_that_is_joined_is_asked_what_it_has(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_resources_at", lambda address: {"CPU": 64.0, "GPU": 8.0 * (address == "gpus:1")})
+    nodes = {"cpus:1": {"a": {"CPU": 64.0}}, "gpus:1": {"a": {"CPU": 32.0, "GPU": 4.0}, "b": {"CPU": 32.0, "GPU": 4.0}}}
+    monkeypatch.setattr(resources, "nodes_at", nodes.__getitem__)
     monkeypatch.setattr(resources, "_check_cores", lambda config: pytest.fail("this machine does not matter"))
     monkeypatch.setenv("RAY_ADDRESS", "gpus:1")
     many = config(model, engines={"count": 5, "device": "auto"}, consolidate={"workers": 4})
-    with pytest.raises(Exception, match="needs 9 GPUs and the cluster at gpus:1 has 8: add 1"):
+    short = (
+        r"^the run needs 9 GPUs and the cluster at gpus:1 has 8: add 1, or lower .*; demand: engines 5 x "
+        r"\(1 CPU \+ 1 GPU\), players .*; supply: 1 x \(32 CPU \+ 4 GPU\) for 4 engines.*1 x \(32 CPU"
+    )
+    with pytest.raises(UserError, match=short):
         resources.check_resources(many)
+    wide = config(model, engines={"tensor_parallel": 6, "device": "auto"})
+    with pytest.raises(UserError, match=r"has enough in all, but no node with room left for 1 engines: take larger"):
+        resources.check_resources(wide)
     monkeypatch.setenv("RAY_ADDRESS", "cpus:1")
     resources.check_resources(many)

@@ -4,10 +4,13 @@ Nothing waits for the slowest of a batch: whenever a game ends its seat takes th
 of a player that dies, are played again, elsewhere if a seat is free there.
 """
 
+import itertools
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,16 +22,16 @@ from oel_ray.config import CollectConfig, RunConfig
 from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
 from oel_ray.journal import Journal
+from oel_ray.plan import ray_options
 from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
 from oel_ray.stopping import draining
 
-PLAYER_CPUS = 1
 _POLL_S = 0.5
 _ATTEMPTS = 3
 _ERRORS_IN_ANY_CASE = 5
 _DIED = "a player died"
 _START_S = 120.0
-"""How long a player that starts may be silent."""
+"""How long a player that starts may be silent, if no other plays meanwhile."""
 
 Played = TypeVar("Played", bound=Trajectory)
 
@@ -50,14 +53,18 @@ class _Try(NamedTuple):
     failed_at: Any = None
 
 
+@dataclass
 class Players:
-    """The player actors of a run, and what went wrong with them and their games."""
+    """The player actors of a run, and what went wrong with them and their games.
 
-    def __init__(self, actors: Sequence[Any], seats: int, limits: CollectConfig | None = None) -> None:
-        self.actors = actors
-        self.seats = seats
-        self.limits = limits or CollectConfig()
-        self.failures: list[str] = []
+    `start` makes as many more players as it is asked for, which are there for one `play`.
+    """
+
+    actors: Sequence[Any]
+    seats: int
+    limits: CollectConfig = field(default_factory=CollectConfig)
+    start: Callable[[int], Sequence[Any]] = lambda count: []
+    failures: list[str] = field(default_factory=list)
 
     def play(
         self,
@@ -74,11 +81,19 @@ class Players:
                 names the game or the most frequent error.
             KeyboardInterrupt: the run was asked to stop. Games in play may end first, see `draining`.
         """
+        useful = min(math.ceil(len(games) / self.seats), self.limits.max_players)
+        more = self.start(max(useful - len(self.actors), 0))
         playing = _Playing(self, games, on_played)
-        with draining() as drain:
-            while playing.done < len(games) and not drain.over and (playing.running or not drain.asked):
-                playing.step(begin=not drain.asked)
-                on_progress(playing.done)
+        for actor in more:  # some may have to wait for a node with room
+            playing.invite(actor)
+        try:
+            with draining() as drain:
+                while playing.done < len(games) and not drain.over and (playing.running or not drain.asked):
+                    playing.step(begin=not drain.asked)
+                    on_progress(playing.done)
+        finally:  # their room may be wanted by the next stage
+            for actor in more:
+                ray.kill(actor)
         return [result for result in playing.results if result is not None]
 
     def take_failures(self) -> dict[str, int]:
@@ -100,6 +115,7 @@ class _Playing:
         self._limits, self._failures = players.limits, players.failures
         self._allowed = max(_ERRORS_IN_ANY_CASE, int(self._limits.max_error_rate * len(games)))
         self._failed_before = len(self._failures)
+        self._lost: list[Any] = []
         self._waiting = deque(_Try(game) for game in range(len(games)))
         self.running: dict[Any, tuple[_Try, Any]] = {}
         # Seats in turn over the actors, so that few games spread over all of them.
@@ -120,9 +136,13 @@ class _Playing:
                 self._take_watch(reference)
             else:
                 self._take_result(reference)
-        for actor, asked, _ in list(self._watches.values()):
-            if time.monotonic() - asked > self._limits.step_deadline_s + _START_S:
-                self._lose(actor, "a player did not answer")
+        silent_s = self._limits.step_deadline_s + _START_S
+        for actor, asked, seats in list(self._watches.values()):
+            if time.monotonic() - asked > silent_s:
+                if not seats:
+                    self._lose(actor, "a player did not answer")
+                elif not self.running and not self._free:
+                    raise RunFailed(f"no player came up within {silent_s:.0f} s: no node that is left has room for one")
 
     def _start(self, this: _Try) -> None:
         actor = next((actor for actor in self._free if actor != this.failed_at), self._free[0])
@@ -132,6 +152,10 @@ class _Playing:
         text, key = (knowledge.text, knowledge.id) if knowledge else ("", None)
         play = actor.play.options(max_task_retries=0)
         self.running[play.remote(game.episode, game.sampling, text, key, game.sampling_seed)] = this, actor
+
+    def invite(self, actor: Any) -> None:
+        """Give a player its seats as soon as it answers."""
+        self._watch(actor, self._seats)
 
     def _watch(self, actor: Any, seats: int = 0) -> None:
         # What is asked of a player that was ended Ray repeats until the next one answers, which is all that it says. In
@@ -184,8 +208,10 @@ class _Playing:
                     self._waiting.appendleft(this._replace(failed_at=actor))
         self._free = deque(other for other in self._free if other != actor)
         self._watches = {reference: watch for reference, watch in self._watches.items() if watch[0] != actor}
-        self._watch(actor, self._seats)
+        self.invite(actor)
         if not episode:
+            if actor not in self._lost:  # once for each it may have been the node
+                self._lost.append(actor)
             self._count(what)
 
     def _again(self, this: _Try, actor: Any, what: str) -> None:
@@ -198,7 +224,7 @@ class _Playing:
     def _count(self, what: str) -> None:
         self._failures.append(what)
         failures = self._failures[self._failed_before :]
-        if len(failures) > self._allowed:
+        if len(failures) - len(self._lost) > self._allowed:
             kinds = Counter(map(_kind, failures))
             most = max(failures, key=lambda failure: kinds[_kind(failure)])
             allowed = f"collect.max_error_rate={self._limits.max_error_rate:g} allows {self._allowed}"
@@ -232,13 +258,16 @@ def play_missing(
 @contextmanager
 def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Players]:
     """Start the player actors of a run; `policy` gives the tokenizer, which no round changes."""
-    collect = config.collect
-    actors: list[Any] = []
+    collect, resources = config.collect, ray_options(config.collect.resources)
+    numbers = itertools.count()
+
+    def start(count: int) -> list[Any]:
+        actors = [player_actor(collect.seats, name=f"player-{next(numbers)}", **resources) for _ in range(count)]
+        return [actor.remote(policy, generate, config) for actor in actors]
+
+    actors = start(collect.players)
     try:
-        for index in range(collect.players):
-            actor = player_actor(collect.seats, name=f"player-{index}", num_cpus=PLAYER_CPUS)
-            actors.append(actor.remote(policy, generate, config))
-        yield Players(actors, collect.seats, collect)
+        yield Players(actors, collect.seats, collect, start)
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -21,7 +21,7 @@ DEEPSPEED, WEIGHTS, OUTPUTS = "deepspeed", "weights", "outputs"
 
 _SPREAD = {"workers", "zero_stage", "precision", "micro_batch_tokens", "teacher_cache_gib", "teacher_offload_gib"}
 _SPREAD |= {"gradient_checkpointing", "chunk_tokens", "checkpoint_every", "max_failures", "max_skipped_steps"}
-_SPREAD |= {"packing", "offload_optimizer"}
+_SPREAD |= {"packing", "offload_optimizer", "resources"}
 """Settings of the section that say how the work is done and not what it is."""
 
 

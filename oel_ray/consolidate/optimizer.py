@@ -22,6 +22,7 @@ from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 from oel_ray.consolidate.reading import attention_of, can_pack, lay_out, reads_packed
 from oel_ray.consolidate.teacher import Teacher
 from oel_ray.errors import RunFailed
+from oel_ray.plan import gib, rank_memory
 
 _GIB = 2**30
 _TAG = "state"
@@ -360,19 +361,13 @@ def account(step: DistillStep, micro_batches: Sequence[MicroBatch]) -> str:
     Weights that the student shares with the teacher are the teacher's.
     """
     student, teacher, config, ranks = step.student, step.teacher, step.config, step.world_size
-    size = 4 if config.precision == "float32" else 2
     shared = {id(p) for p in teacher.model.parameters()}
     own = [p for p in student.parameters() if id(p) not in shared]
     numel, trained = (
         sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         for parameters in (own, [p for p in own if p.requires_grad])
     )
-    states = 8 if (size == 4 and config.zero_stage == 0) else 12  # float32 parameters are their own masters
-    where = " (on the host)" if config.offload_optimizer else ""
-    lying = {
-        "parameters": numel * size / (ranks if config.zero_stage == 3 else 1),
-        "gradients": trained * 4 / (ranks if config.zero_stage >= 2 else 1),
-        f"masters and optimizer{where}": trained * states / (ranks if config.zero_stage >= 1 or size == 2 else 1),
+    lying = rank_memory(config, numel, trained, ranks) | {
         "teacher": sum(p.numel() * p.element_size() for p in teacher.model.parameters()),
         "its kept texts": teacher.caches.device_size,
     }
@@ -381,13 +376,9 @@ def account(step: DistillStep, micro_batches: Sequence[MicroBatch]) -> str:
     head = student.get_output_embeddings().weight
     words, hidden = getattr(head, "ds_shape", head.shape)
     logits = config.chunk_tokens * words * 4
-    parts = [f"{name} {_gib(count)}" for name, count in lying.items()]
+    parts = [f"{name} {gib(count)}" for name, count in lying.items()]
     return (
         f"{', '.join(parts)}; the largest micro-batch is {rows} x {width} tokens of width {hidden}, and a chunk of "
-        f"logits {config.chunk_tokens} x {words} words, {_gib(logits)}. Lower consolidate.micro_batch_tokens, "
+        f"logits {config.chunk_tokens} x {words} words, {gib(logits)}. Lower consolidate.micro_batch_tokens, "
         "chunk_tokens or teacher_cache_gib, raise zero_stage or workers, or set offload_optimizer"
     )
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"

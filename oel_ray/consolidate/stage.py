@@ -14,8 +14,8 @@ from oel_ray.consolidate.checkpoints import NOTES_FILE, prepare
 from oel_ray.consolidate.job import Job
 from oel_ray.errors import EngineUnavailable, RunFailed, UserError, one_line
 from oel_ray.faults import fault_point
+from oel_ray.plan import rank_takes
 
-TRAINER_CPUS = 1
 _POLL_S = 0.5
 
 
@@ -39,7 +39,7 @@ def consolidate(job: Job, name: str, on_progress: Callable[[int, str], None], no
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
             use_gpu=job.on_gpu,
-            resources_per_worker={"CPU": TRAINER_CPUS} | ({"GPU": 1} if job.on_gpu else {}),
+            resources_per_worker=rank_takes(config, on_gpu=job.on_gpu),
         ),
         run_config=ray.train.RunConfig(
             # A name for every driver: under an old one Ray Train would read its own list of checkpoints, which a kill

@@ -17,6 +17,10 @@ from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
 
 CANARY_DEADLINE_S = 30.0
+_PORT_ATTEMPTS = 3
+# vLLM takes the first free port from one on, and binds it later. Engines that start together look in different ranges,
+# below the ports that a kernel hands out by itself and above those of Ray's workers.
+_PORTS = range(20_000, 32_000, 20)
 
 
 class Engine:
@@ -45,11 +49,16 @@ class Engine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        log = StartLog()
-        try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._vllm_args))
-        except Exception as error:  # noqa: BLE001 - whatever stops vLLM is told, in one line
-            raise RunFailed(f"engine {self.index} did not start: {log.cause(error)}") from None
+        for attempt in range(_PORT_ATTEMPTS):
+            os.environ["VLLM_PORT"] = str(_PORTS[(os.getpid() + attempt * 7) % len(_PORTS)])
+            log = StartLog()
+            try:
+                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._vllm_args))
+                break
+            except Exception as error:  # noqa: BLE001 - whatever stops vLLM is told, in one line
+                cause = log.cause(error)
+                if "address already in use" not in cause.lower() or attempt == _PORT_ATTEMPTS - 1:
+                    raise RunFailed(f"engine {self.index} did not start: {cause}") from None
         if version:
             await self._llm.update_weight_version(version)
 
@@ -218,6 +227,8 @@ def engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str
         "weight_transfer_config": WeightTransferConfig(backend=NCCL if on_gpu else GLOO),
         "disable_log_stats": True,
         "seed": 0,
+        # Not Ray, which vLLM would take for its ranks in an actor with a place of its own.
+        "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
     }
     if on_gpu:
         return args | {"gpu_memory_utilization": config.gpu_memory_utilization}

@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.util import placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from oel_ray.config import EnginesConfig
 from oel_ray.engines.engine import Engine
 from oel_ray.engines.router import REMEMBERED, Replica, Router
 from oel_ray.errors import EngineUnavailable, RunFailed, one_line
+from oel_ray.plan import engine_takes, ray_options
 from oel_ray.records import Generation, Sampling
 
 POOL_NAME = "engine-pool"
-DIED = (RayActorError, OutOfMemoryError)
-"""How a call ends whose actor is gone; the second if Ray ended it to save the machine."""
+DIED = (RayActorError, OutOfMemoryError, ObjectLostError)
+"""How a call ends whose actor is gone; if Ray ended it to save the machine; if its answer went with its node."""
 _CONTROL_DEADLINE_S = 60.0
 
 
@@ -43,6 +46,8 @@ class EnginePool:
     ) -> None:
         self._config = config
         self._on_gpu = on_gpu
+        self._takes = engine_takes(config, on_gpu=on_gpu)
+        self._places: list[Any] = []
         self._engine = engine
         self._router = router([])
         self._leases: dict[str, tuple[Replica, int, Any]] = {}
@@ -59,6 +64,8 @@ class EnginePool:
             RunFailed: a replica did not start; says why.
         """
         self._policy = policy
+        # A place is kept while an engine is replaced, whoever else waits for room.
+        self._places = [placement_group([self._takes], "STRICT_PACK") for _ in range(self._config.count)]
         replicas = [Replica(index, self._new_engine(index, 1)) for index in range(self._config.count)]
         self._router.replicas = replicas  # before they run, so that `shutdown` reaches those that do
         await self._on_all(replicas, "start", self._version, deadline_s=self._config.start_deadline_s)
@@ -141,10 +148,11 @@ class EnginePool:
 
     def _new_engine(self, index: int, start: int) -> Any:
         config = self._config
-        resources = {"num_gpus": config.tensor_parallel} if self._on_gpu else {"num_cpus": config.cpu_threads}
-        actor = ray.remote(max_concurrency=10_000, **resources)(self._engine)
+        actor = ray.remote(max_concurrency=10_000, **ray_options(self._takes))(self._engine)
         name = f"engine-{index}" if start == 1 else f"engine-{index}-start-{start}"  # a killed actor's name lingers
-        return actor.options(name=name).remote(index, config, self._policy, on_gpu=self._on_gpu)
+        place = PlacementGroupSchedulingStrategy(self._places[index])
+        options = actor.options(name=name, scheduling_strategy=place)
+        return options.remote(index, config, self._policy, on_gpu=self._on_gpu)
 
     def _lose(self, replica: Replica) -> None:
         """Give up a replica; a replacement starts unless only a trainer knows the weights."""
@@ -339,7 +347,9 @@ def engine_pool(
     Raises:
         RunFailed: an engine did not start; the message says why.
     """
-    actor = ray.remote(EnginePool).options(name=POOL_NAME, num_cpus=0, max_concurrency=10_000)
+    # Beside the driver: it must not go with a node that others could do without.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(EnginePool).options(name=POOL_NAME, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)
     handle = actor.remote(config, on_gpu=on_gpu, engine=engine, router=router)
     try:
         _wait(handle.start.remote(str(policy)), config.start_deadline_s + _CONTROL_DEADLINE_S)

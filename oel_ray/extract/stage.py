@@ -13,11 +13,9 @@ from oel_ray.config import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
 from oel_ray.journal import Journal
+from oel_ray.plan import ray_options
 from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
 from oel_ray.stopping import draining
-
-WORKER_CPUS = 1
-"""Logical CPUs of one extraction worker. It renders and tokenises; the engines do the rest."""
 
 _POLL_S = 0.5
 
@@ -88,7 +86,8 @@ def extract(
         unbroken = takewhile(lambda step: step[0] == step[1].index, enumerate(known.records))
         known.cut(len(list(unbroken)))
     try:
-        actor = ray.remote(ExtractionWorker).options(num_cpus=WORKER_CPUS, max_concurrency=chains + 1)
+        resources = ray_options(config.extract.resources)
+        actor = ray.remote(ExtractionWorker).options(max_concurrency=chains + 1, **resources)
         workers.extend(actor.remote(policy, generate, config) for _ in range(min(config.extract.workers, chains)))
         shared = ray.put(list(trajectories))
         seeds = {

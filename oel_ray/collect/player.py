@@ -6,8 +6,10 @@ a thread of its own, tells which one it is.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from oel_ray import prompts
@@ -15,6 +17,7 @@ from oel_ray.chat import ChatFormat
 from oel_ray.config import EnvironmentConfig
 from oel_ray.envs import Environment, make
 from oel_ray.errors import EnvironmentFailed, RunFailed, one_line
+from oel_ray.hang import WATCH, Named
 from oel_ray.records import EndedBy, Episode, Generate, Sampling, Trajectory, Turn
 from oel_ray.seeds import derive_seed
 
@@ -87,27 +90,16 @@ async def play(
     return trajectory, won
 
 
-class Player:
+class Player(Named):
     """The user's side of a run: builds games from episodes and plays them. Made into a Ray actor by `player_actor`.
 
     State: the games in play, and which of them is inside its environment.
     """
 
-    def __init__(
-        self,
-        policy: str,
-        thinking: bool,
-        generate: Generate,
-        config: EnvironmentConfig,
-        max_prompt_tokens: int,
-        run_seed: int,
-    ) -> None:
-        """`policy`: the folder that holds the tokenizer."""
-        self._chat = ChatFormat.from_pretrained(policy, thinking=thinking)
-        self._generate = generate
-        self._config = config
-        self._max_prompt_tokens = max_prompt_tokens
-        self._run_seed = run_seed
+    def __init__(self, policy: Path, *, thinking: bool, **settings: Any) -> None:
+        """`policy`: the folder that holds the tokenizer. `settings` go to `play`, for all games alike."""
+        chat = ChatFormat.from_pretrained(policy, thinking=thinking)
+        self._play: Callable[..., Awaitable[tuple[Trajectory, bool]]] = partial(play, chat=chat, **settings)
         self._inside: list[str] = []
 
     async def play(
@@ -142,20 +134,8 @@ class Player:
                 f"{episode.env} drew another map for episode {episode.id} (seed {episode.seed}) than was planned: "
                 "the nodes have different versions of the environment, or it does not keep to its seed"
             )
-        return await play(
-            episode,
-            environment,
-            self._chat,
-            self._generate,
-            sampling,
-            config=self._config,
-            max_prompt_tokens=self._max_prompt_tokens,
-            run_seed=self._run_seed,
-            knowledge=knowledge,
-            key=key,
-            sampling_seed=sampling_seed,
-            inside=inside,
-        )
+        told: dict[str, Any] = {"knowledge": knowledge, "key": key, "sampling_seed": sampling_seed}
+        return await self._play(episode, environment, sampling=sampling, **told, inside=inside)
 
     async def stuck(self, deadline_s: float) -> str:
         """After so many seconds: the game that has been in one call of its environment all the while, or "".
@@ -175,5 +155,5 @@ def player_actor(seats: int, **options: Any) -> Any:
     import ray
 
     # Without retries for the actor Ray refuses calls while it starts again; those that must not be repeated say so.
-    actor = ray.remote(concurrency_groups={"watch": 1000})(Player)
+    actor = ray.remote(concurrency_groups={WATCH: 1000})(Player)
     return actor.options(max_concurrency=seats, max_restarts=-1, max_task_retries=-1, **options)

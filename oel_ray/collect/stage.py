@@ -18,7 +18,9 @@ from oel_ray.collect.player import player_actor
 from oel_ray.config import CollectConfig, RunConfig
 from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
+from oel_ray.hang import WATCH, dump_stacks
 from oel_ray.journal import Journal
+from oel_ray.metrics import Series, report
 from oel_ray.plan import play_response
 from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
 from oel_ray.stopping import draining
@@ -143,7 +145,7 @@ class _Playing:
         # What is asked of a player that was ended Ray repeats until the next one answers, which is all that it says. In
         # a second the last one is gone.
         deadline_s, retries = (1.0, -1) if seats else (self._limits.step_deadline_s, 0)
-        stuck = actor.stuck.options(concurrency_group="watch", max_task_retries=retries)
+        stuck = actor.stuck.options(concurrency_group=WATCH, max_task_retries=retries)
         self._watches[stuck.remote(deadline_s)] = actor, time.monotonic(), seats
 
     def _take_watch(self, reference: Any) -> None:
@@ -164,6 +166,8 @@ class _Playing:
         try:
             self.results[this.game] = result = ray.get(reference)  # ready
             self.done += 1
+            report(Series.EPISODES, 1, status=result[0].ended_by)
+            report(Series.TURNS, len(result[0].turns))
         except DIED as error:
             self._lose(actor, f"{_DIED}: {one_line(error, -1)}")
             return
@@ -180,6 +184,7 @@ class _Playing:
     def _lose(self, actor: Any, what: str, episode: str = "") -> None:
         """End a player and play its games again; `episode` is the one that was the cause, if that is known."""
         if not what.startswith(_DIED):
+            dump_stacks()
             ray.kill(actor, no_restart=False)
         for reference, (this, at) in list(self._running.items()):
             if at == actor:
@@ -203,6 +208,7 @@ class _Playing:
 
     def _count(self, what: str) -> None:
         self._failures.append(what)
+        report(Series.EPISODES, 1, status=_kind(what))
         failures = self._failures[self._failed_before :]
         if len(failures) > self._allowed:
             kinds = Counter(map(_kind, failures))
@@ -241,11 +247,12 @@ def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Pla
     collect = config.collect
     _, longest_response = play_response(config)
     longest_prompt = config.engines.max_model_len - longest_response
+    settings = {"config": config.env, "max_prompt_tokens": longest_prompt, "run_seed": config.seed}
     actors: list[Any] = []
     try:
         for index in range(collect.players):
             actor = player_actor(collect.seats, name=f"player-{index}", num_cpus=PLAYER_CPUS)
-            actors.append(actor.remote(str(policy), config.thinking, generate, config.env, longest_prompt, config.seed))
+            actors.append(actor.remote(policy, thinking=config.thinking, generate=generate, **settings))
         yield Players(actors, collect.seats, collect)
     finally:
         for actor in actors:

@@ -6,6 +6,7 @@ Rank 0 writes the metrics and samples files; they are the group's only output be
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from oel_ray.consolidate.responses import Responses
 from oel_ray.consolidate.weights import check_names, export_policy, weights_of
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
+from oel_ray.layout import CONSOLIDATE
+from oel_ray.metrics import at, log
 from oel_ray.records import Generation
 from oel_ray.seeds import derive_seed
 
@@ -43,6 +46,7 @@ def train(job: Job) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = _take_device(job, context.get_local_rank())
+    at(job.round, CONSOLIDATE)
     attempt = Attempt(job, rank, world_size)
     step = _distill_step(job, device, attempt)
     weights = weights_of(step.student, getattr(torch, job.config.policy_dtype), job.policy)
@@ -72,7 +76,8 @@ def train(job: Job) -> None:
             for draw, generation in zip(draws, generations, strict=True)
         ]
         fault_point(f"{job.round}:consolidate:{number}:rank-{rank}:attempt-{attempt.number}")
-        metrics, retried = _train_step(job, step, samples, rank, world_size)
+        with _profiler(job, number, rank):
+            metrics, retried = _train_step(job, step, samples, rank, world_size)
         trained = time.monotonic()
         skipped = 0 if metrics.applied else skipped + 1
         version = attempt.version(number + 1)
@@ -85,17 +90,18 @@ def train(job: Job) -> None:
             served = version
         if not responses.ahead:
             responses.ask(number + 1, served)
-        seconds = {
+        costs = {
             "seconds_generate": generated - started + waited - trained,
             "seconds_train": trained - generated,
             "seconds_sync": time.monotonic() - waited,
+            "sync_bytes": 0 if responses.by_teacher else sync.nbytes,
         }
         texts = {f"teacher_{name}": count for name, count in asdict(step.teacher.counts).items()}
         if rank == 0:
             _write_samples(job, number, draws, samples, generations, metrics)
-            _append(
-                job.metrics, [_metrics_row(number, metrics, len(draws), made_by, version) | retried | seconds | texts]
-            )
+            row = _metrics_row(number, metrics, len(draws), made_by, version)
+            _append(job.metrics, [row | retried | costs | texts])
+            log.info("step %d: KL %.4f, %s", number, metrics.kl, "applied" if metrics.applied else "skipped")
         if skipped > job.config.consolidate.max_skipped_steps:
             attempt.save_last_good(number + 1 - skipped, step)
             raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
@@ -116,6 +122,14 @@ def _train_step(
         if metrics := step.step(share):
             return metrics, {"memory_retries": retries}
     raise RunFailed(f"{step.shortage} (and so it did with micro-batches twice as large)")
+
+
+def _profiler(job: Job, step: int, rank: int) -> AbstractContextManager[Any]:
+    """Around a step that is to be recorded, of rank 0 alone; around others nothing."""
+    if rank or step not in job.config.consolidate.profile_steps:
+        return nullcontext()
+    done = torch.profiler.tensorboard_trace_handler(str(job.profile), f"round-{job.round:03d}-step-{step:04d}")
+    return torch.profiler.profile(on_trace_ready=done)
 
 
 def _take_device(job: Job, local_rank: int) -> torch.device:

@@ -4,6 +4,7 @@ One `WeightSync` lives as long as the training group. A sync that fails leaves i
 must end the training attempt.
 """
 
+import math
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -74,6 +75,8 @@ class WeightSync:
     ) -> None:
         """A collective over sender and engines; ranks other than 0 only take part in the gathering of weights."""
         self._weights = weights
+        self.nbytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in weights.metadata())
+        """What every sync sends."""
         self._sender: Any = None
         if rank != 0:
             return

@@ -1,6 +1,7 @@
 """The extraction stage: K accumulations at once, spread over Ray actors. `extract` runs in the driver."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from oel_ray.chat import ChatFormat
-from oel_ray.config import ExtractConfig, RunConfig
+from oel_ray.config import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
+from oel_ray.hang import WATCH, Named
 from oel_ray.journal import Journal
+from oel_ray.layout import EXTRACT
+from oel_ray.metrics import Series, at, log, report
 from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
 from oel_ray.stopping import draining
 
@@ -22,24 +26,13 @@ WORKER_CPUS = 1
 _POLL_S = 0.5
 
 
-class ExtractionWorker:
+class ExtractionWorker(Named):
     """An async Ray actor: any number of accumulations as coroutines, with `progress` answering in between."""
 
-    def __init__(
-        self,
-        policy: Path,
-        *,
-        thinking: bool,
-        generate: Generate,
-        config: ExtractConfig,
-        run_seed: int,
-        max_model_len: int,
-    ) -> None:
-        self._chat = ChatFormat.from_pretrained(policy, thinking=thinking)
-        self._generate = generate
-        self._config = config
-        self._run_seed = run_seed
-        self._max_model_len = max_model_len
+    def __init__(self, policy: Path, *, thinking: bool, **settings: Any) -> None:
+        """`policy`: the folder that holds the tokenizer. `settings` go to `accumulate`, for all accumulations alike."""
+        chat = ChatFormat.from_pretrained(policy, thinking=thinking)
+        self._accumulate: Callable[..., Awaitable[KnowledgeText]] = partial(accumulate, chat=chat, **settings)
         self._finished_steps = 0
         self._stopping = False
 
@@ -54,25 +47,20 @@ class ExtractionWorker:
         known = list(journal.records) if journal else []
         self._finished_steps += len(known)
 
+        at(round_number, EXTRACT)
+
         def on_step(step: AccumulationStep) -> None:
+            for outcome, count in {"accepted": len(step.added), **step.rejected}.items():
+                report(Series.KNOWLEDGE_ITEMS, count, outcome=outcome)
+            log.info("accumulation %d took step %d: %s", seed_index, step.index, step.status)
             if journal:
                 journal.append(step)
             self._finished_steps += 1
             if self._stopping:
                 raise RunFailed("the accumulation was asked to stop")
 
-        return await accumulate(
-            trajectories,
-            seed_index=seed_index,
-            round_number=round_number,
-            config=self._config,
-            chat=self._chat,
-            generate=self._generate,
-            run_seed=self._run_seed,
-            max_model_len=self._max_model_len,
-            known=known,
-            on_step=on_step,
-        )
+        this = {"seed_index": seed_index, "round_number": round_number}
+        return await self._accumulate(trajectories, **this, known=known, on_step=on_step)
 
     async def progress(self) -> int:
         """Steps finished so far, over all accumulations of this worker."""
@@ -109,18 +97,12 @@ def extract(
         unbroken = takewhile(lambda step: step[0] == step[1].index, enumerate(known.records))
         known.cut(len(list(unbroken)))
     try:
-        actor = ray.remote(ExtractionWorker).options(num_cpus=WORKER_CPUS, max_concurrency=chains + 1)
-        workers.extend(
-            actor.remote(
-                policy,
-                thinking=config.thinking,
-                generate=generate,
-                config=config.extract,
-                run_seed=config.seed,
-                max_model_len=config.engines.max_model_len,
-            )
-            for _ in range(min(config.extract.workers, chains))
-        )
+        options = {"num_cpus": WORKER_CPUS, "max_concurrency": chains + 1}
+        actor = ray.remote(concurrency_groups={WATCH: 1}, **options)(ExtractionWorker)
+        settings = {"config": config.extract, "run_seed": config.seed, "max_model_len": config.engines.max_model_len}
+        for index in range(min(config.extract.workers, chains)):
+            start = actor.options(name=f"extractor-{round_number}-{index}").remote
+            workers.append(start(policy, thinking=config.thinking, generate=generate, **settings))
         shared = ray.put(list(trajectories))
         seeds = {
             workers[seed % len(workers)].accumulate.remote(shared, seed, round_number, journals[seed]): seed

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,8 +175,15 @@ def test_own_actions_can_be_left_out_of_prompts(chat: ChatFormat, episode: Episo
     prefixes([shown, hidden], chat)  # both are rendered again by the template that they name
 
 
+SETTINGS: dict[str, Any] = {
+    "config": EnvironmentConfig(max_turns=10),
+    "max_prompt_tokens": 100_000,
+    "run_seed": 4,
+}
+
+
 def a_player(policy: Path, answers: list[str]) -> Player:
-    return Player(str(policy), False, ScriptedGenerate(answers), EnvironmentConfig(max_turns=10), 100_000, 4)
+    return Player(policy, thinking=False, generate=ScriptedGenerate(answers), **SETTINGS)
 
 
 def test_a_player_builds_its_games(policy: Path, chat: ChatFormat, episode: Episode) -> None:
@@ -198,7 +206,7 @@ def test_a_player_in_ray_plays_many_games_at_once(policy: Path) -> None:
     try:
         episodes = held_out_episodes(LAKE, 4, 4)
         actor = player_actor(4, num_cpus=1).remote(
-            str(policy), False, ScriptedGenerate(["[left]"]), EnvironmentConfig(max_turns=10), 100_000, 4
+            policy, thinking=False, generate=ScriptedGenerate(["[left]"]), **SETTINGS
         )
         results = ray.get([actor.play.remote(episode, SAMPLING) for episode in episodes], timeout=120)
     finally:

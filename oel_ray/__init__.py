@@ -3,4 +3,15 @@
 Importing this package loads neither torch nor vLLM nor Ray.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# Ray reads these when it is imported, which whatever comes first of our modules may do.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# A killed engine actor takes its EngineCore and Worker processes with it.
+os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+# Ray refuses a job whose own environment names a variable that `resources` sets for workers as well.
+os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")

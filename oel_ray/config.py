@@ -201,6 +201,8 @@ class ConsolidateConfig(Section):
     """Also keep the policy as it was after so many steps of each round, e.g. `[5, 10, 15]`; a model folder each."""
     max_failures: NonNegative = 2
     """How often the training ranks are started again after one of them died, in a round."""
+    profile_steps: tuple[NonNegative, ...] = ()
+    """Steps, counted from 0 in every round, that rank 0 records with torch's profiler into `RUN/profile`."""
     max_skipped_steps: NonNegative = 3
     """Steps in a row that may be skipped because a loss or gradient was not finite; one more ends the run."""
     sampling: SamplingConfig = SamplingConfig()
@@ -317,6 +319,9 @@ class ClusterConfig(Section):
     """A Ray cluster to join; null starts one on this machine, unless RAY_ADDRESS is set."""
     dashboard: bool = False
     """Start the dashboard of a Ray that this run starts itself."""
+    logs: Literal["text", "json"] = "text"
+    """How the run's actors write their logs: readable lines, or an object a line for whoever collects them. Both say
+    run, round, stage and actor."""
 
 
 class RunConfig(Section):
@@ -331,6 +336,9 @@ class RunConfig(Section):
     """What all maps, orders and sampling seeds of the run are derived from."""
     rounds: Positive = 2
     """Rounds of collect, extract, consolidate."""
+    tracking: Literal["tensorboard", "wandb"] = "tensorboard"
+    """Where scalars of stages and training steps go: `RUN/tensorboard`, in any case, and to Weights & Biases as well,
+    if the package wandb is installed and knows where (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE)."""
     env: EnvironmentConfig = EnvironmentConfig()
     collect: CollectConfig = CollectConfig()
     extract: ExtractConfig = ExtractConfig()

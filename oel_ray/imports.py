@@ -44,6 +44,7 @@ from oel_ray.runs import RunFolder
 ELSEWHERE = "elsewhere"
 """The trajectory that an imported knowledge item names if nobody knows a better one."""
 
+_UNKNOWN = {"prompt_ids": [], "response_ids": [], "weight_version": ""}
 _NAMED = 5
 _ID = re.compile(r"\w[\w.:-]{0,199}", re.ASCII)
 _LINE_BYTES = 2**24
@@ -156,31 +157,20 @@ def _trajectory(
 ) -> Trajectory:
     following = [turn.observation for turn in given.turns[1:]] + [""]
     turns = [
-        Turn(
-            observation=turn.observation,
-            response=turn.response,
-            prompt_ids=[],
-            response_ids=[],
-            action=_action(turn, chat) if turn.action is None else turn.action,
-            feedback=shown_next if turn.feedback is None else turn.feedback,
-            weight_version="",
-            finish_reason=turn.finish_reason,
+        Turn.model_validate(
+            {"action": _action(turn, chat), "feedback": shown_next} | turn.model_dump(exclude_none=True) | _UNKNOWN
         )
         for turn, shown_next in zip(given.turns, following, strict=True)
     ]
     return Trajectory(
+        **given.model_dump(include={"params", "seed", "instructions", "outcome", "ended_by"}),
         id=name,
         round=number,
         split=split,
         env=given.env or config.env.id,
-        params=given.params,
-        seed=given.seed,
         map_hash=given.map_hash or content_hash(given.instructions, given.turns[0].observation),
-        instructions=given.instructions,
         template=prompts.game_template(show_actions=config.env.show_actions),
         turns=turns,
-        outcome=given.outcome,
-        ended_by=given.ended_by,
     )
 
 

@@ -11,7 +11,7 @@ A stage writes into a folder of its own and is committed whole; a committed stag
 interrupted goes on with the games, steps or checkpoints that it has.
 """
 
-from collections import Counter
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import RunFailed
 from oel_ray.evaluate.stage import evaluated, evaluated_round, evaluation_games
 from oel_ray.extract.items import growth
+from oel_ray.hang import HANG_FOLDER
 from oel_ray.models import model_files, resolve_model
 from oel_ray.plan import outlook
 from oel_ray.progress import Progress, StageProgress
@@ -37,6 +38,8 @@ from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Traje
 from oel_ray.resources import alive_nodes, ray_cluster
 from oel_ray.runs import RunFolder, Stage
 from oel_ray.schedule import check_imports, unfinished
+from oel_ray.telemetry import Telemetry
+from oel_ray.tracking import tracking
 
 
 def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
@@ -58,6 +61,7 @@ def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequenc
     """Do these stages, (round, name) in order, on a Ray of their own; raises what `run` raises."""
     from oel_ray.consolidate.loading import model_size
 
+    os.environ[HANG_FOLDER] = str(folder.path / "hang")
     policy = folder.policy(folder.deployed(todo[0][0]))
     with ray_cluster(config, folder.run_id, progress.note) as on_gpu:
         teacher = resolve_model(config.consolidate.teacher, progress.note) if config.consolidate.teacher else policy
@@ -68,8 +72,10 @@ def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequenc
         with (
             engine_pool(config.engines, policy, on_gpu=on_gpu) as pool,
             players(config, policy, pool.client) as gamers,
+            tracking(config, folder.run_id, folder.path, progress.note) as track,
         ):
-            rounds = Rounds(config, folder, progress, pool, gamers, on_gpu=on_gpu)
+            telemetry = Telemetry(folder, progress, pool, gamers, track)
+            rounds = Rounds(config, folder, progress, pool, gamers, telemetry, on_gpu=on_gpu)
             for number, name in todo:
                 getattr(rounds, name)(number)
 
@@ -95,6 +101,7 @@ class Rounds:
     progress: Progress
     pool: Pool
     players: Players
+    telemetry: Telemetry
     on_gpu: bool
     _deployed: int | None = None
 
@@ -172,11 +179,13 @@ class Rounds:
                 metrics=out.consolidation_metrics.resolve(),
                 samples=out.samples.resolve(),
                 target=out.policy.resolve(),
+                profile=self.folder.path / "profile",
                 scratch=(out.root / "ray_train").resolve(),
             )
             self._deployed = None  # from the first step on the engines serve what the trainer sends
             name = f"{self.folder.run_id}-round-{number:03d}"
-            samples = consolidate(job, name, progress.update, self.progress.note)
+            trained = partial(self.telemetry.trained, progress, number, config.steps)
+            samples = consolidate(job, name, trained, self.progress.note)
             written = [out.consolidation_metrics, out.samples, out.policy, *map(out.policy_after, config.keep_steps)]
             stage.commit(written, {"metrics": config.steps, "samples": samples})
 
@@ -209,30 +218,14 @@ class Rounds:
             if result.gate:
                 self.progress.note(f"round {number}: {result.gate}")
             stage.out.evaluation.write_bytes(result.to_json() + b"\n")
-            count = write_jsonl(stage.out.evaluation_games, games)
-            stage.commit([stage.out.evaluation, stage.out.evaluation_games], {"evaluation": count})
+            counts = {"evaluation": write_jsonl(stage.out.evaluation_games, games)}
+            stage.commit([stage.out.evaluation, stage.out.evaluation_games], counts)
 
     @contextmanager
     def _stage(self, number: int, name: str, total: int, unit: str) -> Iterator[tuple[Stage, StageProgress]]:
-        stage = self.folder.stage(number, name)
-        before = self.pool.counts()
-        with self.progress.stage(number, self.config.rounds, name, total, unit) as progress:
+        stage, rounds = self.folder.stage(number, name), self.config.rounds
+        with self.telemetry.stage(stage), self.progress.stage(number, rounds, name, total, unit) as progress:
             yield stage, progress
-        if entry := stage.entry:
-            happened = self._happened(before)
-            if name == layout.EVALUATE:
-                happened["deployed"] = self.folder.deployed(number + 1)
-            self.folder.log_metrics({"round": number, "stage": name, "wall_s": entry.wall_s, **entry.counts} | happened)
-
-    def _happened(self, before: Counter[str]) -> dict[str, Any]:
-        """What engines and players did since `before`, for the metrics; the user is told what went wrong meanwhile."""
-        counts, failures = self.pool.counts(), self.players.take_failures()
-        counts.subtract(before)
-        engines = {"engines replaced": counts["engine_restarts"], "requests moved": counts["requests_moved"]}
-        if told := [f"{times} x {what}" for what, times in (engines | failures).items() if times]:
-            self.progress.note(f"went wrong and was made good: {', '.join(told)}")
-        hit_rate = counts["cached_tokens"] / max(counts["prompt_tokens"], 1)
-        return {**counts, "prefix_cache_hit_rate": round(hit_rate, 4), "failures": failures}
 
     def _begin(self, stage: Stage, policy_of: int, *asked: Any) -> None:
         """Start a stage in which that policy answers: its inputs are all that decides how, and what it is asked."""
@@ -246,6 +239,7 @@ class Rounds:
         if self._deployed != policy_of:
             self.pool.deploy(self.folder.policy(policy_of), version)
             self._deployed = policy_of
+            self.telemetry.serves(policy_of)
         return version
 
     def _trajectories(self, number: int, split: Split) -> list[Trajectory]:

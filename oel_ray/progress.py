@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Self
 
 from rich.console import Console
@@ -21,7 +22,7 @@ class StageProgress:
         self._owner = owner
         self._where = (round_number, name)
         self._label = f"[round {round_number}/{rounds}] {name}"
-        self._total = total
+        self.total = total
         self._unit = unit
         self._note = ""
         self._started = time.monotonic()
@@ -46,7 +47,7 @@ class StageProgress:
 
     def __enter__(self) -> Self:
         if self._bars:
-            self._bars.add_task(self._head(), total=self._total, note="")
+            self._bars.add_task(self._head(), total=self.total, note="")
             self._bars.start()
         else:
             self._say("")
@@ -64,7 +65,13 @@ class StageProgress:
             self._write_status()
 
     def _head(self) -> str:
-        return f"{self._label} {self.done}/{self._total} {self._unit}"
+        return f"{self._label} {self.done}/{self.total} {self._unit}"
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until all is done if it goes on as it went so far; None as long as nothing is done."""
+        elapsed = time.monotonic() - self._started
+        return elapsed / self.done * (self.total - self.done) if self.done else None
 
     def _tick(self) -> None:
         while not self._closed.wait(self._owner.interval_s / 4):
@@ -76,22 +83,16 @@ class StageProgress:
     def _say(self, end: str) -> None:
         self._said = time.monotonic()
         elapsed = self._said - self._started
-        parts = [self._head()]
-        if elapsed >= 1 or end:
-            parts.append(duration(elapsed))
-        if end:
-            parts.append(end)
-        elif 0 < self.done < self._total:
-            parts.append(f"ETA {duration(elapsed / self.done * (self._total - self.done))}")
-        if self._note:
-            parts.append(self._note)
-        self._owner.note(", ".join(parts))
+        eta = f"ETA {duration(self.eta_s)}" if self.eta_s and self.done < self.total else ""
+        parts = [self._head(), duration(elapsed) if elapsed >= 1 or end else "", end or eta, self._note]
+        self._owner.note(", ".join(filter(None, parts)))
 
     def _write_status(self) -> None:
         self._written = time.monotonic()
+        self._owner.on_status(self)
         if self._owner.folder:
             round_number, name = self._where
-            fields = {"round": round_number, "stage": name, "done": self.done, "total": self._total}
+            fields = {"round": round_number, "stage": name, "done": self.done, "total": self.total}
             self._owner.folder.set_status("running", **fields)
 
 
@@ -104,6 +105,8 @@ class Progress:
         self.folder = folder
         self.console = console or Console(stderr=True)
         self.interval_s = interval_s
+        self.on_status: Callable[[StageProgress], None] = lambda stage: None
+        """Told about once a second how far a stage is, from any thread."""
 
     def stage(self, round_number: int, rounds: int, name: str, total: int, unit: str) -> StageProgress:
         return StageProgress(self, round_number, rounds, name, total, unit)

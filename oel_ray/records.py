@@ -5,7 +5,7 @@ reads it; `EvaluationGame` adds success, and only evaluation reads that.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -187,14 +187,11 @@ class BadLine(Record):
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-def write_jsonl(path: Path, records: Iterable[Record]) -> int:
+def write_jsonl(path: Path, records: Sequence[Record]) -> int:
     """Write one record a line; returns their number."""
-    count = 0
     with path.open("wb") as file:
-        for record in records:
-            file.write(record.to_json() + b"\n")
-            count += 1
-    return count
+        file.writelines(record.to_json() + b"\n" for record in records)
+    return len(records)
 
 
 def read_jsonl(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:

@@ -14,17 +14,8 @@ from typing import Any
 
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
+from oel_ray.hang import HANG_FOLDER
 from oel_ray.plan import GPU_MEMORY, Nodes, amounts, demands, place, placement, ray_options, total
-
-# Read by Ray when it is imported, so set before.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-# A killed engine actor takes its EngineCore and Worker processes with it.
-os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-# Ray refuses a job whose own environment names a variable that `_worker_environment` sets as well.
-os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-
 
 CLUSTER_ANSWER_S = 25.0
 """How long a cluster may take to say what it has."""
@@ -68,6 +59,7 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
         UserError: a cluster that was joined is too small; says by how much.
     """
     import ray
+    from ray.job_config import JobConfig
 
     settings: dict[str, Any] = {
         "namespace": f"oel-{run_id}",
@@ -75,6 +67,9 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
         "logging_level": "ERROR",
         "runtime_env": {"env_vars": _worker_environment(config)},
     }
+    # Ours alone, by way of the job: given to `ray.init`, it would have the driver log to the terminal as well.
+    settings["job_config"] = JobConfig()
+    settings["job_config"].set_py_logging_config(ray.LoggingConfig(encoding=config.cluster.logs.upper()))
     if address := cluster_address(config):
         ray.init(address=address, **settings)
     else:
@@ -234,6 +229,7 @@ def _worker_environment(config: RunConfig) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        HANG_FOLDER: os.environ.get(HANG_FOLDER, ""),
         "HF_HUB_OFFLINE": "1",  # the driver has fetched what there is to fetch
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a rank imports torch before it is up
     }

@@ -21,7 +21,7 @@ from rich.text import Text
 from oel_ray.durable import read_json
 from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import Gate
-from oel_ray.layout import BAD_LINES, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE, RoundFiles
+from oel_ray.layout import BAD_LINES, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
 from oel_ray.runs import RunFolder
 
@@ -216,17 +216,10 @@ def _identified(folder: RunFolder) -> Iterator[tuple[Path, bytes, str]]:
     """File, JSON and id of every game and knowledge text."""
     for number in folder.rounds():
         files = folder.files(number)
-        for file in _game_files(files):
-            if file.exists():
-                for line in file.read_bytes().splitlines():
-                    yield file, line, orjson.loads(line)["id"]
-        for file in files.knowledge_files():
-            yield file, file.read_bytes(), orjson.loads(file.read_bytes())["id"]
-
-
-def _game_files(files: RoundFiles) -> list[Path]:
-    collected = [files.trajectories("extraction"), files.trajectories("consolidation")]
-    return [*collected, files.in_context, files.evaluation_games]
+        collected = (files.trajectories("extraction"), files.trajectories("consolidation"))
+        for file in (*collected, files.in_context, files.evaluation_games, *files.knowledge_files()):
+            for line in file.read_bytes().splitlines() if file.exists() else ():
+                yield file, line, orjson.loads(line)["id"]
 
 
 def _first_id(path: Path) -> str:

@@ -16,12 +16,13 @@ from oel_ray.chat import ChatFormat
 from oel_ray.config import RunConfig
 from oel_ray.envs import make
 from oel_ray.errors import EnvironmentFailed, RunFailed, one_line
+from oel_ray.hang import WATCH, Named
 from oel_ray.plan import play_response
 from oel_ray.records import EndedBy, Episode, Generate, Sampling, Trajectory, Turn
 from oel_ray.seeds import derive_seed
 
 
-class Player:
+class Player(Named):
     """The user's side of a run: builds games from episodes and plays them. Made into a Ray actor by `player_actor`.
 
     State: the games in play, and which of them is inside its environment.
@@ -134,5 +135,5 @@ def player_actor(seats: int, **options: Any) -> Any:
     import ray
 
     # Without retries for the actor Ray refuses calls while it starts again; those that must not be repeated say so.
-    actor = ray.remote(concurrency_groups={"watch": 1000})(Player)
+    actor = ray.remote(concurrency_groups={WATCH: 1000})(Player)
     return actor.options(max_concurrency=seats, max_restarts=-1, max_task_retries=-1, **options)

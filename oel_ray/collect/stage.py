@@ -21,7 +21,9 @@ from oel_ray.collect.player import player_actor
 from oel_ray.config import CollectConfig, RunConfig
 from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
+from oel_ray.hang import WATCH, dump_stacks
 from oel_ray.journal import Journal
+from oel_ray.metrics import Series, report
 from oel_ray.plan import ray_options
 from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
 from oel_ray.stopping import draining
@@ -161,7 +163,7 @@ class _Playing:
         # What is asked of a player that was ended Ray repeats until the next one answers, which is all that it says. In
         # a second the last one is gone.
         deadline_s, retries = (1.0, -1) if seats else (self._limits.step_deadline_s, 0)
-        stuck = actor.stuck.options(concurrency_group="watch", max_task_retries=retries)
+        stuck = actor.stuck.options(concurrency_group=WATCH, max_task_retries=retries)
         self._watches[stuck.remote(deadline_s)] = actor, time.monotonic(), seats
 
     def _take_watch(self, reference: Any) -> None:
@@ -182,6 +184,8 @@ class _Playing:
         try:
             self.results[this.game] = result = ray.get(reference)  # ready
             self.done += 1
+            report(Series.EPISODES, 1, status=result[0].ended_by)
+            report(Series.TURNS, len(result[0].turns))
         except DIED as error:
             self._lose(actor, f"{_DIED}: {one_line(error, -1)}")
             return
@@ -198,6 +202,7 @@ class _Playing:
     def _lose(self, actor: Any, what: str, episode: str = "") -> None:
         """End a player and play its games again; `episode` is the one that was the cause, if that is known."""
         if not what.startswith(_DIED):
+            dump_stacks()
             ray.kill(actor, no_restart=False)
         for reference, (this, at) in list(self.running.items()):
             if at == actor:
@@ -223,6 +228,7 @@ class _Playing:
 
     def _count(self, what: str) -> None:
         self._failures.append(what)
+        report(Series.EPISODES, 1, status=_kind(what))
         failures = self._failures[self._failed_before :]
         if len(failures) - len(self._lost) > self._allowed:
             kinds = Counter(map(_kind, failures))

@@ -33,5 +33,7 @@ class Job:
     samples: Path
     target: Path
     """Where the new policy goes."""
+    profile: Path
+    """Where what torch's profiler records goes."""
     scratch: Path
     """Where Ray Train and the checkpoints of this job lie, also for the next driver if this one dies."""

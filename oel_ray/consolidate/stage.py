@@ -14,16 +14,20 @@ from oel_ray.consolidate.checkpoints import NOTES_FILE, prepare
 from oel_ray.consolidate.job import Job
 from oel_ray.errors import EngineUnavailable, RunFailed, UserError, one_line
 from oel_ray.faults import fault_point
+from oel_ray.hang import dump_stacks
 from oel_ray.plan import rank_takes
 
 _POLL_S = 0.5
 
 
-def consolidate(job: Job, name: str, on_progress: Callable[[int, str], None], note: Callable[[str], None]) -> int:
+Progressed = Callable[[int, str, list[dict[str, Any]]], None]
+
+
+def consolidate(job: Job, name: str, on_progress: Progressed, note: Callable[[str], None]) -> int:
     """Train, and write the new policy. Returns the number of training samples.
 
     Goes on from the newest checkpoint in the job's scratch folder, if it is of this very job. `on_progress(steps done,
-    text)` is called about twice a second, `note` for what a user should know.
+    text, metrics of steps that were done since)` is called about twice a second, `note` for what a user should know.
 
     Raises:
         RunFailed: a training rank failed in a way that would come again, or ranks died too often; the message is its
@@ -53,11 +57,11 @@ def consolidate(job: Job, name: str, on_progress: Callable[[int, str], None], no
         torch_config=TorchConfig(backend="nccl" if job.on_gpu else "gloo"),
     )
     running = _in_thread(trainer.fit)
-    told = done = 0
+    told, done = 0, len(_rows(job.metrics))
     while not running.done():
         wait([running], timeout=_POLL_S)
         rows, notes = _rows(job.metrics), _lines(job.scratch / NOTES_FILE)
-        on_progress(len(rows), f"KL {rows[-1]['kl_per_token']:.4f}" if rows else "")
+        on_progress(len(rows), f"KL {rows[-1]['kl_per_token']:.4f}" if rows else "", rows[done:])
         for line in notes[told:]:
             note(line.decode())
         for step in range(done, len(rows)):
@@ -89,7 +93,12 @@ def _train(settings: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker. Torch and DeepSpeed are imported there, not in the driver."""
     from oel_ray.consolidate.worker import train
 
-    train(settings["job"])
+    try:
+        train(settings["job"])
+    except Exception as error:
+        if "timed out" in str(error).lower():  # so say Ray and torch of calls and collectives
+            dump_stacks(f"rank-{ray.train.get_context().get_world_rank()}")
+        raise
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ Rank 0 writes the metrics and samples files; they are the group's only output be
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from oel_ray.consolidate.responses import Responses
 from oel_ray.consolidate.weights import check_names, export_policy, weights_of
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
-from oel_ray.layout import RoundFiles
+from oel_ray.layout import CONSOLIDATE, RoundFiles
+from oel_ray.metrics import at, log
 from oel_ray.records import Generation
 from oel_ray.seeds import derive_seed
 
@@ -44,6 +46,7 @@ def train(job: Job) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = _take_device(job, context.get_local_rank())
+    at(job.round, CONSOLIDATE)
     attempt = Attempt(job, rank, world_size)
     step = _distill_step(job, device, attempt)
     weights = weights_of(step.student, getattr(torch, job.config.policy_dtype), job.policy)
@@ -73,7 +76,8 @@ def train(job: Job) -> None:
             for draw, generation in zip(draws, generations, strict=True)
         ]
         fault_point(f"{job.round}:consolidate:{number}:rank-{rank}:attempt-{attempt.number}")
-        metrics, retried = _train_step(job, step, samples, rank, world_size)
+        with _profiler(job, number, rank):
+            metrics, retried = _train_step(job, step, samples, rank, world_size)
         trained = time.monotonic()
         skipped = 0 if metrics.applied else skipped + 1
         version = attempt.version(number + 1)
@@ -86,17 +90,16 @@ def train(job: Job) -> None:
             served = version
         if not responses.ahead:
             responses.ask(number + 1, served)
-        seconds = {
+        costs = {
             "seconds_generate": generated - started + waited - trained,
             "seconds_train": trained - generated,
             "seconds_sync": time.monotonic() - waited,
+            "sync_bytes": 0 if responses.by_teacher else sync.nbytes,
+            **{f"teacher_{name}": count for name, count in asdict(step.teacher.caches.counts).items()},
         }
-        texts = {f"teacher_{name}": count for name, count in asdict(step.teacher.caches.counts).items()}
         if rank == 0:
-            row = {"step": number, "samples": len(draws), **asdict(metrics), **retried, **seconds, **texts}
-            row |= {"generated_by": made_by, "weight_version": version}
-            _append(job.samples, _sample_rows(job, number, draws, generations, row.pop("kl_by_sample")))
-            _append(job.metrics, [row])
+            row = {"step": number, "samples": len(draws), **asdict(metrics), **retried, **costs}
+            _record(job, draws, generations, row | {"generated_by": made_by, "weight_version": version})
         if skipped > job.config.consolidate.max_skipped_steps:
             attempt.save_last_good(number + 1 - skipped, step)
             raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
@@ -105,6 +108,13 @@ def train(job: Job) -> None:
         if attempt.due(number + 1):
             attempt.save(number + 1, step)
     export_policy(weights, job.policy, job.target)
+
+
+def _record(job: Job, draws: Sequence[Draw], generations: Sequence[Generation], row: dict[str, Any]) -> None:
+    """Write what a step did. `row` becomes its metrics, but for the KL of each sample."""
+    _append(job.samples, _sample_rows(job, row["step"], draws, generations, row.pop("kl_by_sample")))
+    _append(job.metrics, [row])
+    log.info("step %d: KL %.4f, %s", row["step"], row["kl_per_token"], "applied" if row["applied"] else "skipped")
 
 
 def _train_step(
@@ -119,6 +129,14 @@ def _train_step(
         if metrics := step.step(share):
             return metrics, {"memory_retries": retries}
     raise RunFailed(f"{step.shortage} (and so it did with micro-batches twice as large)")
+
+
+def _profiler(job: Job, step: int, rank: int) -> AbstractContextManager[Any]:
+    """Around a step that is to be recorded, of rank 0 alone; around others nothing."""
+    if rank or step not in job.config.consolidate.profile_steps:
+        return nullcontext()
+    done = torch.profiler.tensorboard_trace_handler(str(job.profile), f"round-{job.round:03d}-step-{step:04d}")
+    return torch.profiler.profile(on_trace_ready=done)
 
 
 def _take_device(job: Job, local_rank: int) -> torch.device:

@@ -4,6 +4,7 @@ vLLM starts its engine core in a process below it, which runs the model; with te
 """
 
 import asyncio
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 from oel_ray.config import EnginesConfig
 from oel_ray.engines.startup import StartLog
 from oel_ray.errors import EngineUnavailable, RunFailed
+from oel_ray.hang import Named
 from oel_ray.records import Generation, Sampling
 
 CANARY_DEADLINE_S = 30.0
@@ -23,7 +25,7 @@ _PORT_ATTEMPTS = 3
 _PORTS = range(20_000, 32_000, 20)
 
 
-class Engine:
+class Engine(Named):
     """A vLLM `AsyncLLM` with token ids in and out, and weight syncs that are safe to serve after.
 
     State: the weights and their version, the prefix cache, the requests in flight. All of it dies with the actor.
@@ -36,6 +38,7 @@ class Engine:
         self._requests = 0
         self._sync_failed = False
         self._sync_open = False
+        vllm_args = {"served_model_name": f"engine-{index}"} | vllm_args
         self._vllm_args = engine_args(config, policy, on_gpu=on_gpu) | vllm_args
         if not on_gpu:
             prepare_cpu(index, config)
@@ -53,7 +56,8 @@ class Engine:
             os.environ["VLLM_PORT"] = str(_PORTS[(os.getpid() + attempt * 7) % len(_PORTS)])
             log = StartLog()
             try:
-                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._vllm_args))
+                args = AsyncEngineArgs(**self._vllm_args)
+                self._llm = AsyncLLM.from_engine_args(args, stat_loggers=stat_loggers())
                 break
             except Exception as error:  # noqa: BLE001 - whatever stops vLLM is told, in one line
                 cause = log.cause(error)
@@ -79,15 +83,8 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            seed=seed,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            detokenize=False,
-        )
+        output_kind = RequestOutputKind.FINAL_ONLY
+        params = SamplingParams(**sampling.model_dump(), seed=seed, output_kind=output_kind, detokenize=False)
         async for request in self._llm.generate({"prompt_token_ids": list(prompt_ids)}, params, request_id):
             output = request.outputs[0]
         versions = {span.version for span in output.weight_versions or []}
@@ -241,6 +238,17 @@ def engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str
         # The smallest that CPU attention is fast with: games grow by less than vLLM's 128 tokens a turn.
         "block_size": 32,
     }
+
+
+def stat_loggers() -> list[Any]:
+    """What vLLM tells its own metrics: Ray, where the packages are that its logger imports (the extra `metrics`)."""
+    try:
+        importlib.import_module("ray.serve")
+    except ImportError:
+        return []
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+    return [RayPrometheusStatLogger]
 
 
 def prepare_cpu(index: int, config: EnginesConfig) -> None:

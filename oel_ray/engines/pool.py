@@ -6,6 +6,7 @@ after, so it knows the tokens in flight on every engine, and its answers never w
 """
 
 import asyncio
+import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from oel_ray.config import EnginesConfig
 from oel_ray.engines.engine import Engine
 from oel_ray.engines.router import REMEMBERED, Replica, Router
 from oel_ray.errors import EngineUnavailable, RunFailed, one_line
+from oel_ray.hang import WATCH, Named, dump_stacks
+from oel_ray.metrics import Series, at, log, report
 from oel_ray.plan import engine_takes, ray_options
 from oel_ray.records import Generation, Sampling
 
@@ -32,7 +35,7 @@ DIED = (RayActorError, OutOfMemoryError, ObjectLostError)
 _CONTROL_DEADLINE_S = 60.0
 
 
-class EnginePool:
+class EnginePool(Named):
     """The control actor. State: the replicas, their health, the leases on them, which key lives where, the policy that
     replacements load, and what has happened so far.
 
@@ -50,7 +53,7 @@ class EnginePool:
         self._places: list[Any] = []
         self._engine = engine
         self._router = router([])
-        self._leases: dict[str, tuple[Replica, int, Any]] = {}
+        self._leases: dict[str, tuple[Replica, int, Any, float]] = {}
         self._given_back_early: OrderedDict[str, None] = OrderedDict()
         self._policy, self._version = "", ""
         self._trainer_sends = False
@@ -64,11 +67,14 @@ class EnginePool:
             RunFailed: a replica did not start; says why.
         """
         self._policy = policy
+        self.at(0, "start")
         # A place is kept while an engine is replaced, whoever else waits for room.
         self._places = [placement_group([self._takes], "STRICT_PACK") for _ in range(self._config.count)]
         replicas = [Replica(index, self._new_engine(index, 1)) for index in range(self._config.count)]
         self._router.replicas = replicas  # before they run, so that `shutdown` reaches those that do
         await self._on_all(replicas, "start", self._version, deadline_s=self._config.start_deadline_s)
+        for replica in replicas:
+            self._mark(replica, healthy=True)
         self._watching = asyncio.create_task(self._watch())
 
     async def deploy(self, policy: str, version: str) -> None:
@@ -96,7 +102,7 @@ class EnginePool:
             del self._given_back_early[lease]
             raise EngineUnavailable("the request was given up before its lease was granted")
         replica = self._router.pick(key, tokens)
-        self._leases[lease] = (replica, tokens, replica.handle)
+        self._leases[lease] = (replica, tokens, replica.handle, time.monotonic())
         return replica.handle
 
     def release(self, lease: str, *, failed: bool = False, counts: Mapping[str, int] | None = None) -> None:
@@ -105,13 +111,16 @@ class EnginePool:
         With `failed`, its replica gets no more requests.
         """
         self._counts.update(counts or {})
+        for name, count in (counts or {}).items():
+            report(Series[name.upper()], count)
         if lease not in self._leases:
             # Calls to an async actor may overtake each other, so that the lease may yet be asked for.
             self._given_back_early[lease] = None
             if len(self._given_back_early) > REMEMBERED:
                 self._given_back_early.popitem(last=False)
             return
-        replica, tokens, handle = self._leases.pop(lease)
+        replica, tokens, handle, since = self._leases.pop(lease)
+        report(Series.TURN_LATENCY, time.monotonic() - since if counts and "requests" in counts else None)
         if replica.handle is not handle:
             return  # a replacement stands there by now, and none of this is its own
         replica.load -= tokens
@@ -136,11 +145,14 @@ class EnginePool:
         """See `Pool.counts`."""
         return dict(self._counts)
 
+    at = staticmethod(at)
+    """What happens from now on belongs to this stage."""
+
     async def shutdown(self) -> None:
         for task in filter(None, [self._watching, *self._replacements()]):
             task.cancel()
         for replica in self._router.replicas:
-            replica.healthy = False
+            self._mark(replica, healthy=False)
         await asyncio.wait_for(
             asyncio.gather(*(r.handle.shutdown.remote() for r in self._router.replicas), return_exceptions=True),
             _CONTROL_DEADLINE_S,
@@ -148,16 +160,22 @@ class EnginePool:
 
     def _new_engine(self, index: int, start: int) -> Any:
         config = self._config
-        actor = ray.remote(max_concurrency=10_000, **ray_options(self._takes))(self._engine)
+        groups: dict[str, Any] = {"max_concurrency": 10_000, "concurrency_groups": {WATCH: 1}}
+        actor = ray.remote(**groups, **ray_options(self._takes))(self._engine)
         name = f"engine-{index}" if start == 1 else f"engine-{index}-start-{start}"  # a killed actor's name lingers
         place = PlacementGroupSchedulingStrategy(self._places[index])
         options = actor.options(name=name, scheduling_strategy=place)
         return options.remote(index, config, self._policy, on_gpu=self._on_gpu)
 
+    def _mark(self, replica: Replica, *, healthy: bool) -> None:
+        replica.healthy = healthy
+        report(Series.ENGINE_HEALTHY, healthy, engine=str(replica.index), round="", stage="")
+
     def _lose(self, replica: Replica) -> None:
         """Give up a replica; a replacement starts unless only a trainer knows the weights."""
         if replica.healthy:
-            replica.healthy = False
+            self._mark(replica, healthy=False)
+            log.warning("engine %d is given up", replica.index)
             if self._trainer_sends:
                 ray.kill(replica.handle)  # so that whoever waits for it asks another one now
             else:
@@ -176,6 +194,7 @@ class EnginePool:
             while replica.starts <= config.max_restarts:
                 ray.kill(replica.handle)  # with whatever still hangs in it
                 self._counts["engine_restarts"] += 1
+                report(Series.ENGINE_RESTARTS, 1)
                 replica.starts += 1
                 replica.handle, replica.load = self._new_engine(replica.index, replica.starts), 0
                 try:
@@ -184,7 +203,8 @@ class EnginePool:
                 except (RunFailed, RayTaskError, *DIED) as error:
                     replica.why_dead = one_line(_plain(error) if isinstance(error, RayTaskError) else error, 0)
                     continue
-                replica.healthy, replica.why_dead = True, ""
+                self._mark(replica, healthy=True)
+                replica.why_dead = ""
                 return
             died_often = f"engine {replica.index} died more than engines.max_restarts={config.max_restarts}"
             replica.why_dead = replica.why_dead or died_often
@@ -228,7 +248,9 @@ class EnginePool:
         handle = replica.handle
         try:
             await asyncio.wait_for(getattr(handle, question).remote(), self._config.stall_deadline_s)
-        except (RayTaskError, *DIED, TimeoutError):
+        except (RayTaskError, *DIED, TimeoutError) as error:
+            if type(error) is TimeoutError:
+                await asyncio.to_thread(dump_stacks)
             if replica.handle is handle:
                 self._lose(replica)
 
@@ -239,6 +261,7 @@ class EnginePool:
         except RayTaskError:  # before TimeoutError: what an engine raises also is of the class of its cause
             raise
         except TimeoutError:
+            await asyncio.to_thread(dump_stacks)
             raise EngineUnavailable(f"an engine did not finish '{method}' within {deadline_s:.0f} s") from None
 
 
@@ -349,8 +372,9 @@ def engine_pool(
     """
     # Beside the driver: it must not go with a node that others could do without.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(EnginePool).options(name=POOL_NAME, num_cpus=0, max_concurrency=10_000, scheduling_strategy=here)
-    handle = actor.remote(config, on_gpu=on_gpu, engine=engine, router=router)
+    actor = ray.remote(concurrency_groups={WATCH: 1}, num_cpus=0, max_concurrency=10_000)(EnginePool)
+    start = actor.options(name=POOL_NAME, scheduling_strategy=here).remote
+    handle = start(config, on_gpu=on_gpu, engine=engine, router=router)
     try:
         _wait(handle.start.remote(str(policy)), config.start_deadline_s + _CONTROL_DEADLINE_S)
         yield Pool(handle, config)
@@ -369,6 +393,7 @@ def _wait(reference: Any, timeout_s: float) -> Any:
     try:
         return ray.get(reference, timeout=timeout_s)
     except GetTimeoutError:
+        dump_stacks()
         raise EngineUnavailable(f"the engine pool did not answer within {timeout_s:.0f} s") from None
     except RayTaskError as error:
         raise _plain(error) from error

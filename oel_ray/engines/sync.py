@@ -4,7 +4,8 @@ One `WeightSync` lives as long as the training group. A sync that fails leaves i
 must end the training attempt.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -60,14 +61,14 @@ class EngineSyncClient:
 class WeightSync:
     """The sending end of all syncs of one training group."""
 
-    def __init__(
-        self, engines: Sequence[Any], weights: Iterable[Any], config: EnginesConfig, *, rank: int, on_gpu: bool
-    ) -> None:
+    def __init__(self, engines: Sequence[Any], weights: Any, config: EnginesConfig, *, rank: int, on_gpu: bool) -> None:
         """A collective over sender and engines; ranks other than 0 only take part in the gathering of weights.
 
         `weights` are full tensors under their checkpoint names, as `send.NamedTensors` takes them.
         """
         self._weights = weights
+        self.nbytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in weights.metadata())
+        """What every sync sends."""
         self._sender: Any = None
         if rank != 0:
             return

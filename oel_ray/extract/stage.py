@@ -12,7 +12,10 @@ from oel_ray.chat import ChatFormat
 from oel_ray.config import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
+from oel_ray.hang import WATCH, Named
 from oel_ray.journal import Journal
+from oel_ray.layout import EXTRACT
+from oel_ray.metrics import Series, at, log, report
 from oel_ray.plan import ray_options
 from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
 from oel_ray.stopping import draining
@@ -20,7 +23,7 @@ from oel_ray.stopping import draining
 _POLL_S = 0.5
 
 
-class ExtractionWorker:
+class ExtractionWorker(Named):
     """An async Ray actor: any number of accumulations as coroutines, with `progress` answering in between."""
 
     def __init__(self, policy: Path, generate: Generate, config: RunConfig) -> None:
@@ -41,7 +44,12 @@ class ExtractionWorker:
         known = list(journal.records) if journal else []
         self._finished_steps += len(known)
 
+        at(round_number, EXTRACT)
+
         def on_step(step: AccumulationStep) -> None:
+            for outcome, count in {"accepted": len(step.added), **step.rejected}.items():
+                report(Series.KNOWLEDGE_ITEMS, count, outcome=outcome)
+            log.info("accumulation %d took step %d: %s", seed_index, step.index, step.status)
             if journal:
                 journal.append(step)
             self._finished_steps += 1
@@ -87,8 +95,10 @@ def extract(
         known.cut(len(list(unbroken)))
     try:
         resources = ray_options(config.extract.resources)
-        actor = ray.remote(ExtractionWorker).options(max_concurrency=chains + 1, **resources)
-        workers.extend(actor.remote(policy, generate, config) for _ in range(min(config.extract.workers, chains)))
+        actor = ray.remote(concurrency_groups={WATCH: 1}, max_concurrency=chains + 1, **resources)(ExtractionWorker)
+        for index in range(min(config.extract.workers, chains)):
+            named = actor.options(name=f"extractor-{round_number}-{index}")
+            workers.append(named.remote(policy, generate, config))
         shared = ray.put(list(trajectories))
         seeds = {
             workers[seed % len(workers)].accumulate.remote(shared, seed, round_number, journals[seed]): seed

@@ -17,6 +17,7 @@ from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config import CollectConfig, EnvironmentConfig, RunConfig
 from oel_ray.envs.splits import training_episodes
 from oel_ray.errors import RunFailed
+from oel_ray.hang import HANG_FOLDER
 from oel_ray.records import Episode, Trajectory
 from tests.collect import shaky_games
 from tests.envs.installed import installed
@@ -117,8 +118,14 @@ def test_too_many_failures_end_the_run_with_the_most_frequent_one(gamers: Player
         strict.play(games, lambda _: None)
 
 
-def test_every_game_is_played_once_whatever_goes_wrong(gamers: Players, tmp_path: Path) -> None:
-    """One of twenty hangs for ever: all others of its player are played again, too, and that is nobody's fault."""
+def test_every_game_is_played_once_whatever_goes_wrong(
+    gamers: Players, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of twenty hangs for ever: all others of its player are played again, too, and that is nobody's fault.
+
+    Where it hung is in the run folder.
+    """
+    monkeypatch.setenv(HANG_FOLDER, str(tmp_path / "hang"))
     games = shaky(tmp_path, 20, hangs=[3], raises=[5, 16], exits=[8], dies=[19])
     reports: list[int] = []
     played = gamers.play(games, reports.append)
@@ -130,4 +137,7 @@ def test_every_game_is_played_once_whatever_goes_wrong(gamers: Players, tmp_path
         "an environment raised SystemExit": 1,
         "a player died": 1,
     }
+    stacks = {file.stem: file.read_text() for file in tmp_path.glob("hang/*/*.txt")}
+    assert {"player-0", "player-1"} <= stacks.keys()
+    assert ["shaky_games.py" in text and "in _fail" in text for text in stacks.values()].count(True) == 1
     assert gamers.take_failures() == {}

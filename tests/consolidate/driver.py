@@ -118,6 +118,7 @@ def job(config: RunConfig, model: Path, folder: Path, client: Client) -> Job:
         metrics=folder / "metrics.jsonl",
         samples=folder / "samples.jsonl",
         target=folder / "policy",
+        profile=folder / "profile",
         scratch=folder / "scratch",
     )
 

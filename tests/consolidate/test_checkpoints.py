@@ -39,6 +39,7 @@ def job(tmp_path: Path) -> Job:
         metrics=tmp_path / "metrics.jsonl",
         samples=tmp_path / "samples.jsonl",
         target=tmp_path / "policy",
+        profile=tmp_path / "profile",
         scratch=tmp_path / "scratch",
     )
 

@@ -67,6 +67,7 @@ def responses(engine: Engine, **settings: Any) -> Responses:
         metrics=Path(),
         samples=Path(),
         target=Path(),
+        profile=Path(),
         scratch=Path(),
     )
     return Responses(job, len(HEAD), TEXTS, 0, 1)

@@ -85,9 +85,10 @@ def run(config: RunConfig, pool: Pool, knowledge: str, steps: int, folder: Path)
         metrics=folder / "metrics.jsonl",
         samples=folder / "samples.jsonl",
         target=folder / "target",
+        profile=folder / "profile",
         scratch=folder / "scratch",
     )
-    assert consolidate(job, folder.name, lambda done, text: None, print) == steps * len(prefixes)
+    assert consolidate(job, folder.name, lambda *_: None, print) == steps * len(prefixes)
     return [orjson.loads(line) for line in job.metrics.read_bytes().splitlines()]
 
 

@@ -1,0 +1,83 @@
+"""What a run tells of its stages and training steps: its own files, Ray's metrics, what tracks it. Runs in the driver.
+
+Each number is told once, where it is recorded; which metrics there are says `oel_ray.metrics`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from oel_ray import metrics
+from oel_ray.collect.stage import Players
+from oel_ray.durable import read_json
+from oel_ray.engines.pool import Pool
+from oel_ray.layout import EVALUATE
+from oel_ray.metrics import Series, report
+from oel_ray.progress import Progress, StageProgress
+from oel_ray.runs import RunFolder, Stage
+from oel_ray.tracking import Track
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Tells of the stages and steps of one run."""
+
+    folder: RunFolder
+    progress: Progress
+    pool: Pool
+    players: Players
+    track: Track
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """For the time of a stage. If it is committed then, its metrics are written and what went wrong is told."""
+        self.progress.on_status = progressed
+        metrics.at(stage.round, stage.name)
+        self.pool.actor.at.remote(stage.round, stage.name)
+        before = self.pool.counts()
+        yield
+        if not (entry := stage.entry):
+            return
+        counts, failures = self.pool.counts(), self.players.take_failures()
+        counts.subtract(before)
+        engines = {"engines replaced": counts["engine_restarts"], "requests moved": counts["requests_moved"]}
+        if told := [f"{times} x {what}" for what, times in (engines | failures).items() if times]:
+            self.progress.note(f"went wrong and was made good: {', '.join(told)}")
+        hit_rate = round(counts["cached_tokens"] / max(counts["prompt_tokens"], 1), 4)
+        row: Row = {"round": stage.round, "stage": stage.name, "wall_s": entry.wall_s, **entry.counts, **counts}
+        row |= {"prefix_cache_hit_rate": hit_rate, "failures": failures}
+        if stage.name == EVALUATE:
+            row["deployed"] = self.folder.deployed(stage.round + 1)
+        self.folder.log_metrics(row)
+        if stage.name == EVALUATE:
+            row |= read_json(self.folder.files(stage.round).evaluation)
+            report(Series.PASS_RATE, row["pass_rate"])
+        self.track(stage.name, row, stage.round)
+
+    def serves(self, round_number: int, step: int = 0) -> None:
+        """The engines serve the weights of this step, or with 0 the policy that the round ended with."""
+        report(Series.WEIGHT_ROUND, round_number, round="", stage="")
+        report(Series.WEIGHT_STEP, step, round="", stage="")
+
+    def trained(self, progress: StageProgress, number: int, steps: int, done: int, text: str, rows: list[Row]) -> None:
+        """So many of the steps of a round are done; these are the metrics of those that have not been told of."""
+        progress.update(done, text)
+        for row in rows:
+            for key in ("kl_per_token", "grad_norm", "learning_rate", "sync_bytes"):
+                report(Series[key.upper()], row[key])
+            for phase in ("generate", "train", "sync"):
+                report(Series.STEP_SECONDS, row[f"seconds_{phase}"], phase=phase)
+            report(Series.TRAINED_TOKENS, row["tokens"] / max(row["seconds_train"], 1e-9))
+            report(Series.SKIPPED_STEPS, not row["applied"])
+            if row["sync_bytes"]:
+                self.serves(number, row["step"] + 1)
+            self.track("training", row, (number - 1) * steps + row["step"])
+
+
+def progressed(stage: StageProgress) -> None:
+    """How far a stage is."""
+    report(Series.STAGE_PROGRESS, stage.done / max(stage.total, 1))
+    report(Series.STAGE_ETA, stage.eta_s)

@@ -144,6 +144,7 @@ def follow(client: "JobSubmissionClient", job_id: str) -> int:
     Raises:
         RunFailed: the job could not begin, or its server no longer answers.
     """
+    from aiohttp import ClientError
 
     async def show() -> None:
         async for text in client.tail_job_logs(job_id):
@@ -153,7 +154,7 @@ def follow(client: "JobSubmissionClient", job_id: str) -> int:
         asyncio.run(show())
         while not (job := client.get_job_info(job_id)).status.is_terminal():
             time.sleep(1)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ClientError) as error:
         raise RunFailed(f"lost sight of the job {job_id}, which may go on ({one_line(error)})") from None
     if job.driver_exit_code is None and job.status != "STOPPED":
         raise RunFailed(f"the job {job_id} could not begin: {' '.join(str(job.message).split())}")

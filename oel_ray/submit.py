@@ -9,12 +9,10 @@ import logging
 import os
 import re
 import shlex
-import socket
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from oel_ray.errors import RunFailed, UserError, one_line
 from oel_ray.records import Record
@@ -120,12 +118,8 @@ def submit(job: Job, address: str) -> tuple["JobSubmissionClient", str]:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        server = urlsplit(address)
-        usual_port = {"http": 80, "https": 443}.get(server.scheme)
-        if usual_port is None or not server.hostname:
+        if not address.startswith(("http://", "https://")):  # Ray would ask another of its servers for this one
             raise UserError(f"'{address}' is no address of a job server: write that of the dashboard, http://HOST:PORT")
-        # First, as Ray's client waits for minutes where nobody answers.
-        socket.create_connection((server.hostname, server.port or usual_port), timeout=10).close()
         client = JobSubmissionClient(address)
         known = {str(found.submission_id): found.status.is_terminal() for found in client.list_jobs()}
         name = job.metadata["run"]
@@ -144,6 +138,7 @@ def follow(client: "JobSubmissionClient", job_id: str) -> int:
     Raises:
         RunFailed: the job could not begin, or its server no longer answers.
     """
+    from aiohttp import ClientError
 
     async def show() -> None:
         async for text in client.tail_job_logs(job_id):
@@ -153,7 +148,7 @@ def follow(client: "JobSubmissionClient", job_id: str) -> int:
         asyncio.run(show())
         while not (job := client.get_job_info(job_id)).status.is_terminal():
             time.sleep(1)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ClientError) as error:
         raise RunFailed(f"lost sight of the job {job_id}, which may go on ({one_line(error)})") from None
     if job.driver_exit_code is None and job.status != "STOPPED":
         raise RunFailed(f"the job {job_id} could not begin: {' '.join(str(job.message).split())}")

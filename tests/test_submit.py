@@ -1,6 +1,9 @@
 """A run as a Ray job: what is asked of the job server. No Ray runs here; tests/e2e/test_job.py asks a real one."""
 
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +14,7 @@ from ray.job_submission import JobStatus
 from oel_ray import resources, submit
 from oel_ray.configure import parse_config
 from oel_ray.errors import RunFailed, UserError
+from tests.job_server import job_server
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("/mnt/oel/runs")
@@ -149,3 +153,49 @@ def test_a_job_that_cannot_be_followed() -> None:
         RunFailed, match=r"lost sight of the job oel-first-1, which may go on \(RuntimeError: WebSocket"
     ):
         submit.follow(EndedJob("RUNNING", None, breaks_off=True), "oel-first-1")
+
+
+def oel_submit(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "oel_ray", "submit", *arguments],
+        env={key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_job_is_submitted_and_followed(tmp_path: Path) -> None:
+    """The command line, and Ray's own client, with all but the cluster; RAY_ADDRESS does not count for more."""
+    (tmp_path / "game.yaml").write_text("base: quickstart\n")
+    with job_server("c0ffee") as server:
+        command = [str(tmp_path / "game.yaml"), "rounds=1", "--name", "first", "--address", server.address]
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "c0ffee", "RAY_ADDRESS": "http://127.0.0.1:1"}
+        done = oel_submit(*command, **token, HF_TOKEN="hf_canary", NCCL_DEBUG="WARN")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "oel run game.yaml rounds=1 --run-dir /mnt/oel/runs/first --resume\n"
+        server.exit_code = 2
+        failed = oel_submit(*command, **token)
+        assert failed.returncode == 2
+        assert failed.stderr.endswith("oel: the job oel-first-2 ended with exit code 2\n")
+
+        server.jobs["oel-first-2"]["status"] = "RUNNING"
+        refused = oel_submit(*command, **token)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "the run first is under way as job oel-first-2" in refused.stderr
+        left = oel_submit("quickstart", "--name", "second", "--address", server.address, "--no-follow", **token)
+        assert (left.returncode, left.stdout) == (0, "")
+        assert f"stop it with 'ray job stop oel-second-1 --address {server.address}'" in left.stderr
+
+        stranger = oel_submit(*command, RAY_AUTH_MODE="disabled")
+        assert stranger.returncode == 2
+        assert stranger.stderr.startswith(f"oel: error: the Ray job server at {server.address} takes no job from here")
+        assert "export RAY_AUTH_MODE=token" in stranger.stderr
+    assert list(server.jobs) == ["oel-first-1", "oel-first-2", "oel-second-1"]
+    job = server.jobs["oel-first-1"]
+    assert job["metadata"] == {"run": "first", "config": "game.yaml", "run_dir": "/mnt/oel/runs/first"}
+    assert job["runtime_env"]["env_vars"].items() >= {"RAY_JOB_STOP_WAIT_TIME_S": "60", "NCCL_DEBUG": "WARN"}.items()
+    (package,) = server.packages
+    assert job["runtime_env"]["working_dir"] == f"gcs://{package}"
+    assert "canary" not in str(server.jobs)

@@ -73,6 +73,7 @@ def cluster() -> Iterator[Cluster]:
             "HF_TOKEN": "hf_canary",
         }
         start = ["ray", "start", "--head", "--block", "--num-cpus=8", "--dashboard-host=127.0.0.1"]
+        start.append("--object-store-memory=200000000")
         ray = subprocess.Popen(
             [BIN / start[0], *start[1:], *(f"--{name}={port}" for name, port in ports.items())],
             env=environment,

@@ -32,10 +32,10 @@ from oel_ray.evaluate.stage import evaluated, evaluated_round, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.hang import HANG_FOLDER
 from oel_ray.models import model_files, resolve_model
-from oel_ray.plan import outlook
+from oel_ray.preflight import tell_outlook
 from oel_ray.progress import Progress, StageProgress
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
-from oel_ray.resources import alive_nodes, ray_cluster
+from oel_ray.resources import ray_cluster
 from oel_ray.runs import RunFolder, Stage
 from oel_ray.schedule import check_imports, unfinished
 from oel_ray.telemetry import Telemetry
@@ -59,15 +59,10 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
 
 def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequence[tuple[int, str]]) -> None:
     """Do these stages, (round, name) in order, on a Ray of their own; raises what `run` raises."""
-    from oel_ray.consolidate.loading import model_size
-
     os.environ[HANG_FOLDER] = str(folder.path / "hang")
     policy = folder.policy(folder.deployed(todo[0][0]))
     with ray_cluster(config, folder.run_id, progress.note) as on_gpu:
-        teacher = resolve_model(config.consolidate.teacher, progress.note) if config.consolidate.teacher else policy
-        size = model_size(policy, teacher, config.consolidate.lora)
-        for line in outlook(config, size, alive_nodes(), on_gpu=on_gpu):
-            progress.note(line)
+        tell_outlook(config, policy, progress.note, on_gpu=on_gpu)
         progress.note(f"starting {config.engines.count} engines on {policy}")
         with (
             engine_pool(config.engines, policy, on_gpu=on_gpu) as pool,

@@ -17,8 +17,8 @@ from oel_ray.envs.registry import make
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import UserError, one_line
 from oel_ray.models import resolve_model
-from oel_ray.plan import Reading, readings
-from oel_ray.resources import check_resources
+from oel_ray.plan import Reading, outlook, readings
+from oel_ray.resources import alive_nodes, check_resources
 from oel_ray.runs import RunFolder
 from oel_ray.schedule import PLAYED, check_imports, unfinished
 
@@ -57,6 +57,16 @@ def preflight_resumed(folder: RunFolder, note: Callable[[str], None]) -> None:
     check_imports(folder.config, folder.committed)
     if left := unfinished(folder.config, folder.committed):
         preflight(starting_at(folder, left[0][0]), note, plays=any(name in PLAYED for _, name in left))
+
+
+def tell_outlook(config: RunConfig, policy: Path, note: Callable[[str], None], *, on_gpu: bool) -> None:
+    """Say what can run where in the Ray that was joined, and what it takes of the memory there."""
+    from oel_ray.consolidate.loading import model_size
+
+    teacher = resolve_model(config.consolidate.teacher, note) if config.consolidate.teacher else policy
+    size = model_size(policy, teacher, config.consolidate.lora)
+    for line in outlook(config, size, alive_nodes(), on_gpu=on_gpu):
+        note(line)
 
 
 def starting_at(folder: RunFolder, number: int) -> RunConfig:

@@ -10,6 +10,7 @@ from oel_ray import preflight, resources
 from oel_ray.config import RunConfig
 from oel_ray.configure import parse_config
 from oel_ray.errors import UserError
+from oel_ray.models import resolve_model
 from oel_ray.runs import RunFolder
 from tests import example_run
 from tests.tokenizers_for_tests import small_tokenizer
@@ -87,6 +88,18 @@ def test_a_model_that_cannot_read_packed_samples_is_found(model: Path) -> None:
             preflight.preflight(packed, pytest.fail)
     finally:
         write_config(model)
+
+
+def test_a_run_begins_with_what_runs_where_and_what_it_keeps_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "alive_nodes", lambda: {"a": {"CPU": 0.0}, "b": {"CPU": 4.0, "memory": 8.0 * 2**30}})
+    said: list[str] = []
+    preflight.tell_outlook(
+        config(resolve_model("micro", print)), resolve_model("micro", print), said.append, on_gpu=False
+    )
+    where, engine, rank = said
+    assert where == "nodes: 1 x (0 CPU) for nothing; 1 x (4 CPU) for 1 engines, 2 players, 1 trainer, 1 extractors"
+    assert engine.startswith("an engine's process (8.00 GiB): weights 0.00 GiB, caches 1.00 GiB for ")
+    assert "its kept texts at most 8.00 GiB" in rank and "tight, lower consolidate.teacher_cache_gib" in rank
 
 
 def test_a_resumed_run_needs_the_policy_that_it_goes_on_with(model: Path, tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ import psutil
 from tests.e2e.test_run import MARK, SMALL, left_over
 from tests.tiny_models import save_tiny_model
 
+# Ray titles a process `ray::Class.method`, or `ray::name:Class.method` for an actor that has a name.
 KINDS = {
-    "player": r"ray::Player\b",
-    "engine actor": r"ray::Engine\b",
+    "player": r"^ray::(\S+:)?Player\b",
+    "engine actor": r"^ray::(\S+:)?Engine\b",
     "engine core": r"EngineCore",
-    "extraction worker": r"ray::ExtractionWorker\b",
-    "training rank": r"ray::RayTrainWorker\b",
+    "extraction worker": r"^ray::(\S+:)?ExtractionWorker\b",
+    "training rank": r"^ray::(\S+:)?RayTrainWorker\b",
 }
 DRIVER = "driver"
 EVERY_S = 20.0

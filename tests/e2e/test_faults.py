@@ -2,6 +2,7 @@
 game as if nothing had been, and the counters tell what happened.
 """
 
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -184,7 +185,7 @@ def test_both_cores_are_killed_while_they_write(stage: Stage, undisturbed: list[
 
 
 def test_a_player_that_is_killed(stage: Stage, undisturbed: list[Trajectory]) -> None:
-    player = next(process for process in children() if "ray::Player" in " ".join(process.cmdline()))
+    player = next(process for process in children() if re.match(r"ray::(\S+:)?Player\b", " ".join(process.cmdline())))
     games, happened = stage.play(4, player.kill)
     assert games == undisturbed
     assert happened["a player died"] == 1 and happened["engine_restarts"] == 0

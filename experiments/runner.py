@@ -128,10 +128,11 @@ def next_command(
 
 
 class Runs:
-    """The runs of one preset below a folder."""
+    """The runs of one preset below a folder. `oel` is the command that makes them."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, oel: Sequence[str] = OEL) -> None:
         self.root = root
+        self._oel = oel
 
     def folder(self, recipe: Recipe, seed: int) -> Path:
         return self.root / recipe.name / f"seed-{seed}"
@@ -144,7 +145,7 @@ class Runs:
         """
         for one in recipe.with_sources():
             while command := next_command(one, seed, self.folder(one, seed), *self._state(one, seed)):
-                run_child([*OEL, *command])
+                run_child([*self._oel, *command])
         return RunFolder.open(self.folder(recipe, seed))
 
     def played(self, recipe: Recipe, run: RunFolder, policy: Policy, seed: int) -> RunFolder:
@@ -153,7 +154,7 @@ class Runs:
         is_new = not (path / RUN_FILE).exists()
         if is_new or EVALUATE not in RunFolder.open(path).committed.get(0, ()):
             settings = [*recipe.overrides, f"seed={seed}", f"model={policy.folder(run)}", "--config", recipe.preset]
-            run_child([*OEL, EVALUATE, str(path), *settings, "--round", "0"])
+            run_child([*self._oel, EVALUATE, str(path), *settings, "--round", "0"])
         return RunFolder.open(path)
 
     def measured(self, recipe: Recipe, run: RunFolder, policy: Policy, seed: int) -> Path:

@@ -13,6 +13,7 @@ from oel_ray.envs import make
 from oel_ray.errors import UserError
 from oel_ray.layout import planned_stages
 from oel_ray.preflight import check_context, check_model
+from oel_ray.records import Trajectory, read_jsonl
 from oel_ray.runs import RunFolder
 from tests import example_run
 
@@ -130,6 +131,29 @@ def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     example_run.build(tmp_path / "base/seed-7")
     with pytest.raises(UserError, match="holds a run of other settings: choose another --out"):
         runner.Runs(tmp_path).made(base, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "label"), [("on_vs_off_policy", "off_policy"), ("knowledge_vs_raw", "raw")])
+def test_an_arm_is_made_by_oel_commands_once(
+    name: str, label: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    experiment = next(it for it in EXPERIMENTS if it.name == name)._replace(out_of_distribution=False)
+    (arm,) = (arm for arm in experiment.arms(START) if arm.label == label)
+    runs = runner.Runs(tmp_path, [sys.executable, "-m", "tests.experiments.oel_without_ray"])
+    it = runner.result(experiment, arm, START, runs, seed=0)
+    capfd.readouterr()
+    assert runner.result(experiment, arm, START, runs, seed=0) == it
+    assert "experiments:" not in capfd.readouterr().err, "something was done twice"
+
+    made, base = (RunFolder.open(runs.folder(one, 0)) for one in (arm.recipe, recipes.base(START)))
+    assert set(made.committed[1]) >= {"import_consolidation", "consolidate", "evaluate"}
+    assert "collect" not in made.committed[1]
+    ours, theirs = (read_jsonl(it.files(1).trajectories("consolidation"), Trajectory) for it in (made, base))
+    assert [game.id for game in ours] == [game.id for game in theirs]
+    kept = [key for key in (point.key for point in it.points) if key.condition == "policy" and key.step]
+    assert kept == ([("policy", number, step) for number in (1, 2) for step in (2, 4)] if experiment.by_step else [])
+    assert it.config_hash == made.info["config_hash"]
 
 
 def test_a_command_that_fails_ends_the_experiment_with_its_exit_code() -> None:

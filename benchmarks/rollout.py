@@ -1,21 +1,25 @@
 """`python -m benchmarks.rollout`: tokens per second through players, routing and engines / through plain vLLM.
 
 The plain side is vLLM's `LLM.generate` with the prompts that our players sent, all at once, and the lengths that came
-back, forced; with the same arguments, sampling and seeds. It waits for no game and has no turns. The last line is one
-JSON object. The process is the driver of a Ray of its own.
+back, forced; with the same arguments, sampling and seeds. It waits for no game and has no turns. Beside it,
+`without_games`: the same requests, all at once, to the engine that players use, which tells vLLM's server from our
+players. The last line is one JSON object. The process is the driver of a Ray of its own.
 
 `--sweep` measures simulated engines instead of real ones, for what a few cores cannot carry; see `rollout_sweep`.
 """
 
+import asyncio
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import harness, serving
 from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config import RunConfig
-from oel_ray.records import Trajectory
+from oel_ray.records import Sampling, Trajectory
 
 GOAL = ">= 0.95"
 FIGURES = Path(__file__).parent / "figures"
@@ -35,14 +39,15 @@ def measure(config: RunConfig, episodes_per_seat: int, runs: int) -> dict[str, A
         players(config, served.policy, served.pool.client) as gamers,
     ):
         play(served, gamers, games[:seats])  # warms up
-        ours, theirs = [], []
+        ours, theirs, at_once = [], [], []
         for run in range(runs):
             seconds, trajectories = play(served, gamers, games)
             tokens = serving.response_tokens(trajectories)
             requests = serving.requests_of([(game, 0) for game in trajectories], config.seed)
             ours.append(tokens / seconds)
             theirs.append(tokens / serving.write_again(plain, requests, sampling))
-            serving.tell(f"run {run}: ours {ours[-1]:.0f}, plain {theirs[-1]:.0f} tokens/s")
+            at_once.append(tokens / ask(served, requests, sampling))
+            serving.tell(f"run {run}: ours {ours[-1]:.0f}, plain {theirs[-1]:.0f}, at once {at_once[-1]:.0f} tokens/s")
     pairs = harness.Pairs(tuple(ours), tuple(theirs))
     return harness.result(
         "rollout",
@@ -51,6 +56,7 @@ def measure(config: RunConfig, episodes_per_seat: int, runs: int) -> dict[str, A
         harness.machine(served.device),
         unit="tokens/s",
         **pairs.medians("ours", "plain", digits=1),
+        without_games=round(median(at_once), 1),
         episodes=len(games),
         seats=seats,
         tokens=tokens,
@@ -66,6 +72,20 @@ def play(served: serving.Serving, gamers: Players, games: list[Game]) -> tuple[f
     started = time.perf_counter()
     played = gamers.play(games, lambda _: None)
     return time.perf_counter() - started, [trajectory for trajectory, _ in played]
+
+
+def ask(served: serving.Serving, requests: Sequence[serving.Request], sampling: Sampling) -> float:
+    """Seconds until the pool has answered all requests, with empty prefix caches; the seeds give the same responses."""
+    served.fresh()
+
+    async def all_of_them() -> None:
+        client = served.pool.client
+        asked = (client(it.prompt_ids, sampling, seed=it.seed, key=str(n)) for n, it in enumerate(requests))
+        await asyncio.gather(*asked)
+
+    started = time.perf_counter()
+    asyncio.run(all_of_them())
+    return time.perf_counter() - started
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
     """
     import ray
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     settings: dict[str, Any] = {
         "namespace": f"oel-{run_id}",
         "log_to_driver": False,
@@ -84,6 +86,8 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
             **settings,
         )
         note(f"started Ray on this machine with {needed.cpus} logical CPUs on {os.cpu_count()} cores")
+    # Ray's own handler prints a stack, and the process dies with the run folder's lock in its hands.
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         available = ray.cluster_resources()
         on_gpu = _on_gpu(config, available.get("GPU", 0))

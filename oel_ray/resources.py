@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
     import ray
     from ray.job_config import JobConfig
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     settings: dict[str, Any] = {
         "namespace": f"oel-{run_id}",
         "log_to_driver": False,
@@ -78,6 +80,8 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
         settings |= ray_options({kind: math.ceil(amount) for kind, amount in needed.items()})
         ray.init(address="local", include_dashboard=config.cluster.dashboard, **settings)
         note(f"started Ray on this machine with {needed['CPU']:g} logical CPUs on {os.cpu_count()} cores")
+    # Ray's own handler prints a stack, and the process dies with the run folder's lock in its hands.
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield check_nodes(config, alive_nodes(), "the Ray cluster")
     finally:

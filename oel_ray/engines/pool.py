@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
-from ray.util import placement_group
+from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from oel_ray.config import EnginesConfig
@@ -157,6 +157,8 @@ class EnginePool(Named):
             asyncio.gather(*(r.handle.shutdown.remote() for r in self._router.replicas), return_exceptions=True),
             _CONTROL_DEADLINE_S,
         )
+        for place in self._places:
+            remove_placement_group(place)
 
     def _new_engine(self, index: int, start: int) -> Any:
         config = self._config

@@ -45,12 +45,18 @@ class EnginePool(Named):
     """
 
     def __init__(
-        self, config: EnginesConfig, *, on_gpu: bool, engine: type = Engine, router: type[Router] = Router
+        self,
+        config: EnginesConfig,
+        places: Sequence[Any],
+        *,
+        on_gpu: bool,
+        engine: type = Engine,
+        router: type[Router] = Router,
     ) -> None:
+        """`places`: a placement group for each replica, which it keeps while it is replaced, whoever waits for room."""
         self._config = config
+        self._places = places
         self._on_gpu = on_gpu
-        self._takes = engine_takes(config, on_gpu=on_gpu)
-        self._places: list[Any] = []
         self._engine = engine
         self._router = router([])
         self._leases: dict[str, tuple[Replica, int, Any, float]] = {}
@@ -68,8 +74,6 @@ class EnginePool(Named):
         """
         self._policy = policy
         self.at(0, "start")
-        # A place is kept while an engine is replaced, whoever else waits for room.
-        self._places = [placement_group([self._takes], "STRICT_PACK") for _ in range(self._config.count)]
         replicas = [Replica(index, self._new_engine(index, 1)) for index in range(self._config.count)]
         self._router.replicas = replicas  # before they run, so that `shutdown` reaches those that do
         await self._on_all(replicas, "start", self._version, deadline_s=self._config.start_deadline_s)
@@ -157,13 +161,12 @@ class EnginePool(Named):
             asyncio.gather(*(r.handle.shutdown.remote() for r in self._router.replicas), return_exceptions=True),
             _CONTROL_DEADLINE_S,
         )
-        for place in self._places:
-            remove_placement_group(place)
 
     def _new_engine(self, index: int, start: int) -> Any:
         config = self._config
+        takes = engine_takes(config, on_gpu=self._on_gpu)
         groups: dict[str, Any] = {"max_concurrency": 10_000, "concurrency_groups": {WATCH: 1}}
-        actor = ray.remote(**groups, **ray_options(self._takes))(self._engine)
+        actor = ray.remote(**groups, **ray_options(takes))(self._engine)
         name = f"engine-{index}" if start == 1 else f"engine-{index}-start-{start}"  # a killed actor's name lingers
         place = PlacementGroupSchedulingStrategy(self._places[index])
         options = actor.options(name=name, scheduling_strategy=place)
@@ -376,7 +379,9 @@ def engine_pool(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(concurrency_groups={WATCH: 1}, num_cpus=0, max_concurrency=10_000)(EnginePool)
     start = actor.options(name=POOL_NAME, scheduling_strategy=here).remote
-    handle = start(config, on_gpu=on_gpu, engine=engine, router=router)
+    takes = engine_takes(config, on_gpu=on_gpu)
+    places = [placement_group([takes], "STRICT_PACK") for _ in range(config.count)]
+    handle = start(config, places, on_gpu=on_gpu, engine=engine, router=router)
     try:
         _wait(handle.start.remote(str(policy)), config.start_deadline_s + _CONTROL_DEADLINE_S)
         yield Pool(handle, config)
@@ -384,6 +389,8 @@ def engine_pool(
         with suppress(RunFailed):  # what does not stop by itself is ended with its actor
             _wait(handle.shutdown.remote(), 2 * _CONTROL_DEADLINE_S)
         ray.kill(handle)
+        for place in places:
+            remove_placement_group(place)
 
 
 def _healing_s(config: EnginesConfig) -> float:

@@ -28,7 +28,9 @@ class Named:
     def __repr__(self) -> str:
         import ray
 
-        return ray.get_runtime_context().get_actor_name() or super().__repr__()
+        # Asked outside of a Ray, Ray would start one.
+        name = ray.get_runtime_context().get_actor_name() if ray.is_initialized() else None
+        return name or super().__repr__()
 
 
 def stacks(_actor: Any) -> str:

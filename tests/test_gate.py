@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from oel_ray.report.data import read_report
 from oel_ray.runs import RunFolder
 from oel_ray.schedule import check_ready
 from oel_ray.show import remarks
+from oel_ray.telemetry import Telemetry
 from oel_ray.verify import verify
 from tests import example_run
 
@@ -67,6 +69,7 @@ class Engines:
     """Takes the place of the pool: which policies were deployed, in order."""
 
     client = engines = None
+    actor = SimpleNamespace(at=SimpleNamespace(remote=lambda round_number, stage: None))
 
     def __init__(self) -> None:
         self.deployed: list[tuple[Path, str]] = []
@@ -109,7 +112,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Engines, str]:
         progress = Progress(folder, Console(file=said, width=200))
         loop.prepare(config, folder, progress)
         stand_ins: Any = (engines, Players(engines))
-        rounds = loop.Rounds(config, folder, progress, *stand_ins, on_gpu=False)
+        telemetry = Telemetry(folder, progress, *stand_ins, lambda group, row, step: None)
+        rounds = loop.Rounds(config, folder, progress, *stand_ins, telemetry, on_gpu=False)
         for number in range(3):
             for name in layout.planned_stages(config, number):
                 if name in (layout.COLLECT, layout.EVALUATE, layout.EVALUATE_IN_CONTEXT):

@@ -110,7 +110,7 @@ def test_a_job_joins_the_cluster_that_it_was_submitted_to(monkeypatch: pytest.Mo
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     asked: list[str] = []
-    monkeypatch.setattr(resources, "_resources_at", lambda address: asked.append(address) or {"CPU": 64.0})
+    monkeypatch.setattr(resources, "nodes_at", lambda address: asked.append(address) or {"a": {"CPU": 64.0}})
     resources.check_resources(parse_config({}))
     assert asked == ["10.0.0.1:6379"]
     for elsewhere in ("local", "10.0.0.2:6379"):

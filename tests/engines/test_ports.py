@@ -19,7 +19,7 @@ def start(tmp_path: Path, failures: int, monkeypatch: pytest.MonkeyPatch) -> lis
     """The first ports that vLLM was told, if so many of its starts fail."""
     ports: list[int] = []
 
-    def from_engine_args(args: Any) -> object:
+    def from_engine_args(args: Any, **_: Any) -> object:
         ports.append(int(os.environ["VLLM_PORT"]))
         if len(ports) <= failures:
             raise RuntimeError(TAKEN)

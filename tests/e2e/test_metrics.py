@@ -130,7 +130,8 @@ def test_the_chosen_step_is_profiled(run: tuple[Scraper, RunFolder]) -> None:
 
 def test_actors_write_records_with_run_round_stage_and_actor(run: tuple[Scraper, RunFolder]) -> None:
     scraper, folder = run
-    lines = [line for file in scraper.logs.glob("worker-*.err") for line in file.read_text().splitlines()]
+    files = [*scraper.logs.glob("worker-*.err"), *scraper.logs.glob("train/*.log")]  # Ray Train's ranks have their own
+    lines = [line for file in files for line in file.read_text().splitlines()]
     records: list[dict[str, Any]] = [json.loads(line) for line in lines if line.startswith("{")]
     ours = [record for record in records if record.get("run") == folder.run_id]
     assert {"1"} == {record["round"] for record in ours}

@@ -148,6 +148,7 @@ def test_stopped_by_signals_it_goes_on_to_the_same_bytes(
     assert oel("verify", str(folder), "--replay").returncode == 0
 
 
+@pytest.mark.slow
 def test_stages_by_hand_on_files_of_another_run_give_what_it_gave(
     undisturbed: Path, model: Path, tmp_path: Path
 ) -> None:

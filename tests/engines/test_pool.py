@@ -395,6 +395,7 @@ def test_a_rank_that_does_not_send_still_gathers() -> None:
     assert weights.passes == 2
 
 
+@pytest.mark.slow
 def test_a_real_engine_behind_ray(tmp_path: Path) -> None:
     """A pool's whole life: start, answers, syncs; an engine that is killed leaves nothing behind and is replaced."""
     student = Student("untied", "bfloat16", tmp_path)

@@ -26,18 +26,12 @@ class Node:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
-    def kill(self) -> None:
-        """As if the machine had been switched off."""
-        self._end(psutil.Process(self._process.pid).children(recursive=True), gracefully=False)
-
     def stop(self) -> None:
-        if self._process.poll() is None:
-            self._end(psutil.Process(self._process.pid).children(recursive=True), gracefully=True)
-
-    def _end(self, below: list[psutil.Process], *, gracefully: bool) -> None:
-        if gracefully:
-            self._process.terminate()
-            psutil.wait_procs([psutil.Process(self._process.pid), *below], timeout=20)
+        if self._process.poll() is not None:
+            return
+        below = psutil.Process(self._process.pid).children(recursive=True)
+        self._process.terminate()
+        psutil.wait_procs([psutil.Process(self._process.pid), *below], timeout=20)
         for process in below:
             if process.is_running():
                 process.kill()

@@ -93,8 +93,9 @@ def send_stream(
     memory = cycle(torch.empty((2, largest), dtype=torch.uint8))
     on_its_way: Any = None
     for run in runs:
-        flat = next(memory)[: sum(_sizes(run))]
-        for spec, piece in zip(run, torch.split(flat, _sizes(run)), strict=True):
+        sizes = _sizes(run)
+        flat = next(memory)[: sum(sizes)]
+        for spec, piece in zip(run, torch.split(flat, sizes), strict=True):
             name, tensor = next(stream, ("nothing", flat[:0]))
             if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
                 raise ValueError(f"weights out of order: announced {spec}, got {name} {tensor.dtype} {tensor.shape}")

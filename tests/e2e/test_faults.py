@@ -6,8 +6,10 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -64,31 +66,30 @@ class Stage:
         return [game for game, _ in played], counts | failures
 
 
-def test_a_worker_that_is_killed_takes_its_engine_with_it(tmp_path: Path) -> None:
-    """With tensor parallelism the ranks are processes of their own, below the core."""
-    model = save_tiny_model(tmp_path)
+@contextmanager
+def serving(model: Path, name: str, player_count: int, max_tokens: int, **engines: Any) -> Iterator[Stage]:
+    """Players and engines of a run with that model, which is deployed."""
     config = parse_config(
         {
             "model": str(model),
             "env": {"params": {"size": 3, "num_holes": 2}, "max_turns": 4},
-            "collect": {"players": 1, "seats": 8, "sampling": {"max_tokens": 64}},
-            "engines": {
-                "tensor_parallel": 2,
-                "dtype": "float32",
-                "device": "cpu",
-                "max_model_len": 4096,
-                "stall_deadline_s": 30,
-            },
+            "collect": {"players": player_count, "seats": 8, "sampling": {"max_tokens": max_tokens}},
+            "engines": {"dtype": "float32", "device": "cpu", "max_model_len": 4096, **engines},
             "extract": {"max_tokens": 64, "sampling": {"max_tokens": 64}},
         }
     )
     with (
-        ray_cluster(config, "test-workers", print),
+        ray_cluster(config, name, print),
         engine_pool(config.engines, model, on_gpu=False) as pool,
         players(config, model, pool.client) as gamers,
     ):
         pool.deploy(model, "r000")
-        stage = Stage(config, pool, gamers)
+        yield Stage(config, pool, gamers)
+
+
+def test_a_worker_that_is_killed_takes_its_engine_with_it(tmp_path: Path) -> None:
+    """With tensor parallelism the ranks are processes of their own, below the core."""
+    with serving(save_tiny_model(tmp_path), "test-workers", 1, 64, tensor_parallel=2, stall_deadline_s=30) as stage:
         (core,) = cores()
         workers = core.children(recursive=True)
         assert len(workers) >= 2
@@ -100,30 +101,9 @@ def test_a_worker_that_is_killed_takes_its_engine_with_it(tmp_path: Path) -> Non
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     model = save_tiny_model(tmp_path_factory.mktemp("model"))
-    config = parse_config(
-        {
-            "model": str(model),
-            "env": {"params": {"size": 3, "num_holes": 2}, "max_turns": 4},
-            "collect": {"players": 2, "seats": 8, "sampling": {"max_tokens": 200}},
-            "engines": {
-                "count": 2,
-                "dtype": "float32",
-                "device": "cpu",
-                "max_model_len": 4096,
-                "max_num_seqs": 16,
-                "stall_deadline_s": 10,
-                "max_restarts": 10,
-            },
-            "extract": {"max_tokens": 64, "sampling": {"max_tokens": 64}},
-        }
-    )
-    with (
-        ray_cluster(config, "test-faults", print),
-        engine_pool(config.engines, model, on_gpu=False) as pool,
-        players(config, model, pool.client) as gamers,
-    ):
-        pool.deploy(model, "r000")
-        yield Stage(config, pool, gamers)
+    engines = {"count": 2, "max_num_seqs": 16, "stall_deadline_s": 10, "max_restarts": 10}
+    with serving(model, "test-faults", 2, 200, **engines) as stage:
+        yield stage
 
 
 @pytest.fixture(scope="module")

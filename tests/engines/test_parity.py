@@ -172,10 +172,12 @@ def test_a_sync_without_the_drain_is_seen(case: Case) -> None:
     case.engine.call("freeze", True)
     sender = case.engine.sender(case.student.weights)
     reset = "could not reset its prefix cache"
+    requests = []
     for keep, seen in ((False, reset), (True, f"{reset}|carries weight versions")):
         case.student.become(300 + keep)
         case.engine.call("keep_stale_cache", keep)
         long = case.engine.submit("generate", PROMPTS[0], LONG, 0, 60.0)
+        requests.append(long)
         time.sleep(0.3)
         with pytest.raises(RuntimeError, match=seen):
             try:
@@ -185,6 +187,8 @@ def test_a_sync_without_the_drain_is_seen(case: Case) -> None:
                 raise
             long.result(60)
     sender.shutdown()
+    for request in requests:
+        request.exception(60)
     case.engine.call("keep_stale_cache", False)
     case.engine.call("freeze", False)
     case.engine.call("drop_cache")

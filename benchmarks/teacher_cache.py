@@ -55,7 +55,7 @@ BENCHMARK = Benchmark(
     below="kept",
     case=TeacherCase(),
     compare=_compare,
-    axes={"knowledge": (0.0625, 0.125, 0.25, 0.5, 1), "samples": (0.125, 0.25, 0.5, 1)},
+    axes={"knowledge": (0.0625, 0.125, 0.25, 0.5, 1)},
     runs=2,
 )
 

@@ -16,8 +16,9 @@ from oel_ray.consolidate.batches import Sample, length_groups
 from oel_ray.consolidate.caches import Text, TextCache, TextCaches
 from oel_ray.consolidate.reading import has_fixed_rotations, lay_out, response_hidden
 
-PASS_TOKENS = 2048
-"""Tokens of one forward pass. More of them in a row would mostly look at masked positions of each other."""
+PASS_TOKENS = 1280
+"""Tokens of one forward pass: enough to keep a device busy. More of them would mostly look at masked positions of each
+other."""
 
 _PAIRWISE_MASKS = ("eager", "sdpa")
 

@@ -23,5 +23,4 @@ def test_teacher_cache_with_a_sweep(tmp_path: Path) -> None:
     line = last_line("benchmarks.teacher_cache", *options(SIZES), "--sweep", "--out", str(tmp_path))
     check(line, "teacher_cache", ">= 10", "reread", "kept")
     assert {point["knowledge"] for point in line["sweep"]} == {16, 32, 64, 128, 256}
-    assert {point["samples"] for point in line["sweep"]} == {1, 2, 4}
     assert "build_s" in line and (tmp_path / "teacher_cache.svg").exists()

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
 from tests.consolidate.driver import STEPS
+from tests.e2e.test_run import MARK, left_over
 from tests.tiny_models import save_tiny_model
 
 AFTER_FOUR = "1:consolidate:3-done"
@@ -41,15 +43,17 @@ def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drive(model: Path, folder: Path, *settings: str, kill: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.consolidate.driver", str(model), str(folder), *settings]
+    before = {process.pid for process in psutil.process_iter()}
     ended = subprocess.run(
         command,
-        env={**os.environ, "OEL_RAY_KILL_AFTER": kill},
+        env={**os.environ, MARK: str(os.getpid()), "OEL_RAY_KILL_AFTER": kill},
         capture_output=True,
         text=True,
         timeout=900,
         check=False,
     )
     print(ended.stdout, ended.stderr)
+    assert not left_over(before), "ranks of a killed driver write on for a moment, and no longer"
     return ended
 
 

@@ -1,15 +1,19 @@
 """`python -m benchmarks.extraction`: wall time of K accumulations one after the other / ours, all at once.
 
 Both ways have the same engine, one worker (its start included) and the same games, which are played first, and write
-the same knowledge texts: float32 and the same seeds, which is checked. The last line is one JSON object. The process
-is the driver of a Ray of its own.
+the same knowledge texts: float32 and the same seeds, which is checked. What is gained depends on how much slower an
+engine gets with the size of its batch; so the responses are also said again, with their lengths, by a simulated engine
+that hardly gets slower (`simulated`). The last line is one JSON object. The process is the driver of a Ray of its own.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import harness, serving
+from benchmarks.simulated import Reply, Simulation, simulated
+from oel_ray import prompts
+from oel_ray.chat import THINK_CLOSE
 from oel_ray.collect.stage import players
 from oel_ray.config import RunConfig
 from oel_ray.extract.stage import ExtractionWorker, extract
@@ -43,29 +47,15 @@ def one_after_the_other(
 
 
 def measure(config: RunConfig, runs: int) -> dict[str, Any]:
-    """The benchmark's result.
-
-    Raises:
-        RuntimeError: the two ways wrote different knowledge.
-    """
+    """The benchmark's result."""
     games = serving.training_games(config, config.collect.extraction_games)
     with serving.serving(config) as served:
         with players(config, served.policy, served.pool.client) as gamers:
             trajectories = [trajectory for trajectory, _ in gamers.play(games, lambda _: None)]
-        written: list[list[KnowledgeText]] = []
-
-        def in_turn() -> float:
-            served.fresh()
-            return harness.seconds(lambda: written.append(one_after_the_other(trajectories, served, config)), "cpu")
-
-        def ours() -> float:
-            served.fresh()
-            stage = (trajectories, serving.ROUND, config, served.policy, served.pool.client, lambda *_: None)
-            return harness.seconds(lambda: written.append(extract(*stage)), "cpu")
-
-        pairs = harness.measure_pairs(in_turn, ours, runs)
-    if any(texts != written[0] for texts in written):
-        raise RuntimeError("the accumulations wrote other knowledge one after the other than all at once")
+        pairs, texts = _pairs(trajectories, served, runs)
+    simulation = Simulation(tuple(_replies(texts, config)))
+    with serving.serving(config, engine=simulated(simulation)) as pretended:
+        quick, _ = _pairs(trajectories, pretended, runs)
     return harness.result(
         "extraction",
         pairs,
@@ -73,10 +63,44 @@ def measure(config: RunConfig, runs: int) -> dict[str, Any]:
         harness.machine(served.device),
         unit="s",
         **pairs.medians("one_after_the_other", "ours"),
-        accumulations=len(written[0]),
+        accumulations=len(texts),
         trajectories=len(trajectories),
-        response_tokens=sum(step.response_tokens for text in written[0] for step in text.steps),
+        response_tokens=sum(step.response_tokens for text in texts for step in text.steps),
+        simulated=serving.simulated_result(quick, simulation, "one_after_the_other", "ours"),
     )
+
+
+def _pairs(
+    trajectories: Sequence[Trajectory], served: serving.Serving, runs: int
+) -> tuple[harness.Pairs, list[KnowledgeText]]:
+    """Both ways, side by side, and what they wrote.
+
+    Raises:
+        RuntimeError: the two ways wrote different knowledge.
+    """
+    config, written = served.config, list[list[KnowledgeText]]()
+
+    def in_turn() -> float:
+        served.fresh()
+        return harness.seconds(lambda: written.append(one_after_the_other(trajectories, served, config)), "cpu")
+
+    def ours() -> float:
+        served.fresh()
+        stage = (trajectories, serving.ROUND, config, served.policy, served.pool.client, lambda *_: None)
+        return harness.seconds(lambda: written.append(extract(*stage)), "cpu")
+
+    pairs = harness.measure_pairs(in_turn, ours, runs)
+    if any(texts != written[0] for texts in written):
+        raise RuntimeError("the accumulations wrote other knowledge one after the other than all at once")
+    return pairs, written[0]
+
+
+def _replies(texts: Sequence[KnowledgeText], config: RunConfig) -> Iterator[Reply]:
+    """What extraction steps added, as responses of their recorded lengths."""
+    thought = THINK_CLOSE if config.thinking else ""
+    for step in (step for text in texts for step in text.steps if step.response_tokens):
+        items = "\n".join(f"{prompts.ITEM_MARKER} {item}" for item in step.added)
+        yield Reply(thought + items, (0,) * step.response_tokens)
 
 
 def main() -> None:

@@ -144,15 +144,8 @@ def _with_simulated_engine(
             return asyncio.run(together())
 
         pairs, replayed = _pairs(games, served, gamers, respond, served.fresh, runs)
-    return {
-        "ratio": round(pairs.ratio, 3),
-        "spread": [round(ratio, 3) for ratio in pairs.spread],
-        **pairs.medians("lockstep", "ours"),
-        "turns": sum(len(game.turns) for game in replayed),
-        "decode_step_s": simulation.decode_step_s,
-        "decode_sequence_s": simulation.decode_sequence_s,
-        "prefill_tokens_per_s": simulation.prefill_tokens_per_s,
-    }
+    turns = sum(len(game.turns) for game in replayed)
+    return serving.simulated_result(pairs, simulation, "lockstep", "ours") | {"turns": turns}
 
 
 def _pairs(

@@ -17,7 +17,8 @@ import oel_ray.resources  # sets what Ray reads when it is imported
 
 import ray  # isort: skip
 
-from benchmarks.simulated import Reply
+from benchmarks import harness
+from benchmarks.simulated import Reply, Simulation
 from oel_ray.chat import THINK_CLOSE, ChatFormat
 from oel_ray.collect.stage import Game
 from oel_ray.config import EnginesConfig, RunConfig
@@ -195,6 +196,18 @@ def move_replies(config: RunConfig, policy: Path, count: int = 512) -> tuple[Rep
         return Reply(tokenizer.decode(said), (*said, tokenizer.eos_token_id))
 
     return tuple(reply() for _ in range(count))
+
+
+def simulated_result(pairs: harness.Pairs, simulation: Simulation, above: str, below: str) -> dict[str, Any]:
+    """What a benchmark says of the same comparison with a simulated engine."""
+    return {
+        "ratio": round(pairs.ratio, 3),
+        "spread": [round(ratio, 3) for ratio in pairs.spread],
+        **pairs.medians(above, below),
+        "decode_step_s": simulation.decode_step_s,
+        "decode_sequence_s": simulation.decode_sequence_s,
+        "prefill_tokens_per_s": simulation.prefill_tokens_per_s,
+    }
 
 
 def arguments(name: str, about: str | None, runs: int) -> argparse.ArgumentParser:

@@ -88,6 +88,7 @@ def test_extraction() -> None:
     line = small("extraction")
     check(line, "extraction", ">= 5", "one_after_the_other", "ours")
     assert (line["accumulations"], line["trajectories"]) == (3, 2) and line["response_tokens"] > 0
+    assert line["simulated"]["one_after_the_other"] > line["simulated"]["ours"] > 0
 
 
 @pytest.mark.slow

@@ -281,7 +281,7 @@ def rollback(
     print(f"rounds {behind[0]} to {behind[-1]} leave the run for {run_dir / 'quarantine'}; {start}")
     if not yes:
         typer.confirm("Go on?", abort=True)
-    with RunFolder.resume(run_dir, None) as folder:
+    with RunFolder.take(run_dir) as folder:
         folder.set_aside([folder.files(number).root for number in behind[::-1]])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from oel_ray.errors import UserError
 from oel_ray.records import Record
 
 
@@ -21,7 +22,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = orjson.loads(path.read_bytes())
+    """Read what `write_json` wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        value: dict[str, Any] = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}: put back what was there") from None
     return value
 
 

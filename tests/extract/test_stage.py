@@ -1,10 +1,12 @@
 """The Ray side of extraction, on a Ray of two CPUs."""
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -77,6 +79,28 @@ def test_a_run_that_is_asked_to_stop_ends_the_steps_that_it_is_at_and_goes_on_th
     texts = extract(GAMES, 1, CONFIG, policy, HeldAtSecondStep(gate), lambda *_: None, journals(tmp_path))
     assert known(tmp_path) == [text.steps for text in texts]
     assert [len(text.items) for text in texts] == [3, 3, 3, 3]
+
+
+def test_a_worker_that_is_killed_is_started_again_and_goes_on_behind_its_last_step(
+    policy: Path, tmp_path: Path
+) -> None:
+    gate, killed = tmp_path / "gate", list[int]()
+
+    def kill_in_the_second_step(done: int, total: int) -> None:
+        if done == 4 and not killed:
+            workers = (child for child in psutil.Process().children(recursive=True) if is_worker(child))
+            killed.append(next(workers).pid)
+            os.kill(killed[0], signal.SIGKILL)
+            gate.touch()
+
+    texts = extract(GAMES, 1, CONFIG, policy, HeldAtSecondStep(gate), kill_in_the_second_step, journals(tmp_path))
+    assert killed
+    assert known(tmp_path) == [text.steps for text in texts]
+    assert texts == extract(GAMES, 1, CONFIG, policy, HeldAtSecondStep(gate), lambda *_: None)
+
+
+def is_worker(process: psutil.Process) -> bool:
+    return bool(re.match(r"ray::(\S+:)?ExtractionWorker\b", " ".join(process.cmdline())))
 
 
 def test_a_failing_accumulation_ends_the_stage_with_one_line(policy: Path, tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ class Node:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
     def stop(self) -> None:
         if self._process.poll() is not None:
             return
@@ -46,17 +52,22 @@ class Cluster:
         # Not pytest's own folder: the paths of Ray's sockets may have 107 characters.
         self._temporary = tempfile.TemporaryDirectory(prefix="oel-", ignore_cleanup_errors=True)
         self._folder = Path(self._temporary.name)
-        self._port, dashboard, self.metrics_port = _free_ports(3)
+        self._port, dashboard, self.metrics_port = free_ports(3)
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
             "RAY_TMPDIR": self._temporary.name,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_metrics_report_interval_ms": "1000",
             "RAY_process_group_cleanup_enabled": "true",
         }
+        self.scraped = self._folder / "ray" / "prom_metrics_service_discovery.json"
+        """Where the head says what offers metrics, for Prometheus."""
         self._nodes: list[Node] = []
 
     def __enter__(self) -> Self:
@@ -99,7 +110,7 @@ class Cluster:
         return self._nodes[-1]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for free in sockets:

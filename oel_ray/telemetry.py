@@ -50,11 +50,10 @@ class Telemetry:
         row: Row = {"round": stage.round, "stage": stage.name, "wall_s": entry.wall_s, **entry.counts, **counts}
         row |= {"prefix_cache_hit_rate": hit_rate, "failures": failures}
         if stage.name == EVALUATE:
-            row["deployed"] = self.folder.deployed(stage.round + 1)
-        self.folder.log_metrics(row)
-        if stage.name == EVALUATE:
             row |= read_json(self.folder.files(stage.round).evaluation)
+            row["deployed"] = self.folder.deployed(stage.round + 1)
             report(Series.PASS_RATE, row["pass_rate"])
+        self.folder.log_metrics(row)
         self.track(stage.name, row, stage.round)
 
     def serves(self, round_number: int, step: int = 0) -> None:

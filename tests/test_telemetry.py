@@ -71,7 +71,7 @@ def test_an_evaluation_is_tracked_with_its_rates(tmp_path: Path) -> None:
         with told.telemetry.stage(stage):
             write_json(stage.begin().evaluation, RATES | {"in_context": None})
             stage.commit([stage.out.evaluation], {})
-        assert "pass_rate" not in rows(folder)[0]
+        assert rows(folder)[0]["pass_rate"] == 0.75
     ((group, row, step),) = told.tracked
     assert (group, row["pass_rate"], row["stage"], step) == ("evaluate", 0.75, "evaluate", 2)
 

@@ -50,7 +50,7 @@ class EnvironmentConfig(Section):
     """A single-player TextArena id, or a name that an installed package registers (see `oel_ray.envs`)."""
     params: Params = {}
     """Passed to the environment as they are."""
-    max_turns: Positive = 5
+    max_turns: Positive = 10
     """Responses the model gets per game; a game that goes on is ended there."""
     split: Literal["by_map", "paper"] = "by_map"
     """How games are told apart: held-out maps differ in content from all that is collected, or only in seed, with the

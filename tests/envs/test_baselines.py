@@ -29,6 +29,11 @@ def test_the_oracle_counts_the_turns() -> None:
     assert share is not None and 0.0 < share < 1.0
 
 
+def test_the_default_game_can_be_won() -> None:
+    env = EnvironmentConfig()
+    assert oracle_rate(held_out_episodes(env, 5, 6), env.max_turns) == 1.0
+
+
 def test_games_without_actions_have_no_baselines() -> None:
     episodes = held_out_episodes(EnvironmentConfig(id="2048-v0"), 5, 2)
     assert random_rate(episodes, 5, 2, 5) is None

@@ -14,7 +14,6 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.consolidate.driver import STEPS
-from tests.e2e.test_run import MARK, left_over
 from tests.tiny_models import save_tiny_model
 
 AFTER_FOUR = "1:consolidate:3-done"
@@ -42,19 +41,20 @@ def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drive(model: Path, folder: Path, *settings: str, kill: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a driver to its end, and to that of all processes below it: ranks write on for a moment."""
     command = [sys.executable, "-m", "tests.consolidate.driver", str(model), str(folder), *settings]
-    before = {process.pid for process in psutil.process_iter()}
-    ended = subprocess.run(
-        command,
-        env={**os.environ, MARK: str(os.getpid()), "OEL_RAY_KILL_AFTER": kill},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    print(ended.stdout, ended.stderr)
-    assert not left_over(before), "ranks of a killed driver write on for a moment, and no longer"
-    return ended
+    environment = {**os.environ, "OEL_RAY_KILL_AFTER": kill}
+    driver = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    below = set[psutil.Process]()
+    while True:
+        try:
+            output, errors = driver.communicate(timeout=0.5)
+            break
+        except subprocess.TimeoutExpired:
+            below.update(driver.children(recursive=True))
+    print(output, errors)
+    assert not psutil.wait_procs(below, timeout=60)[1]
+    return subprocess.CompletedProcess(command, driver.returncode, output, errors)
 
 
 def rows(folder: Path, name: str, *without: str) -> list[dict[str, Any]]:

@@ -33,11 +33,18 @@ class Node:
         self.stop()
 
     def stop(self) -> None:
-        if self._process.poll() is not None:
-            return
-        below = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.terminate()
-        psutil.wait_procs([psutil.Process(self._process.pid), *below], timeout=20)
+        """As a person would, who waits for a while."""
+        if self._process.poll() is None:
+            below = psutil.Process(self._process.pid).children(recursive=True)
+            self._process.terminate()
+            psutil.wait_procs([psutil.Process(self._process.pid), *below], timeout=20)
+            self._kill(below)
+
+    def kill(self) -> None:
+        """All of it at once."""
+        self._kill(psutil.Process(self._process.pid).children(recursive=True))
+
+    def _kill(self, below: list[psutil.Process]) -> None:
         for process in below:
             if process.is_running():
                 process.kill()

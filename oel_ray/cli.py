@@ -345,11 +345,11 @@ def doctor(
     from rich.console import Console
     from rich.table import Table
 
-    from oel_ray.doctor import examine
+    from oel_ray.doctor import examine, package
     from oel_ray.progress import Progress
     from oel_ray.show import plain
 
-    found = examine(_load(config, overrides), run_dir, Progress().note)
+    found = [*examine(_load(config, overrides), run_dir, Progress().note), *package(config)]
     table = Table("where", "", "what is wrong, and what to do", box=None)
     for where, what, is_error in found:
         table.add_row(where, "error" if is_error else "note", plain(what))

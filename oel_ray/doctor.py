@@ -20,7 +20,7 @@ from oel_ray import resources
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError, one_line
 from oel_ray.plan import gib
-from oel_ray.preflight import check_model
+from oel_ray.preflight import check_model, check_teacher
 from oel_ray.runs import PACKAGES, installed
 
 ANSWER_S = 60.0
@@ -86,7 +86,7 @@ def look(config: RunConfig, folder: Path, node: str, others: Mapping[str, str], 
     memory, seen = psutil.virtual_memory().available, len(resources.gpu_memory())
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     devices = (os.environ if gpus is None else psutil.Process().parent().environ()).get("CUDA_VISIBLE_DEVICES")
-    model = _fault(lambda: check_model(config, lambda _: None))
+    model = _fault(lambda: check_teacher(config, check_model(config, _silent), _silent))
     ports = _fault(lambda: socket.create_server(("", 0)).close())
     checks: list[tuple[object, bool, str]] = [
         (lacking, True, f"lacks {', '.join(sorted(lacking))}: install oel-ray from its lock file or image"),
@@ -126,6 +126,19 @@ def _ask_cluster(address: str, config: RunConfig, folder: Path) -> tuple[dict[st
         asked = {node: (config, folder, node, versions(), there.get("GPU", 0)) for node, there in nodes.items()}
         faults = [_fault(lambda: resources.check_nodes(config, nodes, "it")), exposed * is_open(dashboard)]
         return resources.ask_nodes(look, asked, ANSWER_S), faults
+
+
+def package(config: str) -> list[Finding]:
+    """What would keep a configuration from being submitted as a job: the size of the folder that goes with a file."""
+    from oel_ray.submit import check_size, packed
+
+    folder = Path(config).resolve().parent
+    fault = _fault(lambda: check_size(folder, packed(folder))) if Path(config).is_file() else ""
+    return [Finding("here", fault, is_error=False)] if fault else []
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _fault(check: Callable[[], object]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import doctor, resources
+from oel_ray import doctor, resources, submit
 from oel_ray.config import RunConfig
 from oel_ray.configure import load_config
 from oel_ray.doctor import Finding, examine, is_open, look, versions
@@ -54,6 +54,22 @@ def test_a_folder_that_is_not_shared_is_found(tmp_path: Path, monkeypatch: pytes
 def test_a_model_that_is_not_there_is_found(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"model": str(tmp_path / "absent")})
     assert "absent does not exist" in errors(here_is(tmp_path, config))
+
+
+def test_a_teacher_that_is_not_there_is_found(tmp_path: Path) -> None:
+    config = load_config("quickstart", [f"consolidate.teacher={tmp_path / 'absent'}"])
+    assert "absent does not exist" in errors(here_is(tmp_path, config))
+
+
+def test_a_package_that_is_too_large_to_be_submitted_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("base: quickstart")
+    assert doctor.package(str(tmp_path / "mine.yaml")) == doctor.package("quickstart") == []
+    monkeypatch.setattr(submit, "LARGEST_PACKAGE", 1)
+    ((where, what, is_error),) = doctor.package(str(tmp_path / "mine.yaml"))
+    assert (where, is_error) == ("here", False) and "mine.yaml (0.0 MiB)" in what
+    assert doctor.package("quickstart") == []
 
 
 def test_gpus_that_ray_counts_and_the_driver_does_not_see_are_found(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from oel_ray.config import RunConfig
@@ -92,13 +93,15 @@ class Point(Record):
 class ArmResult(Record):
     """What one arm came to with one seed, and where the numbers are from.
 
-    `config_hash` is the run's own, `settings_hash` leaves the seed out: repetitions have it in common. `wall_s` is the
-    sum of the run's stages, each since it was last started; `knowledge_tokens` the mean length of a text, by round.
+    `preset` and `settings` are the command's `--preset` and `--set`. `config_hash` is the run's own, `settings_hash`
+    leaves the seed out: repetitions have it in common. `wall_s` is the sum of the run's stages, each since it was last
+    started; `knowledge_tokens` the mean length of a text, by round.
     """
 
     experiment: str
     arm: str
     preset: str
+    settings: tuple[str, ...]
     seed: int
     command: str
     config_hash: str
@@ -111,7 +114,7 @@ class ArmResult(Record):
 
     @property
     def file_name(self) -> str:
-        return f"{self.preset}.{self.experiment}.{self.arm}.seed-{self.seed}.json"
+        return f"{Start(self.preset).name}.{self.experiment}.{self.arm}.seed-{self.seed}.json"
 
     def find(self, key: Key) -> Point | None:
         return next((point for point in self.points if point.key == key), None)
@@ -160,6 +163,11 @@ class Start(NamedTuple):
 
     preset: str
     settings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What files and folders are called after it. The dots of `qwen3-1.7b` begin no suffix."""
+        return Path(self.preset).name.removesuffix(".yaml")
 
     @property
     def config(self) -> RunConfig:

@@ -6,6 +6,7 @@ The same results give the same bytes.
 import io
 import itertools
 import math
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import beyond, knowledge_vs_raw, model_size, on_vs_off_policy, own_vs_other, rounds
-from experiments.records import ArmResult, Arms, Condition, Experiment, Key, Point
+from experiments.records import ArmResult, Arms, Condition, Experiment, Key, Point, Start
 from experiments.statistics import Estimate, estimate, verdict
 from oel_ray.errors import UserError
 from oel_ray.report.figures import CONTEXT, ORACLE, POLICY, RANDOM, canvas_and_axes
@@ -77,7 +78,7 @@ def pages(results: Sequence[ArmResult]) -> dict[str, bytes]:
     """The page and its figures, by their paths below docs/.
 
     Raises:
-        UserError: repetitions of one arm were made with different settings.
+        UserError: arms, or repetitions of one, were made with different settings or versions.
     """
     groups: dict[tuple[str, str], Group] = defaultdict(lambda: defaultdict(dict))
     for it in results:
@@ -94,7 +95,7 @@ def pages(results: Sequence[ArmResult]) -> dict[str, bytes]:
             parts += [*_section(experiment, preset, group)]
             for metric in _METRICS:
                 if metric.wanted(experiment):
-                    name = f"{FIGURES}/{preset}.{experiment.name}.{metric.name}.svg"
+                    name = f"{FIGURES}/{Start(preset).name}.{experiment.name}.{metric.name}.svg"
                     figures[name] = _drawn(group, metric)
                     parts.append(f"\n![{metric.title}, {experiment.name}]({name})\n")
         if experiment.notes:
@@ -105,17 +106,19 @@ def pages(results: Sequence[ArmResult]) -> dict[str, bytes]:
 def _in_order(experiment: Experiment, group: Group) -> Group:
     """With the arm first that others are compared with."""
     for arm, by_seed in group.items():
-        if len({(it.settings_hash, it.packages.get("oel-ray")) for it in by_seed.values()}) > 1:
-            raise UserError(
-                f"{experiment.name}, {arm}: repetitions were made with different settings or versions: make them again"
-            )
+        if len({it.settings_hash for it in by_seed.values()}) > 1:
+            raise UserError(f"{experiment.name}, {arm}: repetitions have different settings: make them again")
+    if len({(it.settings, it.packages.get("oel-ray")) for by_seed in group.values() for it in by_seed.values()}) > 1:
+        raise UserError(f"{experiment.name}: results were made with different --set or versions: make them again")
     return {arm: group[arm] for arm in sorted(group, key=lambda arm: (arm != experiment.reference, arm))}
 
 
 def _section(experiment: Experiment, preset: str, group: Group) -> Iterator[str]:
     everything = [it for by_seed in group.values() for it in by_seed.values()]
-    yield f"\n### {preset}\n\n```bash\npython -m experiments.{experiment.name}"
-    yield f" --preset {preset} --seeds {' '.join(map(str, sorted({it.seed for it in everything})))}\n```\n\n"
+    seeds = sorted({it.seed for it in everything})
+    settings = ["--set", *everything[0].settings] if everything[0].settings else []
+    yield f"\n### {Start(preset).name}\n\n```bash\npython -m experiments.{experiment.name} "
+    yield shlex.join(["--preset", preset, "--seeds", *map(str, seeds), *settings]) + "\n```\n\n"
     yield "| arm | run as | repetitions | tokens of a text, by round | minutes each |\n|---|---|---|---|---|\n"
     for arm, by_seed in group.items():
         its = list(by_seed.values())

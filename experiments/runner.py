@@ -200,7 +200,8 @@ def result(experiment: Experiment, arm: Arm, start: Start, runs: Runs, seed: int
     return ArmResult(
         experiment=experiment.name,
         arm=arm.label,
-        preset=Path(start.preset).stem,
+        preset=start.preset,
+        settings=start.settings,
         seed=seed,
         command=described(arm.recipe),
         config_hash=run.info["config_hash"],
@@ -274,7 +275,7 @@ def _main(experiment: Experiment, options: argparse.Namespace) -> None:
     if options.plan:
         print(*plan(experiment, chosen, options.seeds, start), sep="\n")
         return
-    runs = Runs(options.out / Path(start.preset).stem)
+    runs = Runs(options.out / start.name)
     options.results.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for arm in chosen:

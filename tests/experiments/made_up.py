@@ -26,6 +26,7 @@ def result(experiment: str, arm: str, seed: int, points: list[Point], **changes:
         "experiment": experiment,
         "arm": arm,
         "preset": "quickstart",
+        "settings": (),
         "seed": seed,
         "command": "oel run quickstart",
         "config_hash": f"{seed:016d}",

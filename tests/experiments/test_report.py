@@ -81,8 +81,22 @@ def test_figures_are_the_same_bytes_for_the_same_results_and_show_what_they_are_
 
 def test_repetitions_of_different_settings_are_not_averaged() -> None:
     other = rounds(1).model_copy(update={"settings_hash": "b" * 16})
-    with pytest.raises(UserError, match="rounds, oel: repetitions were made with different settings"):
+    with pytest.raises(UserError, match="rounds, oel: repetitions have different settings"):
         page(rounds(0), other)
+
+
+def test_arms_of_different_settings_or_versions_are_not_compared() -> None:
+    arms = [result("knowledge_vs_raw", arm, 0, [point("policy", 1, None, 0.1)]) for arm in ("extracted", "raw")]
+    for change in ({"settings": ("evaluate.maps=8",)}, {"packages": {"oel-ray": "2.0"}}):
+        with pytest.raises(UserError, match="knowledge_vs_raw: results were made with different --set or versions"):
+            page(arms[0], arms[1].model_copy(update=change))
+
+
+def test_the_command_makes_the_same_results_again() -> None:
+    it = rounds(0).model_copy(update={"preset": "mine/a-1.7b.yaml", "settings": ("consolidate.keep_steps=[1, 2]",)})
+    command = "--preset mine/a-1.7b.yaml --seeds 0 --set 'consolidate.keep_steps=[1, 2]'\n"
+    assert f"python -m experiments.rounds {command}" in page(it)
+    assert it.file_name == "a-1.7b.rounds.oel.seed-0.json"
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:

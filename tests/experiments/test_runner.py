@@ -126,6 +126,13 @@ def test_what_was_measured_is_read_with_where_it_stands(tmp_path: Path) -> None:
     assert measure.knowledge_tokens(run, 2) == {1: 7, 2: 7}
 
 
+@pytest.mark.parametrize(
+    ("preset", "name"), [("quickstart", "quickstart"), (QWEN[0], QWEN[0]), ("my/own-1.7b.yaml", "own-1.7b")]
+)
+def test_folders_and_files_are_called_after_the_whole_preset(preset: str, name: str) -> None:
+    assert Start(preset).name == name
+
+
 def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     base = recipes.base(START)
     example_run.build(tmp_path / "base/seed-7")

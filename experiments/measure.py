@@ -29,12 +29,16 @@ class Measured(Record):
         return cls(rate=rate, error=math.sqrt(rate * (1 - rate) / count), count=count, tokens_per_turn=tokens_per_turn)
 
 
+def evaluation(folder: RunFolder, number: int) -> Evaluation:
+    """What a run says of a round's policy."""
+    return Evaluation.from_json(folder.files(number).evaluation.read_bytes())
+
+
 def run_points(folder: RunFolder, rounds: int, root: Path) -> Iterator[Point]:
     """The evaluations of the first rounds of a run. `root` is what sources are named below."""
     games = folder.config.collect.extraction_games
     for number in range(rounds + 1):
-        path = folder.files(number).evaluation
-        result = Evaluation.from_json(path.read_bytes())
+        path, result = folder.files(number).evaluation, evaluation(folder, number)
         yield _point(result, "policy", number, None, number, path, root)
         for score in result.in_context_steps:
             place = number - 1 + _GROWTH * score.step / games
@@ -46,8 +50,7 @@ def run_points(folder: RunFolder, rounds: int, root: Path) -> Iterator[Point]:
 def kept_point(played: RunFolder, number: int, step: int, steps: int, root: Path) -> Point:
     """How a policy plays that was kept after `step` of the `steps` of a round, from a run that evaluated it alone."""
     path = played.files(0).evaluation
-    result = Evaluation.from_json(path.read_bytes())
-    return _point(result, "policy", number, step, number - 1 + step / steps, path, root)
+    return _point(evaluation(played, 0), "policy", number, step, number - 1 + step / steps, path, root)
 
 
 def measured_point(path: Path, number: int, step: int | None, steps: int, root: Path) -> Point:

@@ -93,23 +93,29 @@ class Point(Record):
 class ArmResult(Record):
     """What one arm came to with one seed, and where the numbers are from.
 
-    `preset` and `settings` are the command's `--preset` and `--set`. `config_hash` is the run's own, `settings_hash`
-    leaves the seed out: repetitions have it in common. `wall_s` is the sum of the run's stages, each since it was last
-    started; `knowledge_tokens` the mean length of a text, by round.
+    `preset` and `settings` are the command's `--preset` and `--set`, `seeds` its `--seeds`, `arms` all arms that the
+    experiment has: what else there should be. `run_id` is the run's own, `settings_hash` is of its configuration
+    without the seed: repetitions have it in common. `machine` is that of the process that read the run. `wall_s` is the
+    sum of the run's stages, each since it was last started; `knowledge_tokens` the mean length of a text, by round.
+    `random` and `oracle` are those players' rates on the maps of this seed, null where an environment has none.
     """
 
     experiment: str
     arm: str
     preset: str
     settings: tuple[str, ...]
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
     seed: int
     command: str
-    config_hash: str
+    run_id: str
     settings_hash: str
     packages: dict[str, str]
     machine: str
     wall_s: float
     knowledge_tokens: dict[int, float]
+    random: float | None
+    oracle: float | None
     points: tuple[Point, ...]
 
     @property

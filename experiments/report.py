@@ -43,9 +43,11 @@ and with it maps, games and sampling of its own; all arms have the same seeds, s
 claim **holds here** if the whole 95 % interval of its paired difference is on its side of zero, **does not hold here**
 if the whole interval is on the other side, and else **cannot be told apart**. Where a claim says that nothing changes,
 the interval has to lie within the margin that it names, or outside of it. There is no correction for the number of
-claims, and with three repetitions intervals are wide. In figures bars are intervals, and hollow marks are the policy of
-the round before with knowledge in its prompt. The micro model is a proving ground and no language model, and much that
-it does is built into it: see [its card](../oel_ray/micro/README.md).
+claims, and with three repetitions intervals are wide. Where runs are missing that is said, and a number over fewer
+repetitions than there should be has their number behind it. Minutes are those of the stages of one run, without its
+starts and without what was measured of its policies afterwards. In figures bars are intervals, and hollow marks are
+the policy of the round before with knowledge in its prompt. The micro model is a proving ground and no language model,
+and much that it does is built into it: see [its card](../oel_ray/micro/README.md).
 """
 NOTHING = """
 **No results are committed yet.** Nothing on this page has been tried. The commands are below; what they write into
@@ -115,7 +117,7 @@ def _in_order(experiment: Experiment, group: Group) -> Group:
 
 def _section(experiment: Experiment, preset: str, group: Group) -> Iterator[str]:
     everything = [it for by_seed in group.values() for it in by_seed.values()]
-    seeds = sorted({it.seed for it in everything})
+    seeds = _seeds(group)
     settings = ["--set", *everything[0].settings] if everything[0].settings else []
     yield f"\n### {Start(preset).name}\n\n```bash\npython -m experiments.{experiment.name} "
     yield shlex.join(["--preset", preset, "--seeds", *map(str, seeds), *settings]) + "\n```\n\n"
@@ -124,10 +126,40 @@ def _section(experiment: Experiment, preset: str, group: Group) -> Iterator[str]
         its = list(by_seed.values())
         minutes = sum(it.wall_s for it in its) / len(its) / 60
         yield f"| {arm} | `{its[0].command}` | {len(its)} | {_text_lengths(its)} | {minutes:.1f} |\n"
+    yield from _missing(everything)
     yield "\nMade on " + "; ".join(sorted({it.machine for it in everything}))
-    yield "; " + "; ".join(sorted({f"oel-ray {it.packages.get('oel-ray', '?')}" for it in everything})) + ".\n\n"
+    yield "; " + "; ".join(sorted({f"oel-ray {it.packages.get('oel-ray', '?')}" for it in everything})) + ".\n"
+    yield from _baselines(everything, len(seeds))
     yield from _measurements(experiment, group)
     yield from _decided(experiment, group)
+
+
+def _seeds(group: Group) -> list[int]:
+    """All that a repetition was asked for with."""
+    its = [it for by_seed in group.values() for it in by_seed.values()]
+    return sorted({seed for it in its for seed in (it.seed, *it.seeds)})
+
+
+def _missing(its: Sequence[ArmResult]) -> Iterator[str]:
+    """What was asked for beside these and has no result."""
+    there = {(it.arm, it.seed) for it in its}
+    asked = {(arm, seed) for it in its for arm in it.arms for seed in it.seeds}
+    without: dict[str, list[str]] = defaultdict(list)
+    for arm, seed in sorted(asked - there):
+        without[arm].append(str(seed))
+    if without:
+        named = "; ".join(f"{arm} with {', '.join(seeds)}" for arm, seeds in without.items())
+        yield f"\n**Missing** are, by their seeds, not begun or not ended: {named}.\n"
+
+
+def _baselines(its: Sequence[ArmResult], repetitions: int) -> Iterator[str]:
+    """The maps of a seed are the same for all arms, and so are these players' rates."""
+    named = {
+        "a random player": {it.seed: it.random for it in its if it.random is not None},
+        "a perfect one": {it.seed: it.oracle for it in its if it.oracle is not None},
+    }
+    wins = [f"{who} wins {_written([*at.values()], 100, repetitions)} %" for who, at in named.items() if at]
+    yield f"On the same maps {', '.join(wins)}.\n\n" if wins else "\n"
 
 
 def _text_lengths(its: Sequence[ArmResult]) -> str:
@@ -136,7 +168,7 @@ def _text_lengths(its: Sequence[ArmResult]) -> str:
 
 
 def _measurements(experiment: Experiment, group: Group) -> Iterator[str]:
-    reference = group.get(experiment.reference, {})
+    reference, repetitions = group.get(experiment.reference, {}), len(_seeds(group))
     yield f"| arm | measured | rate % | tokens a turn | points above {experiment.reference} |\n|---|---|---|---|---|\n"
     for arm, by_seed in group.items():
         for key in _keys(by_seed):
@@ -145,15 +177,16 @@ def _measurements(experiment: Experiment, group: Group) -> Iterator[str]:
             rates = [point.rate for point in points.values()]
             lengths = [point.tokens_per_turn for point in points.values() if point.tokens_per_turn is not None]
             above = [point.rate - others[seed].rate for seed, point in points.items() if seed in others]
-            compared = _written(above if arm != experiment.reference else [], 100, signed=True)
-            yield f"| {arm} | {_description(key)} | {_written(rates, 100)} | {_written(lengths, 1)} | {compared} |\n"
+            compared = _written(above if arm != experiment.reference else [], 100, repetitions, signed=True)
+            measured = f"{_written(rates, 100, repetitions)} | {_written(lengths, 1, repetitions)}"
+            yield f"| {arm} | {_description(key)} | {measured} | {compared} |\n"
 
 
 def _decided(experiment: Experiment, group: Group) -> Iterator[str]:
     if not experiment.claims:
         return
     yield "\n| the paper's claim | here | by how much |\n|---|---|---|\n"
-    seeds = sorted({seed for by_seed in group.values() for seed in by_seed})
+    seeds = _seeds(group)
     for claim in experiment.claims:
         numbers = []
         for seed in seeds:
@@ -164,7 +197,7 @@ def _decided(experiment: Experiment, group: Group) -> Iterator[str]:
                 continue
         scale = 1 if claim.in_tokens else 100
         unit = "tokens" if claim.in_tokens else "points"
-        size = f"{_written(numbers, scale, signed=True)} {unit}" if numbers else "not measured"
+        size = f"{_written(numbers, scale, len(seeds), signed=True)} {unit}" if numbers else "not measured"
         yield f"| {claim.text} | **{verdict(numbers, claim.within)}** | {size} |\n"
 
 
@@ -191,12 +224,14 @@ def _description(key: Key) -> str:
     return f"{where}, out of distribution" if key.condition == OUTSIDE else where
 
 
-def _written(values: Sequence[float], scale: float, *, signed: bool = False) -> str:
+def _written(values: Sequence[float], scale: float, repetitions: int, *, signed: bool = False) -> str:
+    """The mean with its interval, and how many of the repetitions it is over if that is not all."""
     if not values:
         return ABSENT
     it = estimate(values)
     mean = f"{scale * it.mean:{'+' if signed else ''}.1f}"
-    return mean if math.isinf(it.half) else f"{mean} ± {scale * it.half:.1f}"
+    interval = "" if math.isinf(it.half) else f" ± {scale * it.half:.1f}"
+    return mean + interval + (f" ({it.repetitions} of {repetitions})" if it.repetitions < repetitions else "")
 
 
 class _Metric(NamedTuple):

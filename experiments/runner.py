@@ -176,7 +176,7 @@ class Runs:
         if not (path / RUN_FILE).exists():
             return None, lambda item: self._files(item, seed)
         run = RunFolder.open(path)
-        if run.config != recipe.config.model_copy(update={"seed": seed}):
+        if run.config != recipe.config.model_copy(update={"seed": seed}) or run.info.get("changes"):
             raise UserError(f"{path} holds a run of other settings: choose another --out, or move it away")
         return run.committed, lambda item: self._files(item, seed)
 
@@ -185,8 +185,8 @@ class Runs:
         return files.knowledge_files() if item.what == "knowledge" else [files.trajectories(item.what)]
 
 
-def result(experiment: Experiment, arm: Arm, start: Start, runs: Runs, seed: int) -> ArmResult:
-    """Make what is missing of an arm with one seed, and put its numbers together."""
+def result(experiment: Experiment, arm: Arm, start: Start, runs: Runs, seed: int, seeds: Sequence[int]) -> ArmResult:
+    """Make what is missing of an arm with one of these seeds, and put its numbers together."""
     run = runs.made(arm.recipe, seed)
     found, steps = policies(run.config, arm.rounds), run.config.consolidate.steps
     points: list[Point] = [*measure.run_points(run, arm.rounds, runs.root)]
@@ -197,19 +197,24 @@ def result(experiment: Experiment, arm: Arm, start: Start, runs: Runs, seed: int
     for policy in found if experiment.out_of_distribution else []:
         path = runs.measured(arm.recipe, run, policy, seed)
         points.append(measure.measured_point(path, policy.round, policy.step, steps, runs.root))
+    untouched = measure.evaluation(run, 0)
     return ArmResult(
         experiment=experiment.name,
         arm=arm.label,
         preset=start.preset,
         settings=start.settings,
+        arms=tuple(it.label for it in experiment.arms(start)),
+        seeds=tuple(seeds),
         seed=seed,
         command=described(arm.recipe),
-        config_hash=run.info["config_hash"],
+        run_id=run.info["run_id"],
         settings_hash=content_hash(run.config.model_dump(mode="json", exclude={"seed"})),
         packages=run.info["packages"],
         machine=_machine(run.config),
         wall_s=measure.wall_seconds(run, arm.rounds),
         knowledge_tokens=measure.knowledge_tokens(run, arm.rounds),
+        random=untouched.random,
+        oracle=untouched.oracle,
         points=tuple(points),
     )
 
@@ -279,7 +284,7 @@ def _main(experiment: Experiment, options: argparse.Namespace) -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for arm in chosen:
-            it = result(experiment, arm, start, runs, seed)
+            it = result(experiment, arm, start, runs, seed, options.seeds)
             path = options.results / it.file_name
             write_atomically(path, it.model_dump_json(indent=1).encode() + b"\n")
             print(path, flush=True)

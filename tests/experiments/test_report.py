@@ -66,6 +66,28 @@ def test_arms_are_compared_seed_by_seed_with_the_reference() -> None:
     assert text.index("| base | round 1") < text.index("| K-10 | round 1"), "the reference comes first"
 
 
+def test_what_was_asked_for_and_is_not_there_is_told() -> None:
+    asked = {"arms": ("extracted", "raw"), "seeds": (0, 1, 2)}
+
+    def arm(label: str, seed: int, rate: float) -> report.ArmResult:
+        return result("knowledge_vs_raw", label, seed, [point("policy", 1, None, rate)]).model_copy(update=asked)
+
+    extracted = [arm("extracted", 0, 0.5), arm("extracted", 1, 0.6)]
+    text = page(*extracted, arm("raw", 0, 0.2))
+    assert "**Missing** are, by their seeds, not begun or not ended: extracted with 2; raw with 1, 2." in text
+    assert "| extracted | round 1 | 55.0 ± 63.5 (2 of 3) |" in text
+    assert "| 20.0 (1 of 3) | 100.0 (1 of 3) | -30.0 (1 of 3) |" in row(text, "raw | round 1")
+    assert "+30.0 (1 of 3) points" in row(text, "Consolidated, extracted knowledge is worth more than raw games")
+    assert "--seeds 0 1 2" in text
+    assert "**Missing**" not in page(rounds(0))
+
+
+def test_rates_stand_beside_those_of_a_random_and_a_perfect_player() -> None:
+    both = "On the same maps a random player wins 1.2 ± 0.0 %, a perfect one wins 100.0 ± 0.0 %."
+    assert both in page(rounds(0), rounds(1))
+    assert "On the same maps" not in page(rounds(0).model_copy(update={"random": None, "oracle": None}))
+
+
 def test_what_was_not_measured_is_said_to_be_missing() -> None:
     partial = result("knowledge_vs_raw", "raw", 0, [point("policy", 0, None, 0.1), point("in_context", 1, None, 0.1)])
     text = page(partial)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import measure, recipes, rounds, runner
+from experiments import beyond, measure, recipes, rounds, runner
 from experiments.records import Arm, Import, Recipe, Start
 from experiments.report import EXPERIMENTS
 from oel_ray.envs import make
@@ -133,11 +133,41 @@ def test_folders_and_files_are_called_after_the_whole_preset(preset: str, name: 
     assert Start(preset).name == name
 
 
+class Made(runner.Runs):
+    """Every run is there, and is the example."""
+
+    def made(self, recipe: Recipe, seed: int) -> RunFolder:
+        path = self.folder(recipe, seed)
+        return RunFolder.open(path if path.exists() else example_run.build(path))
+
+
+def test_a_result_says_what_it_is_of_and_what_else_was_asked_for(tmp_path: Path) -> None:
+    start, runs = Start("quickstart", ("rounds=2",)), Made(tmp_path)
+    arms = named("beyond", start)
+    it = runner.result(beyond.EXPERIMENT, arms[0], start, runs, 1, [0, 1])
+    assert (it.experiment, it.arm, it.seed, it.seeds, it.preset) == ("beyond", "base", 1, (0, 1), "quickstart")
+    assert it.arms == tuple(it.label for it in arms)
+    assert it.settings == ("rounds=2",)
+    assert (it.random, it.oracle) == (0.11, 1.0)
+    assert it.run_id == runs.made(arms[0].recipe, 1).info["run_id"]
+
+
 def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     base = recipes.base(START)
     example_run.build(tmp_path / "base/seed-7")
     with pytest.raises(UserError, match="holds a run of other settings: choose another --out"):
         runner.Runs(tmp_path).made(base, 7)
+
+
+def test_nor_is_one_whose_settings_changed_on_the_way(tmp_path: Path) -> None:
+    base, runs = recipes.base(START), runner.Runs(tmp_path)
+    config, path = base.config.model_copy(update={"seed": 7}), runs.folder(base, 7)
+    with RunFolder.create(path, config.model_copy(update={"rounds": 4})):
+        pass
+    with RunFolder.resume(path, config, allow_change=True):
+        assert RunFolder.open(path).config == config
+    with pytest.raises(UserError, match="holds a run of other settings"):
+        runs.made(base, 7)
 
 
 @pytest.mark.slow
@@ -148,9 +178,9 @@ def test_an_arm_is_made_by_oel_commands_once(
     experiment = next(it for it in EXPERIMENTS if it.name == name)._replace(out_of_distribution=False)
     (arm,) = (arm for arm in experiment.arms(START) if arm.label == label)
     runs = runner.Runs(tmp_path, [sys.executable, "-m", "tests.experiments.oel_without_ray"])
-    it = runner.result(experiment, arm, START, runs, seed=0)
+    it = runner.result(experiment, arm, START, runs, seed=0, seeds=[0, 1])
     capfd.readouterr()
-    assert runner.result(experiment, arm, START, runs, seed=0) == it
+    assert runner.result(experiment, arm, START, runs, seed=0, seeds=[0, 1]) == it
     assert "experiments:" not in capfd.readouterr().err, "something was done twice"
 
     made, base = (RunFolder.open(runs.folder(one, 0)) for one in (arm.recipe, recipes.base(START)))
@@ -160,7 +190,7 @@ def test_an_arm_is_made_by_oel_commands_once(
     assert [game.id for game in ours] == [game.id for game in theirs]
     kept = [key for key in (point.key for point in it.points) if key.condition == "policy" and key.step]
     assert kept == ([("policy", number, step) for number in (1, 2) for step in (2, 4)] if experiment.by_step else [])
-    assert it.config_hash == made.info["config_hash"]
+    assert it.run_id == made.info["run_id"]
 
 
 def test_a_command_that_fails_ends_the_experiment_with_its_exit_code() -> None:

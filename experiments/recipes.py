@@ -1,8 +1,9 @@
 """The runs that several experiments share, so that they are made once. Any process; pure."""
 
 from experiments.records import Arm, Import, Imported, Recipe, Start
+from oel_ray.records import TrainingSplit
 
-GAMES: tuple[Imported, ...] = ("extraction", "consolidation")
+GAMES: tuple[TrainingSplit, ...] = ("extraction", "consolidation")
 
 
 def base(start: Start) -> Recipe:

@@ -21,7 +21,7 @@ from oel_ray.errors import UserError
 from oel_ray.layout import CONSOLIDATE, EVALUATE, EXTRACT, IMPORT_KNOWLEDGE, IMPORT_OF, RUN_FILE
 from oel_ray.models import MICRO
 from oel_ray.plan import Sizes
-from oel_ray.records import content_hash
+from oel_ray.records import KnowledgeText, Trajectory, content_hash, read_jsonl
 from oel_ray.runs import RunFolder
 from oel_ray.schedule import Committed, is_done, unfinished
 
@@ -141,18 +141,18 @@ class Runs:
         """A finished run of the recipe; makes what is missing of it, and of those that it imports from.
 
         Raises:
-            UserError: its folder holds a run of other settings.
+            UserError: a folder holds a run of other settings, or one that took something else than now lies there.
         """
         for one in recipe.with_sources():
             while command := next_command(one, seed, self.folder(one, seed), *self._state(one, seed)):
                 run_child([*self._oel, *command])
+            self._check_imports(one, seed)
         return RunFolder.open(self.folder(recipe, seed))
 
     def played(self, recipe: Recipe, run: RunFolder, policy: Policy, seed: int) -> RunFolder:
         """A run that has done nothing but evaluate a policy that was kept inside a round of another."""
-        path = self._beside(recipe, seed, "played") / policy.name
-        is_new = not (path / RUN_FILE).exists()
-        if is_new or EVALUATE not in RunFolder.open(path).committed.get(0, ()):
+        path = self._beside(recipe, run, policy, seed, "played")
+        if not (path / RUN_FILE).exists() or EVALUATE not in RunFolder.open(path).committed.get(0, ()):
             settings = [*recipe.overrides, f"seed={seed}", f"model={policy.folder(run)}", "--config", recipe.preset]
             run_child([*self._oel, EVALUATE, str(path), *settings, "--round", "0"])
         return RunFolder.open(path)
@@ -161,15 +161,26 @@ class Runs:
         """The file with what was measured of a policy outside its game."""
         is_micro = recipe.config.model == MICRO
         module = "worlds" if is_micro else "ifeval"
-        path = self._beside(recipe, seed, module) / f"{policy.name}.json"
+        path = self._beside(recipe, run, policy, seed, module) / "measured.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", f"experiments.{module}", str(policy.folder(run)), "--out", str(path)]
             run_child([*command, *(["--seed", str(seed)] if is_micro else [])])
         return path
 
-    def _beside(self, recipe: Recipe, seed: int, what: str) -> Path:
-        return self.root / recipe.name / f"seed-{seed}-{what}"
+    def _beside(self, recipe: Recipe, run: RunFolder, policy: Policy, seed: int, what: str) -> Path:
+        """Where a measurement of a policy lies. One that was made anew, by the same run or another, is another one."""
+        made = content_hash([entry.sha256 for entry in run.policy_files(policy.round).values()])
+        return self.root / recipe.name / f"seed-{seed}-{what}" / f"{policy.name}-{made[:8]}"
+
+    def _check_imports(self, recipe: Recipe, seed: int) -> None:
+        """Runs that are compared have the same games or texts, which a run that was made anew has not."""
+        path = self.folder(recipe, seed)
+        for item in recipe.imports:
+            ours = Import(source=recipe, round=ROUND, what=item.what)
+            if _content(item.what, self._files(ours, seed)) != _content(item.what, self._files(item, seed)):
+                source = self.folder(item.source, seed)
+                raise UserError(f"{path} took {item.what} that is not what {source} has now: move {path} away")
 
     def _state(self, recipe: Recipe, seed: int) -> tuple[Committed | None, Callable[[Import], Sequence[Path]]]:
         path = self.folder(recipe, seed)
@@ -183,6 +194,13 @@ class Runs:
     def _files(self, item: Import, seed: int) -> Sequence[Path]:
         files = RunFolder(self.folder(item.source, seed)).files(item.round)
         return files.knowledge_files() if item.what == "knowledge" else [files.trajectories(item.what)]
+
+
+def _content(what: Imported, files: Sequence[Path]) -> list[list[str]]:
+    """What an import takes over."""
+    if what == "knowledge":
+        return [[item.text for item in KnowledgeText.from_json(path.read_bytes()).items] for path in files]
+    return [[turn.response for turn in game.turns] for path in files for game in read_jsonl(path, Trajectory)]
 
 
 def result(experiment: Experiment, arm: Arm, start: Start, runs: Runs, seed: int, seeds: Sequence[int]) -> ArmResult:

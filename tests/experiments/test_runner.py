@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from experiments.records import Arm, Import, Recipe, Start
 from experiments.report import EXPERIMENTS
 from oel_ray.envs import make
 from oel_ray.errors import UserError
+from oel_ray.imports import Imported, put_trajectories
 from oel_ray.layout import planned_stages
 from oel_ray.preflight import check_context, check_model
 from oel_ray.records import Trajectory, read_jsonl
@@ -168,6 +170,45 @@ def test_nor_is_one_whose_settings_changed_on_the_way(tmp_path: Path) -> None:
         assert RunFolder.open(path).config == config
     with pytest.raises(UserError, match="holds a run of other settings"):
         runs.made(base, 7)
+
+
+def test_a_policy_is_measured_once_and_anew_when_it_was_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr(runner, "run_child", commands.append)
+    base, runs, policy = recipes.base(START), Made(tmp_path), runner.Policy(1, None)
+    run = runs.made(base, 0)
+    first = runs.measured(base, run, policy, 0)
+    assert commands == [
+        [sys.executable, "-m", "experiments.worlds", str(run.policy(1)), "--out", str(first), "--seed", "0"]
+    ]
+    first.write_text("{}")
+    assert runs.measured(base, run, policy, 0) == first
+    assert len(commands) == 1, "something was done twice"
+
+    def another(manifest: Any) -> None:
+        manifest["stages"]["consolidate"]["files"]["policy/model.safetensors"]["sha256"] = "0" * 64
+
+    example_run.edit_json(run.files(1).manifest, another)
+    assert runs.measured(base, run, policy, 0) != first
+    assert len(commands) == 2
+
+
+def test_arms_that_do_not_share_what_they_should_are_not_compared(tmp_path: Path) -> None:
+    source, seed = recipes.base(START), 7
+    taker = START.recipe("taker", "rounds=1", imports=recipes.taken(source, 1, *recipes.GAMES))
+    runs = runner.Runs(tmp_path)
+    for one in (source, taker):
+        with RunFolder.create(runs.folder(one, seed), one.config.model_copy(update={"seed": seed})) as run:
+            example_run.run_stages(run)
+            for split in recipes.GAMES if one is taker else ():
+                games = run.files(1).trajectories(split)
+                put_trajectories(run, 1, split, Imported(read_jsonl(games, Trajectory), []))
+    assert runs.made(taker, seed).path == runs.folder(taker, seed)
+    example_run.edit_json(games, lambda game: game["turns"][0].update(response="another"), line=1)
+    with pytest.raises(UserError, match=r"taker/seed-7 took consolidation that is not what .*base/seed-7 has now"):
+        runs.made(taker, seed)
 
 
 @pytest.mark.slow

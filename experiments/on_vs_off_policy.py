@@ -22,7 +22,7 @@ def arms(start: Start) -> list[Arm]:
         "consolidate.responses=teacher",
         "consolidate.divergence=forward",
         "evaluate.in_context=false",
-        imports=recipes.taken(on, 1, "consolidation", "knowledge"),
+        imports=recipes.taken(on, 1, *recipes.TEXTS),
     )
     return [Arm(label=ON, recipe=on, rounds=2), Arm(label=OFF, recipe=off, rounds=2)]
 

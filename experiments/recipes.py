@@ -4,6 +4,9 @@ from experiments.records import Arm, Import, Imported, Recipe, Start
 from oel_ray.records import TrainingSplit
 
 GAMES: tuple[TrainingSplit, ...] = ("extraction", "consolidation")
+"""What a run takes that differs behind the games, from extraction on."""
+TEXTS: tuple[Imported, ...] = ("consolidation", "knowledge")
+"""What a run takes that differs in consolidation alone."""
 
 
 def base(start: Start) -> Recipe:

@@ -70,6 +70,18 @@ def test_an_arm_differs_from_the_reference_in_what_it_is_about() -> None:
     assert raw.consolidate.model_copy(update={"keep_steps": (2, 4)}) == extracted.consolidate
 
 
+def test_an_arm_shares_the_first_round_with_the_reference_as_far_as_they_are_alike() -> None:
+    shared = {arm.label: {item.what for item in arm.recipe.imports} for arm in named("beyond")}
+    nothing: set[str] = set()
+    games, texts = {"extraction", "consolidation"}, {"consolidation", "knowledge"}
+    assert shared == {
+        **dict.fromkeys(["base", "n-quarter", "n-double"], nothing),
+        **dict.fromkeys(["K-1", "K-10", "L_max-quarter", "L_max-double"], games),
+        **dict.fromkeys(["top-256", "stale-1"], texts),
+    }
+    assert {item.source for arm in named("beyond") for item in arm.recipe.imports} == {recipes.base(START)}
+
+
 def test_the_micro_model_has_room_for_raw_games() -> None:
     config = recipe("raw", "knowledge_vs_raw").config
     model = check_model(config, print)

@@ -54,7 +54,10 @@ EXPERIMENT = Experiment(
             lambda arms: arms[RAW].rate("in_context", 1) - arms[RAW].rate("policy", 1),
         ),
     ),
-    notes="The micro model has never seen a game in place of knowledge: that it makes nothing of one is built in.",
+    notes=(
+        f"Raw games get at least {ROOM} tokens, the newest of them. The micro model has never seen a game in place of "
+        "knowledge: that it makes nothing of one is built in."
+    ),
 )
 
 if __name__ == "__main__":

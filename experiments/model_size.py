@@ -72,6 +72,11 @@ EXPERIMENT = Experiment(
             "After round 2 the largest is better than the smallest.",
             lambda arms: arms[LARGE].rate("policy", 2) - arms[SMALL].rate("policy", 2),
         ),
+        Claim(
+            f"Round 2 brings the largest as much as the smallest, within {100 * NEAR:.0f} points.",
+            lambda arms: _gain(LARGE, 2, arms) - _gain(SMALL, 2, arms),
+            within=NEAR,
+        ),
     ),
 )
 

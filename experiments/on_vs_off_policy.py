@@ -57,7 +57,10 @@ EXPERIMENT = Experiment(
             within=NEAR,
         ),
         Claim("Off-policy gets worse out of distribution.", lambda arms: -_drift(OFF, arms)),
-        Claim("On-policy ends higher out of distribution.", lambda arms: _drift(ON, arms) - _drift(OFF, arms)),
+        Claim(
+            "On-policy ends higher out of distribution.",
+            lambda arms: arms[ON].rate("out_of_distribution", 2) - arms[OFF].rate("out_of_distribution", 2),
+        ),
     ),
     notes=(
         "Out of distribution is for the micro model the same game on boards with letters that no training used, which "

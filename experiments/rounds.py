@@ -1,15 +1,26 @@
 """`python -m experiments.rounds`: figures 4 and 5 of the paper, round after round. Run as a script."""
 
 import sys
+from functools import partial
 
 from experiments import recipes, runner
-from experiments.records import Arm, Arms, Claim, Experiment, Start
+from experiments.records import Arm, Arms, Claim, Condition, Experiment, Start
 
 OEL = "oel"
+ROUNDS = (1, 2, 3)
 
 
 def arms(start: Start) -> list[Arm]:
-    return [Arm(label=OEL, recipe=recipes.base(start), rounds=3)]
+    return [Arm(label=OEL, recipe=recipes.base(start), rounds=len(ROUNDS))]
+
+
+def _above(condition: Condition, number: int, arms: Arms) -> float:
+    """How far a policy is above the one that its round began with."""
+    return arms[OEL].rate(condition, number) - arms[OEL].rate("policy", number - 1)
+
+
+def _above_context(number: int, arms: Arms) -> float:
+    return arms[OEL].rate("policy", number) - arms[OEL].rate("in_context", number)
 
 
 def _grows_less_in_its_second_half(arms: Arms) -> float:
@@ -25,29 +36,27 @@ EXPERIMENT = Experiment(
     arms=arms,
     reference=OEL,
     claims=(
-        Claim(
-            "Knowledge in the prompt raises the pass rate (round 1).",
-            lambda arms: arms[OEL].rate("in_context", 1) - arms[OEL].rate("policy", 0),
+        *(
+            Claim(
+                f"Knowledge in the prompt raises the pass rate (round {number}).", partial(_above, "in_context", number)
+            )
+            for number in ROUNDS
         ),
         Claim(
             "Accumulation saturates: its second half adds less than its first (round 1).",
             _grows_less_in_its_second_half,
         ),
-        Claim(
-            "After consolidation the bare policy is better than it was with the knowledge in its prompt (round 1).",
-            lambda arms: arms[OEL].rate("policy", 1) - arms[OEL].rate("in_context", 1),
+        *(
+            Claim(
+                "After consolidation the bare policy is better than it was with the knowledge in its prompt "
+                f"(round {number}).",
+                partial(_above_context, number),
+            )
+            for number in ROUNDS
         ),
-        Claim(
-            "After consolidation the bare policy is better than it was with the knowledge in its prompt (round 3).",
-            lambda arms: arms[OEL].rate("policy", 3) - arms[OEL].rate("in_context", 3),
-        ),
-        Claim(
-            "The second round starts higher than the first.",
-            lambda arms: arms[OEL].rate("policy", 1) - arms[OEL].rate("policy", 0),
-        ),
-        Claim(
-            "The third round starts higher than the second.",
-            lambda arms: arms[OEL].rate("policy", 2) - arms[OEL].rate("policy", 1),
+        *(
+            Claim(f"Round {number} leaves a better policy than it began with.", partial(_above, "policy", number))
+            for number in ROUNDS
         ),
         Claim(
             "Responses get shorter over the rounds.",

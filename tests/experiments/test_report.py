@@ -41,7 +41,10 @@ def test_numbers_have_intervals_and_claims_a_verdict() -> None:
     assert "No results are committed yet" not in text
     assert row(text, "oel | untouched model").startswith("| oel | untouched model | 11.0 ± 2.5 | 120.0 ± 0.0 |")
     assert "| oel | round 1, knowledge of 4 games in the prompt | 34.0 ± 2.5 |" in text
-    assert "**holds here** | +23.0 ± 5.0 points" in row(text, "Knowledge in the prompt raises")
+    assert "**holds here** | +23.0 ± 5.0 points" in row(text, "Knowledge in the prompt raises the pass rate (round 1)")
+    assert "**holds here** | +33.0 ± 5.0 points" in row(text, "Knowledge in the prompt raises the pass rate (round 2)")
+    assert "**cannot be told apart** | -3.0 ± 5.0 points" in row(text, f"{BETTER} (round 2)")
+    assert "**holds here** | +10.0 ± 0.0 points" in row(text, "Round 3 leaves a better policy")
     assert "**cannot be told apart** | -3.0 ± 5.0 points" in row(text, f"{BETTER} (round 1)")
     assert "**holds here** | +30.0 ± 0.0 tokens" in row(text, "Responses get shorter")
     assert "python -m experiments.rounds --preset quickstart --seeds 0 1 2" in text

@@ -52,14 +52,19 @@ def measured(results: Mapping[str, Any], task: str) -> Measured:
     )
 
 
+def check_installed() -> None:
+    """Raises `UserError` where the harness is not."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("IF-Eval needs lm-evaluation-harness: pip install 'lm_eval[vllm,ifeval]'")
+
+
 def measure(folder: Path, backend: str, task: str, tasks_in: Path | None, seed: int) -> Measured:
     """Have the harness measure a model folder.
 
     Raises:
         UserError: the harness is not installed, or the task has another metric.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"IF-Eval needs lm-evaluation-harness: pip install 'lm_eval[{backend},ifeval]'")
+    check_installed()
     import lm_eval
     import torch
     from lm_eval.tasks import TaskManager

@@ -12,7 +12,7 @@ from oel_ray.errors import UserError
 from oel_ray.models import MICRO
 
 SMALL, BASE, LARGE = "small", "base", "large"
-MODELS = {SMALL: "build/micro-small", LARGE: "build/micro-large"}
+MODELS = {SMALL: "./build/micro-small", LARGE: "./build/micro-large"}
 PRESETS = {SMALL: "frozenlake-qwen3-1.7b", BASE: "frozenlake-qwen3-4b", LARGE: "frozenlake-qwen3-8b"}
 SIZES = (SMALL, BASE, LARGE)
 NEAR = 0.05

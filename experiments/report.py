@@ -8,6 +8,7 @@ import itertools
 import math
 import shlex
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -306,7 +307,10 @@ def _curves(by_seed: dict[int, ArmResult], metric: _Metric) -> dict[int, Curve]:
 
 
 def main() -> None:
-    written = pages(read_results(RESULTS))
+    try:
+        written = pages(read_results(RESULTS))
+    except UserError as error:
+        sys.exit(f"experiments: error: {error}")
     shutil.rmtree(DOCS / FIGURES, ignore_errors=True)
     for name, content in written.items():
         (DOCS / name).parent.mkdir(exist_ok=True)

@@ -5,15 +5,16 @@ costs no more than it costs `oel run`. Recipes are shared: a run that two arms o
 """
 
 import argparse
-import contextlib
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
-from experiments import measure
+from experiments import ifeval, measure
 from experiments.records import ROUND, Arm, ArmResult, Experiment, Import, Imported, Point, Recipe, Start
 from oel_ray.config import RunConfig
 from oel_ray.durable import write_atomically
@@ -57,8 +58,8 @@ class Work(NamedTuple):
     steps: int = 0
     measures: int = 0
 
-    def plus(self, other: "Work") -> "Work":
-        return Work(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
+    def plus(self, other: "Work", times: int) -> "Work":
+        return Work(*(ours + times * theirs for ours, theirs in zip(self, other, strict=True)))
 
     @property
     def minutes(self) -> float:
@@ -136,6 +137,10 @@ class Runs:
 
     def folder(self, recipe: Recipe, seed: int) -> Path:
         return self.root / recipe.name / f"seed-{seed}"
+
+    def is_made(self, recipe: Recipe, seed: int) -> bool:
+        """Raises `UserError` where its folder holds a run of other settings."""
+        return not next_command(recipe, seed, self.folder(recipe, seed), *self._state(recipe, seed))
 
     def made(self, recipe: Recipe, seed: int) -> RunFolder:
         """A finished run of the recipe; makes what is missing of it, and of those that it imports from.
@@ -237,6 +242,19 @@ def result(experiment: Experiment, arm: Arm, start: Start, runs: Runs, seed: int
     )
 
 
+def check_there(experiment: Experiment, arms: Sequence[Arm]) -> None:
+    """Make sure of what would else be missed behind the first runs.
+
+    Raises:
+        UserError: a model was not trained yet, or what measures IF-Eval is not installed.
+    """
+    for model in [recipe.config.model for arm in arms for recipe in arm.recipe.with_sources()]:
+        if model.startswith("./") and not Path(model).is_dir():
+            raise UserError(f"there is no model {model}: experiments/README.md says how it is trained")
+    if experiment.out_of_distribution and any(arm.recipe.config.model != MICRO for arm in arms):
+        ifeval.check_installed()
+
+
 def described(recipe: Recipe) -> str:
     """How a run is made, in a line."""
     command = shlex.join(["oel", "run", recipe.preset, *recipe.overrides])
@@ -244,39 +262,56 @@ def described(recipe: Recipe) -> str:
     return f"{command} ({', '.join(taken)})" if taken else command
 
 
-def plan(experiment: Experiment, arms: Sequence[Arm], seeds: Sequence[int], start: Start) -> Iterator[str]:
-    """What would be run, in order, a line each, and how much that is."""
+def plan(experiment: Experiment, arms: Sequence[Arm], seeds: Sequence[int], start: Start, runs: Runs) -> Iterator[str]:
+    """What would be run, in order, a line each, and how much that is.
+
+    Raises:
+        UserError: a folder holds a run of other settings.
+    """
     recipes = list(dict.fromkeys(recipe for arm in arms for recipe in arm.recipe.with_sources()))
     total = Work()
     for recipe in recipes:
         work = work_of_run(recipe)
-        yield f"{recipe.name}, seeds {' '.join(map(str, seeds))}: {described(recipe)}"
+        left = [seed for seed in seeds if not runs.is_made(recipe, seed)]
+        yield f"{recipe.name}, {f'seeds {_listed(left)}' if left else 'done'}: {described(recipe)}"
         yield f"    each {work}"
-        for _ in seeds:
-            total = total.plus(work)
+        total = total.plus(work, len(left))
     for arm in arms:
         work = work_of_measures(experiment, arm)
         if any(work):
-            yield f"{arm.label}, behind its run: each {work}"
-        for _ in seeds:
-            total = total.plus(work)
+            yield f"{arm.label}, seeds {_listed(seeds)}, behind its run: each {work}"
+        total = total.plus(work, len(seeds))
     yield f"in all: {total}"
     if start.config.model == MICRO:
-        yield f"about {total.minutes:.0f} minutes on two quiet cores; what is there already costs nothing"
+        yield f"about {total.minutes:.0f} minutes on two quiet cores, less what stopped runs have done already"
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return " ".join(map(str, seeds))
 
 
 def run_child(command: Sequence[str]) -> None:
-    """Run a command to its end; ends this process with its exit code where it fails.
+    """Run a command to its end; ends this process with its exit code where it fails, or with 130 where asked to.
 
-    It hears the signals of the terminal itself, and is waited for.
+    It is waited for, also when this process is asked to end: a terminal's Ctrl-C it hears itself, SIGTERM is passed on.
     """
     print(f"experiments: {shlex.join(command)}", file=sys.stderr, flush=True)
+    asked: list[int] = []
     with subprocess.Popen(command) as child:
-        while child.returncode is None:
-            with contextlib.suppress(KeyboardInterrupt):
-                child.wait()
-    if child.returncode:
-        sys.exit(child.returncode if child.returncode > 0 else 1)
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            asked.append(number)
+            if number == signal.SIGTERM:
+                child.terminate()
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if child.returncode or asked:
+        sys.exit(child.returncode if child.returncode > 0 else 130 if asked else 1)
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
@@ -286,6 +321,8 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"experiments: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -295,10 +332,11 @@ def _main(experiment: Experiment, options: argparse.Namespace) -> None:
     if unknown := set(options.arms) - {arm.label for arm in arms}:
         raise UserError(f"no arm {min(unknown)}: {experiment.name} has {', '.join(arm.label for arm in arms)}")
     chosen = [arm for arm in arms if not options.arms or arm.label in options.arms]
-    if options.plan:
-        print(*plan(experiment, chosen, options.seeds, start), sep="\n")
-        return
     runs = Runs(options.out / start.name)
+    if options.plan:
+        print(*plan(experiment, chosen, options.seeds, start, runs), sep="\n")
+        return
+    check_there(experiment, chosen)
     options.results.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for arm in chosen:

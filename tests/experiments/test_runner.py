@@ -1,5 +1,6 @@
 """What the runner would do, and what it reads from a run. Nothing is run here."""
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiments import beyond, measure, recipes, rounds, runner
+from experiments import beyond, measure, on_vs_off_policy, own_vs_other, recipes, rounds, runner
 from experiments.records import Arm, Import, Recipe, Start
 from experiments.report import EXPERIMENTS
 from oel_ray.envs import make
@@ -250,6 +251,40 @@ def test_a_command_that_fails_ends_the_experiment_with_its_exit_code() -> None:
     with pytest.raises(SystemExit) as ended:
         runner.run_child([sys.executable, "-c", "raise SystemExit(130)"])
     assert ended.value.code == 130
+
+
+def test_a_command_is_asked_to_end_when_its_experiment_is() -> None:
+    child = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print(0, flush=True)"
+    command = [sys.executable, "-c", f"{child}; time.sleep(30)"]
+    program = f"from experiments.runner import run_child; run_child({command})"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(20) == 7
+
+
+def test_what_would_be_missed_behind_the_first_runs_is_missed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "run_child", lambda command: pytest.fail(f"started {command}"))
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert runner.main(own_vs_other.EXPERIMENT, []) == 2
+    assert "no model ./build/micro-large: experiments/README.md says how" in capsys.readouterr().err
+    assert runner.main(on_vs_off_policy.EXPERIMENT, ["--preset", QWEN[0]]) == 2
+    assert "IF-Eval needs lm-evaluation-harness" in capsys.readouterr().err
+
+
+def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
+    (arm,) = named("rounds")
+    runs, seeds = runner.Runs(tmp_path), [0, 1]
+    *_, whole, _ = runner.plan(rounds.EXPERIMENT, [arm], seeds, START, runs)
+    with RunFolder.create(runs.folder(arm.recipe, 0), arm.recipe.config) as run:
+        example_run.run_stages(run)
+    first, *_, half, _ = runner.plan(rounds.EXPERIMENT, [arm], seeds, START, runs)
+    assert first.startswith("base, seeds 1: oel run quickstart")
+    assert (whole.split()[2], half.split()[2]) == ("12720", "6360")
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     notes=(
-        "Out of distribution is for the micro model the same game on boards with letters that no training used, which "
-        "the prompt explains; for other models IF-Eval, prompt-level strict accuracy."
+        "Out of distribution is for the micro model the same game on boards with other letters, in pairs that no "
+        "training used, which the prompt explains; for other models IF-Eval, prompt-level strict accuracy."
     ),
     by_step=True,
     out_of_distribution=True,

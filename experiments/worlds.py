@@ -1,4 +1,4 @@
-"""`python -m experiments.worlds MODEL`: a micro model in worlds that no training used, told of their letters.
+"""`python -m experiments.worlds MODEL`: a micro model on boards with other letters than the game's, told what they are.
 
 Run as a script, in a process of its own, on a CPU, in transformers alone.
 """
@@ -8,17 +8,22 @@ import random
 from pathlib import Path
 
 from examples.micro_model.evaluate import Model, knowledge, play
-from examples.micro_model.worlds import worlds
+from examples.micro_model.worlds import REAL, World, worlds
 from experiments.measure import Measured
 from oel_ray.durable import write_json
 
 MAPS = 128
 
 
+def unseen() -> list[World]:
+    """Worlds whose pair of letters the micro model was not trained on, and neither of whose letters the game has."""
+    return [world for world in worlds("held_out") if not {*world} & {*REAL}]
+
+
 def measure(folder: Path, maps: int, seed: int) -> Measured:
     """The share of games won, one on each of so many maps, all in other worlds."""
-    rng, held_out = random.Random(seed), worlds("held_out")
-    games = [(world, number, knowledge("all", world, rng)) for number, world in enumerate(rng.sample(held_out, maps))]
+    rng = random.Random(seed)
+    games = [(world, number, knowledge("all", world, rng)) for number, world in enumerate(rng.sample(unseen(), maps))]
     finished, length = play(Model(folder, seed=seed), games)
     return Measured.of_shares(sum(game.won for game in finished), maps, length)
 

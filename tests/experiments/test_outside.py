@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.micro_model.worlds import worlds as trained_on
 from experiments import ifeval, worlds
 from experiments.measure import Measured
 from oel_ray.errors import UserError
@@ -37,6 +38,13 @@ def test_its_answer_is_read() -> None:
     assert ifeval.measured(ANSWER, "ifeval") == Measured(rate=0.625, error=0.125, count=16)
     with pytest.raises(UserError, match="the task other gave no prompt_level_strict_acc"):
         ifeval.measured(ANSWER, "other")
+
+
+def test_worlds_are_unseen_where_neither_the_game_nor_the_training_has_their_letters() -> None:
+    unseen = worlds.unseen()
+    assert len(unseen) >= worlds.MAPS
+    assert not {letter for world in unseen for letter in world} & {"H", "G"}
+    assert not {frozenset(world) for world in unseen} & {frozenset(world) for world in trained_on("train")}
 
 
 @pytest.mark.slow

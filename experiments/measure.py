@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.records import Condition, Point
-from oel_ray.durable import fingerprint
+from oel_ray.durable import fingerprint, read_json
 from oel_ray.evaluate.metrics import Evaluation, Score
-from oel_ray.records import KnowledgeText, Record
+from oel_ray.layout import POLICY_REFERENCE
+from oel_ray.records import KnowledgeText, Record, content_hash
 from oel_ray.runs import RunFolder
 
 _GROWTH = 0.9
@@ -32,6 +33,11 @@ class Measured(Record):
 def evaluation(folder: RunFolder, number: int) -> Evaluation:
     """What a run says of a round's policy."""
     return Evaluation.from_json(folder.files(number).evaluation.read_bytes())
+
+
+def model_hash(folder: RunFolder) -> str:
+    """Of the untouched model's files, wherever it lies."""
+    return content_hash(read_json(folder.files(0).policy / POLICY_REFERENCE)["files"])
 
 
 def run_points(folder: RunFolder, rounds: int, root: Path) -> Iterator[Point]:

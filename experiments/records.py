@@ -95,9 +95,10 @@ class ArmResult(Record):
 
     `preset` and `settings` are the command's `--preset` and `--set`, `seeds` its `--seeds`, `arms` all arms that the
     experiment has: what else there should be. `run_id` is the run's own, `settings_hash` is of its configuration
-    without the seed: repetitions have it in common. `machine` is that of the process that read the run. `wall_s` is the
-    sum of the run's stages, each since it was last started; `knowledge_tokens` the mean length of a text, by round.
-    `random` and `oracle` are those players' rates on the maps of this seed, null where an environment has none.
+    without the seed and `model_hash` of its untouched model: repetitions have both in common. `machine` is that of the
+    process that read the run. `wall_s` is the sum of the run's stages, each since it was last started;
+    `knowledge_tokens` the mean length of a text, by round. `random` and `oracle` are those players' rates on the maps
+    of this seed, null where an environment has none.
     """
 
     experiment: str
@@ -110,6 +111,7 @@ class ArmResult(Record):
     command: str
     run_id: str
     settings_hash: str
+    model_hash: str
     packages: dict[str, str]
     machine: str
     wall_s: float

@@ -109,8 +109,8 @@ def pages(results: Sequence[ArmResult]) -> dict[str, bytes]:
 def _in_order(experiment: Experiment, group: Group) -> Group:
     """With the arm first that others are compared with."""
     for arm, by_seed in group.items():
-        if len({it.settings_hash for it in by_seed.values()}) > 1:
-            raise UserError(f"{experiment.name}, {arm}: repetitions have different settings: make them again")
+        if len({(it.settings_hash, it.model_hash) for it in by_seed.values()}) > 1:
+            raise UserError(f"{experiment.name}, {arm}: repetitions have different settings or models: make them again")
     if len({(it.settings, it.packages.get("oel-ray")) for by_seed in group.values() for it in by_seed.values()}) > 1:
         raise UserError(f"{experiment.name}: results were made with different --set or versions: make them again")
     return {arm: group[arm] for arm in sorted(group, key=lambda arm: (arm != experiment.reference, arm))}

@@ -232,6 +232,7 @@ def result(experiment: Experiment, arm: Arm, start: Start, runs: Runs, seed: int
         command=described(arm.recipe),
         run_id=run.info["run_id"],
         settings_hash=content_hash(run.config.model_dump(mode="json", exclude={"seed"})),
+        model_hash=measure.model_hash(run),
         packages=run.info["packages"],
         machine=_machine(run.config),
         wall_s=measure.wall_seconds(run, arm.rounds),

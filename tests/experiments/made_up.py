@@ -33,6 +33,7 @@ def result(experiment: str, arm: str, seed: int, points: list[Point], **changes:
         "command": "oel run quickstart",
         "run_id": f"{seed:08d}",
         "settings_hash": "a" * 16,
+        "model_hash": "c" * 16,
         "packages": {"oel-ray": "1.0"},
         "machine": "two cores",
         "wall_s": 600.0,

@@ -104,9 +104,10 @@ def test_figures_are_the_same_bytes_for_the_same_results_and_show_what_they_are_
     assert "games won" in twice[0]["results/quickstart.rounds.rate.svg"].decode()
 
 
-def test_repetitions_of_different_settings_are_not_averaged() -> None:
-    other = rounds(1).model_copy(update={"settings_hash": "b" * 16})
-    with pytest.raises(UserError, match="rounds, oel: repetitions have different settings"):
+@pytest.mark.parametrize("hashed", ["settings_hash", "model_hash"])
+def test_repetitions_of_different_settings_or_models_are_not_averaged(hashed: str) -> None:
+    other = rounds(1).model_copy(update={hashed: "b" * 16})
+    with pytest.raises(UserError, match="rounds, oel: repetitions have different settings or models"):
         page(rounds(0), other)
 
 

@@ -14,7 +14,7 @@ from experiments.report import EXPERIMENTS
 from oel_ray.envs import make
 from oel_ray.errors import UserError
 from oel_ray.imports import Imported, put_trajectories
-from oel_ray.layout import planned_stages
+from oel_ray.layout import POLICY_REFERENCE, planned_stages
 from oel_ray.preflight import check_context, check_model
 from oel_ray.records import Trajectory, read_jsonl
 from oel_ray.runs import RunFolder
@@ -139,6 +139,11 @@ def test_what_was_measured_is_read_with_where_it_stands(tmp_path: Path) -> None:
     assert places == pytest.approx([0, 0.45, 0.9, 1, 1.45, 1.9, 2])
     assert max(point.round for point in measure.run_points(run, 1, tmp_path)) == 1
     assert measure.knowledge_tokens(run, 2) == {1: 7, 2: 7}
+    before = measure.model_hash(run)
+    example_run.edit_json(run.files(0).policy / POLICY_REFERENCE, lambda it: it.update(model="elsewhere"))
+    assert measure.model_hash(run) == before
+    example_run.edit_json(run.files(0).policy / POLICY_REFERENCE, lambda it: it["files"].update({"config.json": "0"}))
+    assert measure.model_hash(run) != before
 
 
 @pytest.mark.parametrize(

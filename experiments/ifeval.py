@@ -21,12 +21,16 @@ SEED = 42
 
 
 def arguments(folder: Path, backend: str, task: str, seed: int) -> dict[str, Any]:
-    """How the harness is called, as the paper's authors do: sampled, with the chat template, without thinking."""
+    """How the harness is called, as the paper's authors do: sampled, with the chat template, without thinking.
+
+    All prompts at once: by itself it gives an engine one after the other.
+    """
     return {
         "model": backend,
         "model_args": {"pretrained": str(folder), "enable_thinking": False}
         | ({"seed": seed} if backend == "vllm" else {}),
         "tasks": [task],
+        "batch_size": "auto",
         "apply_chat_template": True,
         "gen_kwargs": SAMPLING,
         "random_seed": seed,

@@ -92,7 +92,7 @@ def pages(results: Sequence[ArmResult]) -> dict[str, bytes]:
         parts.append(f"\n## {experiment.title}\n\n{experiment.question}\n")
         presets = sorted(preset for preset, name in groups if name == experiment.name)
         if not presets:
-            parts += [f"\nNot tried yet: `python -m experiments.{experiment.name}`.\n\n", *_untried(experiment)]
+            parts += [f"\nNot tried yet: `python -m experiments.{experiment.name}`.\n", *_untried(experiment)]
         for preset in presets:
             group = _in_order(experiment, groups[preset, experiment.name])
             parts += [*_section(experiment, preset, group)]
@@ -204,7 +204,7 @@ def _decided(experiment: Experiment, group: Group) -> Iterator[str]:
 
 def _untried(experiment: Experiment) -> Iterator[str]:
     if experiment.claims:
-        yield "It will decide on:\n\n"
+        yield "\nIt will decide on:\n\n"
         yield from (f"- {claim.text}\n" for claim in experiment.claims)
 
 

@@ -31,6 +31,7 @@ def test_the_harness_samples_as_the_paper_does() -> None:
     assert called["model_args"] == {"pretrained": "policy", "enable_thinking": False, "seed": 42}
     assert called["gen_kwargs"] == {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
     assert called["apply_chat_template"] is True
+    assert called["batch_size"] == "auto", "else vLLM gets one prompt after the other"
     assert "seed" not in ifeval.arguments(Path("policy"), "hf", "ifeval", 42)["model_args"]
 
 

@@ -20,6 +20,7 @@ import orjson
 import yaml
 from pydantic import ValidationError
 
+from oel_ray import layout
 from oel_ray.config import RunConfig
 from oel_ray.configure import parse_config
 from oel_ray.durable import (
@@ -35,23 +36,7 @@ from oel_ray.durable import (
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.faults import fault_point
 from oel_ray.journal import Journal
-from oel_ray.layout import (
-    CONFIG_FILE,
-    CONSOLIDATE,
-    EVALUATE,
-    METRICS_FILE,
-    POLICY_REFERENCE,
-    PREPARE,
-    QUARANTINE,
-    REPLACED_CONFIG,
-    RUN_FILE,
-    SCHEMA_VERSION,
-    STATUS_FILE,
-    WORK,
-    Manifest,
-    RoundFiles,
-    StageEntry,
-)
+from oel_ray.layout import Manifest, RoundFiles, StageEntry
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
 from oel_ray.models import model_files
 from oel_ray.records import AnyRecord, KnowledgeText, Record, content_hash, first_problem
@@ -77,7 +62,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
         self.path = path.absolute()  # actors and workers have other working directories
         self.lock = lock
-        self.quarantine = self.path / QUARANTINE / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+        self.quarantine = self.path / layout.QUARANTINE / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
         """Where this process puts what must neither be read nor lost."""
         self._status: dict[str, Any] = {}
         self._change: tuple[RunConfig, list[str]] | None = None
@@ -92,14 +77,14 @@ class RunFolder:
         """
         if not path.exists():
             raise UserError(f"{path} does not exist: give the folder of a run")
-        if not (path / RUN_FILE).is_file():
-            raise UserError(f"{path} holds no run (no {RUN_FILE}): give the folder of a run")
+        if not (path / layout.RUN_FILE).is_file():
+            raise UserError(f"{path} holds no run (no {layout.RUN_FILE}): give the folder of a run")
         folder = cls(path)
         try:
             version = int(folder.info["version"])
         except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path / RUN_FILE} is damaged: give the folder of another run") from None
-        if version > SCHEMA_VERSION:
+            raise UserError(f"{path / layout.RUN_FILE} is damaged: give the folder of another run") from None
+        if version > layout.SCHEMA_VERSION:
             raise UserError(f"{path} was written by a newer oel-ray: install the version that wrote it")
         return folder
 
@@ -111,7 +96,7 @@ class RunFolder:
             UserError: the folder cannot be made or written to, holds a run already, or is not ours.
         """
         _refuse_unusable(path)
-        if (path / RUN_FILE).exists():
+        if (path / layout.RUN_FILE).exists():
             raise UserError(_holds_a_run(path))
 
     @classmethod
@@ -128,18 +113,18 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to {path}: {error.strerror}: choose another folder") from None
         try:
-            if (path / RUN_FILE).exists():
+            if (path / layout.RUN_FILE).exists():
                 raise UserError(_holds_a_run(path))
             _refuse_foreign(path)
             folder = cls(path, lock)
-            write_atomically(path / CONFIG_FILE, config.to_yaml().encode())
+            write_atomically(path / layout.CONFIG_FILE, config.to_yaml().encode())
             info = {
-                "version": SCHEMA_VERSION,
+                "version": layout.SCHEMA_VERSION,
                 "run_id": uuid.uuid4().hex[:8],
                 "created": _now(),
                 "packages": installed(PACKAGES),
             }
-            write_json(path / RUN_FILE, info)
+            write_json(path / layout.RUN_FILE, info)
             folder.set_status("running")
         except BaseException:
             lock.release()
@@ -187,7 +172,8 @@ class RunFolder:
         if folder._change:
             folder._write_change(*folder._change)
         folder.set_aside(list(folder.strays()))
-        Journal(folder.path / METRICS_FILE, _Metrics, folder.quarantine / METRICS_FILE, "metrics")  # mends it
+        metrics = layout.METRICS_FILE
+        Journal(folder.path / metrics, _Metrics, folder.quarantine / metrics, "metrics")  # mends it
         folder.set_status("running")
         return folder
 
@@ -217,11 +203,11 @@ class RunFolder:
 
     @property
     def config(self) -> RunConfig:
-        return self._change[0] if self._change else _read_config(self.path / CONFIG_FILE)
+        return self._change[0] if self._change else _read_config(self.path / layout.CONFIG_FILE)
 
     def config_of(self, entry: StageEntry) -> RunConfig:
         """The configuration that a stage was done with."""
-        replaced = self.path / REPLACED_CONFIG.format(entry.config)
+        replaced = self.path / layout.REPLACED_CONFIG.format(entry.config)
         return _read_config(replaced) if replaced.exists() else self.config
 
     @classmethod
@@ -243,16 +229,17 @@ class RunFolder:
         before, left = self.info.get("changes", []), unfinished(config, self.committed)
         start = f"{left[0][1]} of round {left[0][0]}" if left else "the end"
         change = {"at": _now(), "from": start, "changes": differences}
-        write_atomically(self.path / REPLACED_CONFIG.format(len(before)), (self.path / CONFIG_FILE).read_bytes())
-        write_json(self.path / RUN_FILE, self.info | {"changes": [*before, change]})
-        write_atomically(self.path / CONFIG_FILE, config.to_yaml().encode())
+        path, replaced = self.path / layout.CONFIG_FILE, self.path / layout.REPLACED_CONFIG.format(len(before))
+        write_atomically(replaced, path.read_bytes())
+        write_json(self.path / layout.RUN_FILE, self.info | {"changes": [*before, change]})
+        write_atomically(path, config.to_yaml().encode())
         if self.changed_model():
-            self.withdraw(0, self.committed[0] - {PREPARE})  # it is to be recorded anew
+            self.withdraw(0, self.committed[0] - {layout.PREPARE})  # it is to be recorded anew
 
     @property
     def info(self) -> dict[str, Any]:
         """What `run.json` says; `changes` tell how the configuration or the model changed, `from` which stage on."""
-        return read_json(self.path / RUN_FILE)
+        return read_json(self.path / layout.RUN_FILE)
 
     @property
     def run_id(self) -> str:
@@ -285,7 +272,7 @@ class RunFolder:
     def policy(self, round_number: int) -> Path:
         """The model folder of the policy that the round ended with (round 0: the base model)."""
         policy = self.files(round_number).policy
-        reference = policy / POLICY_REFERENCE
+        reference = policy / layout.POLICY_REFERENCE
         return Path(read_json(reference)["model"]) if reference.exists() else policy
 
     def deployed(self, round_number: int) -> int:
@@ -294,24 +281,24 @@ class RunFolder:
         That is the one before, unless the gate kept an older one.
         """
         before = max(round_number - 1, 0)
-        evaluated = EVALUATE in self.manifest(before).stages
+        evaluated = layout.EVALUATE in self.manifest(before).stages
         gate = read_json(self.files(before).evaluation).get("gate") if evaluated else None
         return int(gate["deployed"]) if gate else before
 
     def changed_model(self) -> list[str]:
         """How the base model differs from what it was when the run began, as long as a round starts from it."""
         model = self.policy(0)
-        trained = [number for number, stages in self.committed.items() if CONSOLIDATE in stages]
-        is_read = PREPARE in self.committed.get(0, ()) and self.deployed(max(trained, default=0) + 1) == 0
+        trained = [number for number, stages in self.committed.items() if layout.CONSOLIDATE in stages]
+        is_read = layout.PREPARE in self.committed.get(0, ()) and self.deployed(max(trained, default=0) + 1) == 0
         if not is_read or not model.is_dir():
             return []
         files = model_files(model)
-        recorded = read_json(self.files(0).policy / POLICY_REFERENCE).get("files", files)
+        recorded = read_json(self.files(0).policy / layout.POLICY_REFERENCE).get("files", files)
         return _differences(_flat(recorded, f"{model}/"), _flat(files, f"{model}/"))
 
     def policy_files(self, round_number: int) -> dict[str, FileEntry]:
         """What the manifest says of that policy. Of the base model's it says where the model lies."""
-        return self.manifest(round_number).stages[CONSOLIDATE if round_number else PREPARE].files
+        return self.manifest(round_number).stages[layout.CONSOLIDATE if round_number else layout.PREPARE].files
 
     def changed_files(self, round_number: int) -> Iterator[tuple[Path, str]]:
         """Files that are not as the manifest of a round says, each with what is wrong with it."""
@@ -331,7 +318,7 @@ class RunFolder:
             files, stages = self.files(number), self.manifest(number).stages
             named = {files.manifest, *(files.root / name for entry in stages.values() for name in entry.files)}
             for path in files_below(files.root):
-                if path not in named and not path.relative_to(files.root).parts[0].startswith(WORK):
+                if path not in named and not path.relative_to(files.root).parts[0].startswith(layout.WORK):
                     yield path
 
     def withdraw(self, round_number: int, kept: Collection[str]) -> list[str]:
@@ -354,14 +341,14 @@ class RunFolder:
     def set_status(self, state: State, **fields: Any) -> None:
         """Replace `status.json`. Fields (round, stage, done, total) keep their value until they are given again."""
         self._status |= fields
-        path = self.path / STATUS_FILE
-        temporary = path.with_name(f".{STATUS_FILE}.tmp")
+        path = self.path / layout.STATUS_FILE
+        temporary = path.with_name(f".{layout.STATUS_FILE}.tmp")
         temporary.write_bytes(orjson.dumps({"state": state, **self._status, "updated": _now()}))
         temporary.replace(path)  # not synced: a status is of no use after a power failure
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
-        with (self.path / METRICS_FILE).open("ab") as file:
+        with (self.path / layout.METRICS_FILE).open("ab") as file:
             file.write(orjson.dumps(metrics) + b"\n")
 
 
@@ -373,7 +360,7 @@ class Stage:
         self.name = name
         self._folder = folder
         self._final = folder.files(round_number)
-        self.out = RoundFiles(self._final.root / f"{WORK}{name}")
+        self.out = RoundFiles(self._final.root / f"{layout.WORK}{name}")
         """Where the stage writes; its private folder until the commit."""
         self._started = time.monotonic()
 
@@ -461,10 +448,10 @@ def _refuse_unusable(path: Path) -> None:
 
 def _refuse_foreign(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    own = {RUN_FILE, LOCK_FILE, TAKEOVER_FILE}
+    own = {layout.RUN_FILE, LOCK_FILE, TAKEOVER_FILE}
     if LOCK_FILE in names:  # a process that died in `create` left no more than this
-        own |= {CONFIG_FILE, f".{CONFIG_FILE}.tmp", f".{RUN_FILE}.tmp"}
-    if RUN_FILE not in names and names - own:
+        own |= {layout.CONFIG_FILE, f".{layout.CONFIG_FILE}.tmp", f".{layout.RUN_FILE}.tmp"}
+    if layout.RUN_FILE not in names and names - own:
         raise UserError(f"{path} is not empty and holds no run: choose another folder (--resume goes on with a run)")
 
 

@@ -16,27 +16,12 @@ from typing import NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from oel_ray import layout
 from oel_ray.episodes import evaluation_ids, training_id
 from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import Evaluation, Gate, Score, by_step, passed_gate, score
 from oel_ray.extract.items import growth
-from oel_ray.layout import (
-    COLLECT,
-    CONFIG_FILE,
-    CONSOLIDATE,
-    EVALUATE,
-    EVALUATE_IN_CONTEXT,
-    EXTRACT,
-    IMPORT_CONSOLIDATION,
-    IMPORT_EXTRACTION,
-    IMPORT_KNOWLEDGE,
-    IMPORTS,
-    METRICS_FILE,
-    STATUS_FILE,
-    RoundFiles,
-    StageEntry,
-    planned_stages,
-)
+from oel_ray.layout import RoundFiles, StageEntry, planned_stages
 from oel_ray.records import EvaluationGame, KnowledgeText, TrainingSplit, Trajectory, first_problem
 from oel_ray.runs import RunFolder
 from oel_ray.schedule import is_done
@@ -118,7 +103,7 @@ class _Check:
         try:
             self.config = self.folder.config
         except (OSError, UserError, yaml.YAMLError) as error:
-            self.found(self.folder.path / CONFIG_FILE, 0, f"cannot be read: {error}")
+            self.found(self.folder.path / layout.CONFIG_FILE, 0, f"cannot be read: {error}")
             return self.findings
         finished = self._says_finished()
         for number in sorted({*self.folder.rounds(), *(range(self.config.rounds + 1) if finished else ())}):
@@ -126,7 +111,7 @@ class _Check:
         for path, line, game in self.held_out:
             if where := self.collected.get(self._map(game)):
                 self.found(path, line, f"held-out {self._map(game)} was also collected: {where}")
-        metrics = self.folder.path / METRICS_FILE
+        metrics = self.folder.path / layout.METRICS_FILE
         for line, text in _lines(metrics):
             try:
                 json.loads(text)
@@ -135,7 +120,7 @@ class _Check:
         return self.findings
 
     def _says_finished(self) -> bool:
-        path = self.folder.path / STATUS_FILE
+        path = self.folder.path / layout.STATUS_FILE
         try:
             return bool(json.loads(path.read_bytes())["state"] == "finished")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -156,28 +141,28 @@ class _Check:
         for path, what in self.folder.changed_files(number):
             self.found(path, 0, what)
         checks: dict[str, Callable[[int, RoundFiles, StageEntry], None]] = {
-            COLLECT: self._collect,
-            IMPORT_EXTRACTION: partial(self._training_games, split="extraction"),
-            IMPORT_CONSOLIDATION: partial(self._training_games, split="consolidation"),
-            EXTRACT: self._knowledge,
-            IMPORT_KNOWLEDGE: partial(self._knowledge, imported=True),
-            CONSOLIDATE: self._consolidate,
+            layout.COLLECT: self._collect,
+            layout.IMPORT_EXTRACTION: partial(self._training_games, split="extraction"),
+            layout.IMPORT_CONSOLIDATION: partial(self._training_games, split="consolidation"),
+            layout.EXTRACT: self._knowledge,
+            layout.IMPORT_KNOWLEDGE: partial(self._knowledge, imported=True),
+            layout.CONSOLIDATE: self._consolidate,
         }
         for name, entry in stages.items():
             self.config = self.folder.config_of(entry)
-            if number > self.config.rounds or name not in (*planned_stages(self.config, number), *IMPORTS):
+            if number > self.config.rounds or name not in (*planned_stages(self.config, number), *layout.IMPORTS):
                 self.found(files.manifest, 0, f"stage {name} was never planned")
             if check := checks.get(name):
                 check(number, files, entry)
         in_context = None
-        if EVALUATE_IN_CONTEXT in stages:
-            self.config = self.folder.config_of(stages[EVALUATE_IN_CONTEXT])
+        if layout.EVALUATE_IN_CONTEXT in stages:
+            self.config = self.folder.config_of(stages[layout.EVALUATE_IN_CONTEXT])
             texts = [text for file in files.knowledge_files() for text in _parsed(file, KnowledgeText)]
             steps = [len(grown[0].steps) for grown in growth(texts, self.config.evaluate.accumulation_steps) if grown]
-            in_context = self._games(number, files.in_context, "in_context", stages[EVALUATE_IN_CONTEXT], steps)
-        if EVALUATE in stages:
-            self.config = self.folder.config_of(stages[EVALUATE])
-            games = self._games(number, files.evaluation_games, "policy", stages[EVALUATE])
+            in_context = self._games(number, files.in_context, "in_context", stages[layout.EVALUATE_IN_CONTEXT], steps)
+        if layout.EVALUATE in stages:
+            self.config = self.folder.config_of(stages[layout.EVALUATE])
+            games = self._games(number, files.evaluation_games, "policy", stages[layout.EVALUATE])
             self._evaluation(number, files.evaluation, games, in_context)
 
     def _collect(self, number: int, files: RoundFiles, entry: StageEntry) -> None:

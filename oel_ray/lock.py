@@ -94,13 +94,12 @@ class FolderLock:
 
 def _create(path: Path, holder: Holder) -> bool:
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        with path.open("xb") as file:
+            file.write(holder.to_json() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
     except FileExistsError:
         return False
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(holder.to_json() + b"\n")
-        file.flush()
-        os.fsync(descriptor)
     return True
 
 

@@ -97,7 +97,7 @@ class RunFolder:
         """
         _refuse_unusable(path)
         if (path / layout.RUN_FILE).exists():
-            raise UserError(_holds_a_run(path))
+            raise UserError(f"{path} already holds a run: add --resume to go on with it, or choose another folder")
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> Self:
@@ -113,9 +113,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to {path}: {error.strerror}: choose another folder") from None
         try:
-            if (path / layout.RUN_FILE).exists():
-                raise UserError(_holds_a_run(path))
-            _refuse_foreign(path)
+            cls.check_new(path)
             folder = cls(path, lock)
             write_atomically(path / layout.CONFIG_FILE, config.to_yaml().encode())
             info = {
@@ -453,10 +451,6 @@ def _refuse_foreign(path: Path) -> None:
         own |= {layout.CONFIG_FILE, f".{layout.CONFIG_FILE}.tmp", f".{layout.RUN_FILE}.tmp"}
     if layout.RUN_FILE not in names and names - own:
         raise UserError(f"{path} is not empty and holds no run: choose another folder (--resume goes on with a run)")
-
-
-def _holds_a_run(path: Path) -> str:
-    return f"{path} already holds a run: add --resume to go on with it, or choose another folder"
 
 
 def _read_config(path: Path) -> RunConfig:

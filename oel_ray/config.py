@@ -210,7 +210,7 @@ class ConsolidateConfig(Section):
     """How the student's responses are sampled."""
 
     @model_validator(mode="after")
-    def _has_a_stage_that_fits(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.lora and self.zero_stage == 3:
             raise ValueError(
                 "zero_stage=3 would partition the frozen weights, which the student of consolidate.lora shares with "
@@ -218,10 +218,6 @@ class ConsolidateConfig(Section):
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer=true needs ZeRO: set consolidate.zero_stage=1, 2 or 3")
-        return self
-
-    @model_validator(mode="after")
-    def _keeps_earlier_steps(self) -> Self:
         if (last := max(self.keep_steps, default=0)) >= self.steps:
             raise ValueError(
                 f"keep_steps names step {last}, and only what comes before the last of steps={self.steps} is to be "
@@ -351,7 +347,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
-    def _fits_context(self) -> Self:
+    def _fits_together(self) -> Self:
         longest = max(
             self.collect.sampling.max_tokens,
             self.collect.sampling_for("extraction").max_tokens,
@@ -364,16 +360,8 @@ class RunConfig(Section):
                 f"engines.max_model_len={self.engines.max_model_len} leaves no room for a prompt beside "
                 f"{longest} tokens of knowledge and response: raise it, or lower extract.max_tokens or max_tokens"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _gate_has_games(self) -> Self:
         if self.gate.enabled and not self.evaluate.enabled:
             raise ValueError("gate.enabled=true compares policies on held-out maps: set evaluate.enabled=true")
-        return self
-
-    @model_validator(mode="after")
-    def _accumulates_so_far(self) -> Self:
         games, last = self.collect.extraction_games, max(self.evaluate.accumulation_steps, default=0)
         if last > games:
             raise ValueError(

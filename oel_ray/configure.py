@@ -12,7 +12,6 @@ order.
 """
 
 import difflib
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -23,6 +22,7 @@ from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
 
 Values = dict[str, Any]
+_PRESETS = Path(__file__).parent / "presets"
 
 
 class Source(NamedTuple):
@@ -34,8 +34,7 @@ class Source(NamedTuple):
 
 
 def preset_names() -> list[str]:
-    files = resources.files("oel_ray").joinpath("presets").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+    return sorted(file.stem for file in _PRESETS.glob("*.yaml"))
 
 
 def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
@@ -94,7 +93,7 @@ def read_source(source: str, relative_to: Path | None = None, seen: tuple[str, .
     """
     path = (relative_to or Path()) / source
     if source in preset_names():
-        text, identity = resources.files("oel_ray").joinpath(f"presets/{source}.yaml").read_text(), source
+        text, identity = _text(_PRESETS / f"{source}.yaml"), source
     elif path.is_file():
         text, identity = _text(path), str(path.resolve())
     else:

@@ -166,14 +166,18 @@ def _bytes(dtype: str) -> int:
 
 
 class Reading(NamedTuple):
-    """What stands in a context besides the prompt itself, at most, and the keys that say so."""
+    """What stands in a context besides the prompt itself, at most, and the `keys` that say so."""
 
     name: str
     knowledge: int
     response: int
-    keys: tuple[str, ...]
+    response_key: str
     by_engine: bool = True
     """Else by the trainer, where the model's own context counts, not `engines.max_model_len`."""
+
+    @property
+    def keys(self) -> list[str]:
+        return ["extract.max_tokens"] * (self.knowledge > 0) + [self.response_key]
 
     @property
     def tokens(self) -> int:
@@ -194,20 +198,17 @@ def play_response(config: RunConfig) -> tuple[str, int]:
 def readings(config: RunConfig) -> list[Reading]:
     """The ways in which a model reads a prompt in a run, those that it makes use of."""
     extract, evaluate = config.extract, config.evaluate
-    response_key, response = play_response(config)
-    keys: tuple[str, ...]
-    found = [Reading("play", 0, response, (response_key,))]
+    key, response = play_response(config)
+    found = [Reading("play", 0, response, key)]
     if evaluate.enabled and evaluate.in_context:
-        keys = ("extract.max_tokens", response_key)
-        found.append(Reading("in context", extract.max_tokens, response, keys))
+        found.append(Reading("in context", extract.max_tokens, response, key))
     if extract.format != "raw":
         known = extract.max_tokens if extract.show_previous else 0
-        keys = (*["extract.max_tokens"] * extract.show_previous, "extract.sampling.max_tokens")
-        found.append(Reading("extraction", known, extract.sampling.max_tokens, keys))
-    keys, written = ("extract.max_tokens", "consolidate.sampling.max_tokens"), config.consolidate.sampling.max_tokens
+        found.append(Reading("extraction", known, extract.sampling.max_tokens, "extract.sampling.max_tokens"))
+    key, written = "consolidate.sampling.max_tokens", config.consolidate.sampling.max_tokens
     if config.consolidate.responses == "teacher":
-        found.append(Reading("off-policy", extract.max_tokens, written, keys))
-    found.append(Reading("teacher", extract.max_tokens, written, keys, by_engine=False))
+        found.append(Reading("off-policy", extract.max_tokens, written, key))
+    found.append(Reading("teacher", extract.max_tokens, written, key, by_engine=False))
     return found
 
 
@@ -224,16 +225,15 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, config: RunConfig) -> "Sizes":
         """All but `stages` count for one round."""
-        evaluate = config.evaluate
-        last = config.collect.extraction_games
+        evaluate, games = config.evaluate, config.collect.extraction_games
         policy_games = evaluate.maps * evaluate.seeds if evaluate.enabled else 0
         return cls(
             stages=sum(len(planned_stages(config, number)) for number in range(config.rounds + 1)),
             games=sum(config.training_games.values()),
-            extractions=0 if config.extract.format == "raw" else config.extract.seeds * config.collect.extraction_games,
+            extractions=0 if config.extract.format == "raw" else config.extract.seeds * games,
             samples=config.consolidate.games * config.env.max_turns,
             policy_games=policy_games,
-            in_context_games=policy_games * len({*evaluate.accumulation_steps, last}) if evaluate.in_context else 0,
+            in_context_games=policy_games * len({*evaluate.accumulation_steps, games}) if evaluate.in_context else 0,
         )
 
 
@@ -251,40 +251,32 @@ def explain(config: RunConfig) -> list[str]:
     sizes, rounds, device = Sizes.of(config), config.rounds, config.engines.device
     collect, consolidate, extract = config.collect, config.consolidate, config.extract
     evaluations = (rounds + 1) * sizes.policy_games + rounds * sizes.in_context_games
-    rows = [
-        ("stages", f"{sizes.stages} in rounds 0 to {rounds}"),
-        (
-            "games",
-            f"T = {collect.extraction_games} and T' = {consolidate.games} a round, {rounds * sizes.games} in all",
-        ),
-        ("extraction", f"K x T = {extract.seeds} x {collect.extraction_games}, {sizes.extractions} responses a round"),
-        (
-            "training",
-            f"{consolidate.games_per_step} games x {config.env.max_turns} turns, at most "
-            f"{sizes.samples // consolidate.steps} samples a step and {sizes.samples} a round",
-        ),
-        (
-            "evaluation",
-            f"{sizes.policy_games} games of the policy and {sizes.in_context_games} in context a round, "
-            f"{evaluations} games in all",
-        ),
-    ]
+    rows = {
+        "stages": f"{sizes.stages} in rounds 0 to {rounds}",
+        "games": f"T = {collect.extraction_games} and T' = {consolidate.games} a round, {rounds * sizes.games} in all",
+        "extraction": f"K x T = {extract.seeds} x {collect.extraction_games}, {sizes.extractions} responses a round",
+        "training": f"{consolidate.games_per_step} games x {config.env.max_turns} turns, at most "
+        f"{sizes.samples // consolidate.steps} samples a step and {sizes.samples} a round",
+        "evaluation": f"{sizes.policy_games} games of the policy and {sizes.in_context_games} in context a round, "
+        f"{evaluations} games in all",
+    }
     if device != "cuda":
-        rows.append(("on CPUs", _shares(demands(config, on_gpu=False))))
+        rows["on CPUs"] = _shares(demands(config, on_gpu=False))
     if device != "cpu":
-        rows.append(("on GPUs", _shares(demands(config, on_gpu=True))))
-    rows.append(("tokens", f"at most, beside the prompt; engines.max_model_len={config.engines.max_model_len}"))
-    return [f"{name:<12} {text}" for name, text in rows + [_row(reading, config) for reading in readings(config)]]
+        rows["on GPUs"] = _shares(demands(config, on_gpu=True))
+    rows["tokens"] = f"at most, beside the prompt; engines.max_model_len={config.engines.max_model_len}"
+    rows |= {f"  {reading.name}": _room(reading, config) for reading in readings(config)}
+    return [f"{name:<12} {text}" for name, text in rows.items()]
 
 
 def _shares(wanted: list[Demand]) -> str:
     return f"{amounts(total(wanted))} for {', '.join(map(str, wanted))}; {' and '.join(TURNS)} take turns"
 
 
-def _row(reading: Reading, config: RunConfig) -> tuple[str, str]:
+def _room(reading: Reading, config: RunConfig) -> str:
     text = f"{reading.response} of response"
     if reading.knowledge:
         text = f"{reading.knowledge} of knowledge + {text} = {reading.tokens}"
     if reading.by_engine:
-        return f"  {reading.name}", f"{text}; {config.engines.max_model_len - reading.tokens} are left to the prompt"
-    return f"  {reading.name}", f"{text}; the model's own context holds the prompt, too"
+        return f"{text}; {config.engines.max_model_len - reading.tokens} are left to the prompt"
+    return f"{text}; the model's own context holds the prompt, too"

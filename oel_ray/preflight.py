@@ -16,6 +16,7 @@ from oel_ray.envs.base import Environment
 from oel_ray.envs.registry import make
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import UserError, one_line
+from oel_ray.extract.chain import extraction_prompt
 from oel_ray.models import resolve_model
 from oel_ray.plan import Reading, outlook, readings
 from oel_ray.resources import alive_nodes, check_resources
@@ -182,11 +183,7 @@ def check_context(config: RunConfig, model: Model, teacher: Model, environment: 
     if environment is None:
         return
     situation = prompts.game_situation(environment.instructions, [], environment.reset())
-    record = prompts.transcript(environment.instructions, [], "")
-    extract = config.extract
-    question = prompts.extraction_prompt(
-        record, "", structured=extract.format == "structured", show_previous=extract.show_previous
-    )
+    question = extraction_prompt(prompts.transcript(environment.instructions, [], ""), "", config.extract)
     for reading in readings(config):
         if reading.name == "extraction":
             prompt = len(model.chat.message_ids(question))

@@ -31,6 +31,12 @@ def reading_order(
     return order
 
 
+def extraction_prompt(game: str, previous: str, config: ExtractConfig) -> str:
+    """What the extractor is asked about a game (a `prompts.transcript`), with the knowledge accumulated so far."""
+    structured = config.format == "structured"
+    return prompts.extraction_prompt(game, previous, structured=structured, show_previous=config.show_previous)
+
+
 def extraction_prompt_ids(
     trajectory: Trajectory, previous: str, config: ExtractConfig, chat: ChatFormat, max_model_len: int
 ) -> list[int] | None:
@@ -41,14 +47,7 @@ def extraction_prompt_ids(
 
     def render(skipped: int) -> list[int]:
         game = prompts.transcript(trajectory.instructions, trajectory.turns, trajectory.outcome, skipped)
-        return chat.message_ids(
-            prompts.extraction_prompt(
-                game,
-                previous,
-                structured=config.format == "structured",
-                show_previous=config.show_previous,
-            )
-        )
+        return chat.message_ids(extraction_prompt(game, previous, config))
 
     room = max_model_len - config.sampling.max_tokens
     whole = render(0)

@@ -117,7 +117,7 @@ def _row(folder: RunFolder, number: int) -> list[str]:
         _percent(evaluation.get("random")),
         _percent(evaluation.get("oracle")),
         _percent(evaluation.get("in_context")),
-        _number(evaluation.get("response_tokens_per_turn")),
+        one_digit(evaluation.get("response_tokens_per_turn")),
         f"{sum(len(text.items) for text in texts) / len(texts):.1f}" if texts else ABSENT,
         "→".join(f"{value:.2g}" for value in kl) or ABSENT,
         "\n".join(f"{_SHORT.get(name, name):<11} {clock(entry.wall_s):>5}" for name, entry in stages.items()) or ABSENT,
@@ -141,7 +141,8 @@ def _percent(value: Any) -> str:
     return ABSENT if rate is None else f"{100 * rate:.1f}"
 
 
-def _number(value: float | None) -> str:
+def one_digit(value: float | None) -> str:
+    """A number with one digit behind the point."""
     return ABSENT if value is None else f"{value:.1f}"
 
 

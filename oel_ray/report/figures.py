@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oel_ray.evaluate.metrics import Score
-from oel_ray.report.data import Report, RoundData, Z, when
+from oel_ray.report.data import Report, Z, when
 
 POLICY, CONTEXT, RANDOM, ORACLE = "#1f6f8b", "#d9822b", "#9a9a9a", "#5a8f4e"
 STAGES = {
@@ -72,10 +72,9 @@ def _rendered(canvas: Any) -> tuple[str, bytes]:
 def _pass_rate(report: Report, axes: Any) -> None:
     """Figure 4 of the paper: up a round's accumulation, then the policy that it was distilled into."""
     _curves(report, axes, lambda value: value.pass_rate, lambda value: Z * value.pass_rate_se)
-    for name, color in (("random", RANDOM), ("oracle", ORACLE)):
+    for name, label, color in (("random", "random player", RANDOM), ("oracle", "perfect player", ORACLE)):
         rates = [rate for _, value in report.evaluated if (rate := getattr(value, name)) is not None]
         if rates:
-            label = {"random": "random player", "oracle": "perfect player"}[name]
             axes.axhline(rates[-1], color=color, lw=1.4, ls=(0, (5, 3)), label=label, zorder=1)
     axes.set(ylim=(-0.02, 1.04), ylabel="pass rate (games won)")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
@@ -171,10 +170,6 @@ def _legend(axes: Any, columns: int = 2) -> None:
     )
 
 
-def _any_in(report: Report, part: Callable[[RoundData], Any]) -> bool:
-    return any(part(data) for data in report.rounds)
-
-
 _FIGURES = [
     Figure(
         "pass_rate",
@@ -197,14 +192,14 @@ _FIGURES = [
         "reverse_kl",
         "Reverse KL",
         "Of the student to the teacher that reads the knowledge, on responses that the student has just written.",
-        lambda report: _any_in(report, lambda data: data.kl),
+        lambda report: any(data.kl for data in report.rounds),
         _kl,
     ),
     Figure(
         "time",
         "Wall time",
         "What each stage of a round took.",
-        lambda report: _any_in(report, lambda data: STAGES.keys() & data.seconds.keys()),
+        lambda report: any(STAGES.keys() & data.seconds.keys() for data in report.rounds),
         _time,
         wide=True,
     ),

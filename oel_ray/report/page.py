@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from oel_ray.errors import UserError
-from oel_ray.evaluate.metrics import Score
 from oel_ray.report.data import Report, interval, read_report, when
 from oel_ray.report.figures import Figure, figures
-from oel_ray.show import ABSENT, clock
+from oel_ray.show import ABSENT, clock, one_digit
 
 PAGE = "report.html"
 
@@ -42,17 +41,9 @@ def render(report: Report, drawn: list[tuple[Figure, str, bytes]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"rate": _rate, "interval": _interval, "number": _number, "clock": clock, "when": when}
+    environment.filters |= {"rate": _rate, "interval": interval, "number": one_digit, "clock": clock, "when": when}
     return environment.get_template("page.html.j2").render(report=report, figures=drawn, absent=ABSENT)
 
 
 def _rate(value: float | None) -> str:
     return ABSENT if value is None else f"{100 * value:.0f} %"
-
-
-def _interval(value: Score | None) -> str:
-    return ABSENT if value is None else interval(value)
-
-
-def _number(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.1f}"

@@ -107,11 +107,10 @@ class ChatFormat:
 
     def _rendered(self, *, thinking: bool) -> str:
         message = {"role": "user", "content": _SENTINEL}
-        return str(
-            self.tokenizer.apply_chat_template(
-                [message], add_generation_prompt=True, tokenize=False, enable_thinking=thinking
-            )
+        rendered: str = self.tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, tokenize=False, enable_thinking=thinking
         )
+        return rendered
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         if not text:

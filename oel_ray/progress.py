@@ -20,7 +20,7 @@ class StageProgress:
     def __init__(self, owner: "Progress", round_number: int, rounds: int, name: str, total: int, unit: str) -> None:
         self.done = 0
         self._owner = owner
-        self._where = (round_number, name)
+        self._where = {"round": round_number, "stage": name}
         self._label = f"[round {round_number}/{rounds}] {name}"
         self.total = total
         self._unit = unit
@@ -91,9 +91,7 @@ class StageProgress:
         self._written = time.monotonic()
         self._owner.on_status(self)
         if self._owner.folder:
-            round_number, name = self._where
-            fields = {"round": round_number, "stage": name, "done": self.done, "total": self.total}
-            self._owner.folder.set_status("running", **fields)
+            self._owner.folder.set_status("running", **self._where, done=self.done, total=self.total)
 
 
 class Progress:

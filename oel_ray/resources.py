@@ -170,13 +170,8 @@ def nodes_at(address: str) -> Nodes:
         except (OSError, OverflowError) as error:
             raise UserError(f"{unanswered} ({error}): {remedy}") from None
     try:
-        asked = subprocess.run(
-            [sys.executable, "-P", "-c", _ASK, address],
-            capture_output=True,
-            text=True,
-            timeout=CLUSTER_ANSWER_S,
-            check=True,
-        )
+        command = [sys.executable, "-P", "-c", _ASK, address]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=CLUSTER_ANSWER_S, check=True)
     except subprocess.TimeoutExpired:
         raise UserError(f"{unanswered} within {CLUSTER_ANSWER_S:.0f} s: {remedy}") from None
     except subprocess.CalledProcessError as error:
@@ -196,11 +191,10 @@ def check_nodes(config: RunConfig, nodes: Nodes, where: str) -> bool:
     wanted = demands(config, on_gpu=on_gpu)
     _, left = place(wanted, nodes)
     if left:
-        needed = {kind: (amount, _all(nodes, kind)) for kind, amount in total(wanted).items()}
         short = [
             f"the run needs {amount:g} {kind}s and {where} has {there:g}: add {amount - there:g}"
-            for kind, (amount, there) in needed.items()
-            if amount > there
+            for kind, amount in total(wanted).items()
+            if amount > (there := _all(nodes, kind))
         ] or [f"{where} has enough in all, but no node with room left for {amounts(left)}: take larger nodes"]
         cpu_only = ", or set engines.device=cpu" if on_gpu else ""
         raise UserError(

@@ -76,7 +76,8 @@ def first_open_round(config: RunConfig, committed: Committed, name: str) -> int:
     for number, stage in unfinished(config, committed):
         if stage == name:
             return number
-    raise UserError(f"no round is left to {_verb(name)}: 'oel show' shows what is there; a new run needs --config")
+    verb = name.replace("_", " ")
+    raise UserError(f"no round is left to {verb}: 'oel show' shows what is there; a new run needs --config")
 
 
 def check_ready(
@@ -88,7 +89,7 @@ def check_ready(
         UserError: the round does not plan the stage, has done it, has what would come in, or lacks what the stage
             reads; says what to do.
     """
-    where = f"round {number}: nothing to {_verb(name)}"
+    where = f"round {number}: nothing to {name.replace('_', ' ')}"
     if number > config.rounds:
         raise UserError(f"{where}: the run has {config.rounds} rounds; choose another --round")
     if name not in planned_stages(config, number):
@@ -109,7 +110,3 @@ def check_ready(
             raise UserError(f"round {number} has {what} already: leave the file out, or start a new run with --config")
         if not there and not set(providers) & set(incoming):
             raise UserError(f"{where} with: round {number} has no {what}: {remedy}")
-
-
-def _verb(name: str) -> str:
-    return "evaluate in context" if name == layout.EVALUATE_IN_CONTEXT else name

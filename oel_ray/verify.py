@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from oel_ray import layout
 from oel_ray.episodes import evaluation_ids, training_id
@@ -47,10 +47,9 @@ class Finding(NamedTuple):
         return f"{self.file}:{self.line}: {self.message}" if self.line else f"{self.file}: {self.message}"
 
 
-class StepRow(BaseModel):
+class StepRow(BaseModel, extra="allow"):
     """A line of `consolidation/metrics.jsonl`, as far as it is checked."""
 
-    model_config = ConfigDict(extra="allow")
     step: int
     loss: float
     kl_per_token: float
@@ -58,10 +57,9 @@ class StepRow(BaseModel):
     weight_version: str
 
 
-class SampleRow(BaseModel):
+class SampleRow(BaseModel, extra="allow"):
     """A line of `consolidation/samples.jsonl`."""
 
-    model_config = ConfigDict(extra="allow")
     step: int
     prefix_id: str
     knowledge_id: str | None
@@ -210,9 +208,8 @@ class _Check:
             self.found(path, line, f"{trajectory.id} has {len(trajectory.turns)} turns")
         for turn, (now, then) in enumerate(itertools.pairwise(trajectory.turns)):
             if now.feedback != then.observation:
-                self.found(
-                    path, line, f"{trajectory.id}: the feedback of turn {turn} is not what turn {turn + 1} shows"
-                )
+                feedback = f"{trajectory.id}: the feedback of turn {turn}"
+                self.found(path, line, f"{feedback} is not what turn {turn + 1} shows")
 
     def _training_games(
         self, number: int, files: RoundFiles, entry: StageEntry, split: TrainingSplit, planned: int | None = None

@@ -12,17 +12,19 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
+from rich.console import Console
 
 from oel_ray.config import EnvironmentConfig, RunConfig
 from oel_ray.configure import load_config, parse_config, parse_override, preset_names
 from oel_ray.errors import RunFailed, UserError
+from oel_ray.layout import RUN_FILE
+from oel_ray.progress import Progress
 from oel_ray.records import TrainingSplit
-
-if TYPE_CHECKING:
-    from oel_ray.runs import RunFolder
+from oel_ray.runs import RunFolder
+from oel_ray.show import next_steps, plain, remarks, summary_table
 
 app = typer.Typer(
     name="oel",
@@ -65,14 +67,8 @@ def run(
     A round collects games, extracts knowledge, consolidates it into the policy and evaluates. Stages that are done
     are never done again.
     """
-    from rich.console import Console
-
-    from oel_ray.layout import RUN_FILE
     from oel_ray.plan import headline
     from oel_ray.preflight import preflight, preflight_resumed
-    from oel_ray.progress import Progress
-    from oel_ray.runs import RunFolder
-    from oel_ray.show import next_steps, summary_table
 
     if allow_config_change and not resume:
         raise UserError("--allow-config-change is for a run that goes on: add --resume, or leave it out")
@@ -99,8 +95,7 @@ def run(
         loop.run(folder.config, folder, Progress(folder))
 
     _work(folder, path, work)
-    console = Console()
-    console.print(summary_table(path))
+    Console().print(summary_table(path))
     print(f"\n{next_steps(path)}")
 
 
@@ -223,8 +218,6 @@ def show(
     ] = None,
 ) -> None:
     """Read a run, a game or a knowledge text."""
-    from rich.console import Console
-
     from oel_ray.show import show as show_run
 
     show_run(run_dir, identifier, Console())
@@ -243,8 +236,6 @@ def knowledge(
     After --drop, 'oel run --resume' does again what learned from that game; the old files stay in the quarantine.
     """
     from oel_ray import knowledge as learned
-    from oel_ray.runs import RunFolder
-    from oel_ray.show import plain
 
     lines = learned.difference(RunFolder.open(run_dir), *diff) if diff else learned.listing(RunFolder.open(run_dir))
     if drop:
@@ -252,11 +243,8 @@ def knowledge(
 
         learned.taught_by(RunFolder.open(run_dir), drop)
         with RunFolder.resume(run_dir, None) as folder:
-            policy, thinking = folder.policy(0), folder.config.thinking
-            again = learned.drop(
-                folder, drop, lambda text: ChatFormat.from_pretrained(policy, thinking=thinking).count(text)
-            )
-            lines = [f"to be done again: {stage}" for stage in again]
+            chat = ChatFormat.from_pretrained(folder.policy(0), thinking=folder.config.thinking)
+            lines = [f"to be done again: {stage}" for stage in learned.drop(folder, drop, chat.count)]
     print(*(plain(line).plain for line in lines), sep="\n")
 
 
@@ -271,8 +259,6 @@ def rollback(
     Their files move to the quarantine. The policy that the next round starts from is that of the last round that stays,
     or an older one if the gate kept it.
     """
-    from oel_ray.runs import RunFolder
-
     folder = RunFolder.open(run_dir)
     behind = [number for number in folder.rounds() if number > to_round]
     if not behind:
@@ -305,19 +291,12 @@ def verify(
 
     Prints a line per broken promise, with file and line; exit code 1 if there is one.
     """
-    from oel_ray.show import remarks
-    from oel_ray.verify import Replay
+    from oel_ray.envs.replay import replay as play_again
     from oel_ray.verify import verify as verify_run
 
-    play: Replay | None = None
-    if replay:
-        from oel_ray.envs.replay import replay as play_again
-
-        play = play_again
-    findings = verify_run(run_dir, play)
-    for finding in findings:
-        print(finding)
+    findings = verify_run(run_dir, play_again if replay else None)
     if findings:
+        print(*findings, sep="\n")
         _end(1, f"oel: {run_dir}: {len(findings)} broken promises")
     print(f"{run_dir}: every promise holds{', every game replayed' if replay else ''}", *remarks(run_dir), sep="\n")
 
@@ -342,12 +321,9 @@ def doctor(
 
     Each finding says what to do; exit code 1 if one of them would stop a run.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from oel_ray.doctor import examine, package
-    from oel_ray.progress import Progress
-    from oel_ray.show import plain
 
     found = [*examine(_load(config, overrides), run_dir, Progress().note), *package(config)]
     table = Table("where", "", "what is wrong, and what to do", box=None)
@@ -365,7 +341,6 @@ def prefetch(config: Config, overrides: Overrides = None) -> None:
     Runs find them there and need no network.
     """
     from oel_ray.models import prefetch as fetch
-    from oel_ray.progress import Progress
 
     settings = _load(config, overrides)
     for model in filter(None, [settings.model, settings.consolidate.teacher]):
@@ -382,15 +357,9 @@ def envs(
 
     With an ID: its parameters, a first text, distinct maps, and how far a random and a perfect player get.
     """
-    from rich.console import Console
-
     from oel_ray.envs.catalog import catalog_table, description
 
-    console = Console()
-    if env_id is None:
-        console.print(catalog_table())
-    else:
-        console.print(description(_environment(env_id, params, turns)))
+    Console().print(catalog_table() if env_id is None else description(_environment(env_id, params, turns)))
 
 
 @app.command()
@@ -436,8 +405,6 @@ def _one_stage(
     max_bad: float = 0.0,
 ) -> None:
     """Do one stage of one round, in an existing run or in a new one."""
-    from oel_ray.progress import Progress
-    from oel_ray.show import next_steps
     from oel_ray.single import Files, plan_stage
 
     if overrides and config is None:
@@ -450,7 +417,7 @@ def _one_stage(
     print(next_steps(run_dir))
 
 
-def _work(folder: "RunFolder", path: Path, work: Callable[[], None]) -> None:
+def _work(folder: RunFolder, path: Path, work: Callable[[], None]) -> None:
     """Do the work of a run; ends the process with the right code where that does not come to its end."""
     signal.signal(signal.SIGTERM, _interrupt)
     again = f"oel run --resume --run-dir {shlex.quote(str(path))}"

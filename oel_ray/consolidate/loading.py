@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, utils
 
 from oel_ray.config import LoraConfig
 from oel_ray.consolidate.lora import layers_to_adapt
@@ -12,8 +13,6 @@ from oel_ray.plan import ModelSize
 
 def model_without_weights(folder: Path) -> Any:
     """The folder's model with its layers and their names, and no memory behind its parameters."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
@@ -38,18 +37,13 @@ def _numel(model: Any) -> int:
 
 def use_flash_attention(model: Any) -> None:
     """Have the model read with flash attention, if its package is installed and the model attends as it can."""
-    from transformers.utils import is_flash_attn_2_available
-
-    if model._supports_flash_attn and model.config._attn_implementation == "sdpa" and is_flash_attn_2_available():
+    if model._supports_flash_attn and model.config._attn_implementation == "sdpa" and utils.is_flash_attn_2_available():
         model.set_attn_implementation("flash_attention_2")
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """The folder's model, set to compute what the engines compute."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    utils.logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     # transformers' default attention, torch's own, silently leaves out a soft cap on the attention scores (Gemma 2).
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None

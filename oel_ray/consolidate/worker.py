@@ -112,7 +112,20 @@ def train(job: Job) -> None:
 
 def _record(job: Job, draws: Sequence[Draw], generations: Sequence[Generation], row: dict[str, Any]) -> None:
     """Write what a step did. `row` becomes its metrics, but for the KL of each sample."""
-    _append(job.samples, _sample_rows(job, row["step"], draws, generations, row.pop("kl_by_sample")))
+    kl_by_sample = row.pop("kl_by_sample")
+    samples = [
+        {
+            "step": row["step"],
+            "prefix_id": job.prefixes[draw.prefix].id,
+            "knowledge_id": job.knowledge[draw.knowledge].id,
+            "response": generation.text,
+            "response_ids": generation.token_ids,
+            "kl": kl_by_sample[job.prefixes[draw.prefix].id],
+            "weight_version": generation.weight_version,
+        }
+        for draw, generation in zip(draws, generations, strict=True)
+    ]
+    _append(job.samples, samples)
     _append(job.metrics, [row])
     log.info("step %d: KL %.4f, %s", row["step"], row["kl_per_token"], "applied" if row["applied"] else "skipped")
 
@@ -168,23 +181,6 @@ def _distill_step(job: Job, device: torch.device, attempt: Attempt) -> DistillSt
     step = DistillStep(student, teacher, consolidate, device)
     attempt.restore(step)
     return step
-
-
-def _sample_rows(
-    job: Job, step: int, draws: Sequence[Draw], generations: Sequence[Generation], kl_by_sample: dict[str, float]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "step": step,
-            "prefix_id": job.prefixes[draw.prefix].id,
-            "knowledge_id": job.knowledge[draw.knowledge].id,
-            "response": generation.text,
-            "response_ids": generation.token_ids,
-            "kl": kl_by_sample[job.prefixes[draw.prefix].id],
-            "weight_version": generation.weight_version,
-        }
-        for draw, generation in zip(draws, generations, strict=True)
-    ]
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

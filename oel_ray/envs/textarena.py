@@ -91,13 +91,12 @@ class TextArenaEnvironment:
         self._first = self._shown(messages)
         grid_game = next((known for prefix, known in _GRID_GAMES.items() if env_id.startswith(prefix)), None)
         self.actions: Sequence[str] = tuple(MOVES) if grid_game else ()
-        self._solve: Callable[[], list[str] | None]
+        self._solve: Callable[[], list[str] | None] = lambda: None
         if grid_game:
             content = grid_game.content(self._game)
             self._solve = lambda: grid_game.solve(*content)
             self.instructions = grid_game.instructions
         else:
-            self._solve = lambda: None
             self.instructions = "\n\n".join(text.strip() for _, text, kind in messages if kind == kinds.PROMPT)
             # A hidden number or deck is part of what the seed drew although no text shows it.
             content = (self.instructions, self._first, _plain(self._game.state.game_state))

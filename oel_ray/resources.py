@@ -198,8 +198,8 @@ def check_nodes(config: RunConfig, nodes: Nodes, where: str) -> bool:
         ] or [f"{where} has enough in all, but no node with room left for {amounts(left)}: take larger nodes"]
         cpu_only = ", or set engines.device=cpu" if on_gpu else ""
         raise UserError(
-            f"{short[-1]}, or lower engines.count, collect.players, engines.tensor_parallel or consolidate.workers"
-            f"{cpu_only}; demand: {', '.join(map(str, wanted))}; supply: {placement(wanted, nodes)}"
+            f"{'; '.join(short)}, or lower engines.count, collect.players, engines.tensor_parallel or "
+            f"consolidate.workers{cpu_only}; demand: {', '.join(map(str, wanted))}; supply: {placement(wanted, nodes)}"
         )
     return on_gpu
 

@@ -126,6 +126,8 @@ def _reason(error: BaseException) -> str:
     """The first rank's own error; the others mostly say that they lost it."""
     if isinstance(ours := getattr(error, "controller_failure", None), RunFailed):
         return str(ours)
-    failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {0: error}
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    if not failures:
+        return one_line(error, 0)
     rank, cause = min(failures.items(), key=lambda item: ("HealthCheck" in type(item[1]).__name__, item[0]))
     return f"rank {rank}: {one_line(cause, 0)}"

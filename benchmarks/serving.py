@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 import oel_ray.resources  # sets what Ray reads when it is imported
 
 import ray  # isort: skip
@@ -78,6 +80,8 @@ class PlainEngine:
     def __init__(self, index: int, config: EnginesConfig, policy: str, *, on_gpu: bool) -> None:
         if not on_gpu:
             prepare_cpu(index, config)
+            # It computes in this process, where torch has been loaded before its environment was set.
+            torch.set_num_threads(config.cpu_threads)
         from vllm import LLM
 
         self._llm: Any = LLM(**engine_args(config, policy, on_gpu=on_gpu))

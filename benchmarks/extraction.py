@@ -1,12 +1,14 @@
 """`python -m benchmarks.extraction`: wall time of K accumulations one after the other / ours, all at once.
 
-Both ways have the same engine, one worker (its start included) and the same games, which are played first, and write
-the same knowledge texts: float32 and the same seeds, which is checked. What is gained depends on how much slower an
-engine gets with the size of its batch; so the responses are also said again, with their lengths, by a simulated engine
-that hardly gets slower (`simulated`). The last line is one JSON object. The process is the driver of a Ray of its own.
+Both ways have the same engine, one worker (with its start, `start_s`) and the same games, which are played first, and
+write the same knowledge texts: float32 and the same seeds, which is checked. What is gained depends on how much slower
+an engine gets with the size of its batch; so the responses are also said again, with their lengths, by a simulated
+engine that hardly gets slower (`simulated`). The last line is one JSON object. The process is the driver of a Ray of
+its own.
 """
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,14 +38,26 @@ SMALL = [*SIZE, "extract.seeds=3", "collect.extraction_games=2"]
 def one_after_the_other(
     trajectories: Sequence[Trajectory], served: serving.Serving, config: RunConfig
 ) -> list[KnowledgeText]:
-    actor = ray.remote(ExtractionWorker).options(num_cpus=1)
-    worker = actor.remote(served.policy, served.pool.client, config)
+    worker = _worker(served)
     try:
         shared = ray.put(list(trajectories))
         seeds = range(config.extract.seeds)
         return [ray.get(worker.accumulate.remote(shared, seed, serving.ROUND)) for seed in seeds]
     finally:
         ray.kill(worker)
+
+
+def _worker(served: serving.Serving) -> Any:
+    return ray.remote(ExtractionWorker).options(num_cpus=1).remote(served.policy, served.pool.client, served.config)
+
+
+def start_s(served: serving.Serving) -> float:
+    """Seconds until a worker answers, which both ways have once."""
+    started = time.perf_counter()
+    worker = _worker(served)
+    ray.get(worker.progress.remote())
+    ray.kill(worker)
+    return time.perf_counter() - started
 
 
 def measure(config: RunConfig, runs: int) -> dict[str, Any]:
@@ -53,6 +67,7 @@ def measure(config: RunConfig, runs: int) -> dict[str, Any]:
         with players(config, served.policy, served.pool.client) as gamers:
             trajectories = [trajectory for trajectory, _ in gamers.play(games, lambda _: None)]
         pairs, texts = _pairs(trajectories, served, runs)
+        start = start_s(served)
     simulation = Simulation(tuple(_replies(texts, config)))
     with serving.serving(config, engine=simulated(simulation)) as pretended:
         quick, _ = _pairs(trajectories, pretended, runs)
@@ -63,6 +78,7 @@ def measure(config: RunConfig, runs: int) -> dict[str, Any]:
         harness.machine(served.device),
         unit="s",
         **pairs.medians("one_after_the_other", "ours"),
+        start_s=round(start, 3),
         accumulations=len(texts),
         trajectories=len(trajectories),
         response_tokens=sum(step.response_tokens for text in texts for step in text.steps),

@@ -113,8 +113,9 @@ def test_value_and_gradient_equal_a_dense_float64_reference(
     inputs = random_inputs(tokens, vocabulary, width, scale * temperature, seed)
     weights_T = random_weights(tokens, seed)
     reference = dense(inputs, weights_T, temperature, **soft_caps, **objective)
-    # a logit of 50 is itself rounded by 2e-6, and a soft cap multiplies that
-    tolerance = 2e-5 if soft_caps else 1e-5
+    # A logit of 50 is itself rounded by 2e-6, which heads and soft caps multiply: one in a thousand draws is above 1e-5
+    # then (of float32 on whole logits, one in twenty-five, up to 8e-5).
+    tolerance = 2e-5 if soft_caps or scale == 50.0 else 1e-5
     assert_equal(ours(inputs, weights_T, temperature, chunk, **soft_caps, **objective), reference, tolerance)
 
 

@@ -68,7 +68,7 @@ def test_a_slow_environment_is_looked_at_for_less_long(monkeypatch: pytest.Monke
 
 def test_a_description() -> None:
     text = printed(description(LAKE))
-    for part in ("FrozenLake-v0, from TextArena", "num_holes", "You are P on the board", "|  P  |", "with 5 turns"):
+    for part in ("FrozenLake-v0, from TextArena", "num_holes", "You are P on the board", "|  P  |", "with 10 turns"):
         assert part in text
     assert "100.0% won on" in text and "among 64 seeds" in text
     assert max(map(len, text.splitlines())) <= 80

@@ -85,7 +85,7 @@ def test_the_official_seeds() -> None:
 
 @pytest.mark.parametrize("split", ["by_map", "paper"])
 def test_only_maps_of_a_certain_length(split: str) -> None:
-    env = changed(ROOM, split=split, min_solution=4)
+    env = changed(ROOM, split=split, min_solution=4, max_turns=5)
     every = changed(ROOM, split=split)
     held_out = held_out_episodes(env, 3, 8)
     hashes = {episode.map_hash for episode in held_out}

@@ -131,12 +131,12 @@ def test_every_game_is_played_once_whatever_goes_wrong(
     played = gamers.play(games, reports.append)
     assert ids(played) == [f"g{n}" for n in range(20)]
     assert reports == sorted(reports) and reports[-1] == 20
-    assert gamers.take_failures() == {
-        "an environment hung": 1,
-        "an environment raised ValueError": 2,
-        "an environment raised SystemExit": 1,
-        "a player died": 1,
-    }
+    failures = gamers.take_failures()
+    # What raised in a player just before that was killed may not have been told, and the game is played again all the
+    # same.
+    assert failures.pop("an environment raised ValueError") in (1, 2)
+    assert failures.pop("an environment raised SystemExit", 1) == 1
+    assert failures == {"an environment hung": 1, "a player died": 1}
     stacks = {file.stem: file.read_text() for file in tmp_path.glob("hang/*/*.txt")}
     assert {"player-0", "player-1"} <= stacks.keys()
     assert ["shaky_games.py" in text and "in _fail" in text for text in stacks.values()].count(True) == 1

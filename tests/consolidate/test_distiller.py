@@ -112,7 +112,8 @@ def test_packed_samples_have_the_loss_and_gradients_of_padded_ones(
     assert all(kl_packed[name] == pytest.approx(kl[name], rel=1e-4, abs=1e-5) for name in kl)
     for name, parameter in distiller.named_parameters():
         assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5), name
+        apart, largest = (parameter.grad - gradients[name]).abs().max(), gradients[name].abs().max()
+        assert apart < 1e-5 * largest.clamp_min(1.0), name
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

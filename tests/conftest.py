@@ -1,16 +1,20 @@
 """Makes `tests` and this `oel_ray` importable in every process that a test starts, a Ray worker too.
 
-Marks the tests that docs/faults.md names: `pytest -m faults` runs them.
+Marks the tests that docs/faults.md names: `pytest -m faults` runs them. Property tests draw the same examples every
+time, so that a change fails by itself and not by chance; `make fuzz` draws new ones.
 """
 
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.named_tests import named_tests
 
 _ROOT = Path(__file__).parents[1]
+settings.register_profile("same", derandomize="OEL_RAY_FUZZ" not in os.environ)
+settings.load_profile("same")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 

@@ -250,6 +250,11 @@ def test_a_torn_line(run: Path) -> None:
     assert any("evaluation.jsonl:8: is not a EvaluationGame: Invalid JSON" in finding for finding in findings(run))
 
 
+def test_a_gate_that_names_no_round(run: Path) -> None:
+    edit_json(RunFolder(run).files(1).evaluation, lambda x: x.update(gate=GATE | {"deployed": "none"}))
+    assert any("evaluation.json: is not an Evaluation: gate.deployed" in finding for finding in findings(run))
+
+
 def test_a_stage_that_is_missing_from_a_finished_run(run: Path) -> None:
     edit_json(RunFolder(run).files(2).manifest, lambda manifest: manifest["stages"].pop("consolidate"))
     assert findings(run) == ["rounds/002/MANIFEST.json: lacks stage consolidate, although the run says finished"]

@@ -36,7 +36,8 @@ class Journal(Generic[AnyRecord]):
                 self.damaged.append(BadLine(line=number, reason=first_problem(error), text=text))
         if self.damaged:
             bad.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(bad, b"".join(line.to_json() + b"\n" for line in self.damaged))
+            before = bad.read_bytes() if bad.exists() else b""  # of an earlier reading
+            write_atomically(bad, before + b"".join(line.to_json() + b"\n" for line in self.damaged))
         if self.damaged or lines[-1]:  # the last line may lack no more than its end
             self.cut(len(self.records))
 

@@ -57,6 +57,16 @@ def test_lines_that_are_no_record_are_put_aside_with_number_and_reason(tmp_path:
     assert not journal(tmp_path).damaged
 
 
+def test_what_was_put_aside_stays_when_the_file_is_damaged_again(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(b"first\n" + STEPS[0].to_json() + b"\n")
+    mended = journal(tmp_path)
+    path.write_bytes(path.read_bytes() + b"second")
+    assert mended.read_again().records == STEPS[:1]
+    rows = map(json.loads, (tmp_path / "quarantine/steps.jsonl").read_text().splitlines())
+    assert [row["text"] for row in rows] == ["first", "second"]
+
+
 def test_a_full_disk_is_named_and_the_rest_goes_on_after_it(tmp_path: Path) -> None:
     writer = journal(tmp_path)
     writer.append(STEPS[0])

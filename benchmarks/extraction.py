@@ -35,13 +35,11 @@ SIZE = [
 SMALL = [*SIZE, "extract.seeds=3", "collect.extraction_games=2"]
 
 
-def one_after_the_other(
-    trajectories: Sequence[Trajectory], served: serving.Serving, config: RunConfig
-) -> list[KnowledgeText]:
+def one_after_the_other(trajectories: Sequence[Trajectory], served: serving.Serving) -> list[KnowledgeText]:
     worker = _worker(served)
     try:
         shared = ray.put(list(trajectories))
-        seeds = range(config.extract.seeds)
+        seeds = range(served.config.extract.seeds)
         return [ray.get(worker.accumulate.remote(shared, seed, serving.ROUND)) for seed in seeds]
     finally:
         ray.kill(worker)
@@ -98,7 +96,7 @@ def _pairs(
 
     def in_turn() -> float:
         served.fresh()
-        return harness.seconds(lambda: written.append(one_after_the_other(trajectories, served, config)), "cpu")
+        return harness.seconds(lambda: written.append(one_after_the_other(trajectories, served)), "cpu")
 
     def ours() -> float:
         served.fresh()

@@ -217,7 +217,7 @@ class RunFolder:
         """Whether the rounds that the next stage may read are as they were committed."""
         left = unfinished(self.config, self.committed)
         number = left[0][0] if left else self.config.rounds
-        for source in (number, max(number - 1, 0)):
+        for source in sorted({number, max(number - 1, 0)}, reverse=True):
             for path, what in self.changed_files(source):
                 rollback = f", or take the round back with 'oel rollback {self.path} --to-round {source - 1}'"
                 raise UserError(f"{path} {what}: put back what was there{rollback * (source > 0)}")

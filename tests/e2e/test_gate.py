@@ -14,8 +14,8 @@ SETTINGS = [
     "consolidate.steps=2",
     "consolidate.games_per_step=4",
     "consolidate.learning_rate=0.05",
-    "evaluate.maps=16",
-    "evaluate.seeds=2",
+    "evaluate.maps=64",
+    "evaluate.seeds=1",
     "evaluate.in_context=false",
     "engines.count=1",
     "gate.enabled=true",
@@ -28,6 +28,8 @@ def test_a_policy_that_training_spoils_is_not_deployed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ended = oel("run", "quickstart", *SETTINGS, "--run-dir", str(folder))
     assert ended.returncode == 0, ended.stderr
+    before = json.loads((folder / "rounds/000/evaluation.json").read_text())
+    assert before["pass_rate"] > 0, "nothing to be spoiled"
     assert "round 1: the policy of round 0 stays: the new one's pass rate differs by -" in ended.stderr
     gates = [json.loads((folder / f"rounds/00{number}/evaluation.json").read_text())["gate"] for number in (1, 2)]
     assert [(gate["old"], gate["deployed"]) for gate in gates] == [(0, 0), (0, 0)]

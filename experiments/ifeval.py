@@ -18,19 +18,25 @@ from oel_ray.errors import UserError
 TASK, METRIC = "ifeval", "prompt_level_strict_acc"
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
 SEED = 42
+MEMORY = {"cuda": 0.9, "cpu": 0.2}
+"""Share of the device's memory that vLLM takes. On a CPU that is the machine's, which others use as well."""
 
 
-def arguments(folder: Path, backend: str, task: str, seed: int) -> dict[str, Any]:
+def arguments(folder: Path, backend: str, device: str, task: str, seed: int) -> dict[str, Any]:
     """How the harness is called, as the paper's authors do: sampled, with the chat template, without thinking.
 
-    All prompts at once: by itself it gives an engine one after the other.
+    To vLLM all prompts at once: by itself the harness gives an engine one after the other. transformers gets a few at a
+    time, since the harness would look for the largest batch with ones of hundreds, minutes each on a CPU.
     """
+    model: dict[str, Any] = {"pretrained": str(folder), "enable_thinking": False}
+    if backend == "vllm":
+        model |= {"seed": seed, "gpu_memory_utilization": MEMORY[device]}
     return {
         "model": backend,
-        "model_args": {"pretrained": str(folder), "enable_thinking": False}
-        | ({"seed": seed} if backend == "vllm" else {}),
+        "model_args": model,
+        "device": device,
         "tasks": [task],
-        "batch_size": "auto",
+        "batch_size": "auto" if backend == "vllm" else 16,
         "apply_chat_template": True,
         "gen_kwargs": SAMPLING,
         "random_seed": seed,
@@ -75,8 +81,8 @@ def measure(folder: Path, backend: str, task: str, tasks_in: Path | None, seed: 
 
     manager = TaskManager(include_path=str(tasks_in) if tasks_in else None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    called = arguments(folder, backend, task, seed) | {"device": device, "task_manager": manager}
-    return measured(lm_eval.simple_evaluate(**called), task)
+    called = arguments(folder, backend, device, task, seed)
+    return measured(lm_eval.simple_evaluate(**called, task_manager=manager), task)
 
 
 def main() -> None:

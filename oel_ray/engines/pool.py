@@ -271,12 +271,16 @@ class EnginePool(Named):
 
 
 class PoolClient:
-    """`Generate` through the pool. Small and picklable: holds only the pool's handle."""
+    """`Generate` through the pool. Small and picklable: holds only the pool's handle, and is sent as its name."""
 
     def __init__(self, pool: Any, config: EnginesConfig) -> None:
-        self._pool = pool
+        self._pool, self._config = pool, config
         self._deadline_s = config.generate_deadline_s
         self._lease_deadline_s = _healing_s(config)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name: every run would print Ray's warning of handles in the arguments of actors that may be restarted.
+        return _named_pool_client, (self._config,)
 
     async def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, key: str) -> Generation:
         """One response. The request of an engine that died or missed the deadline goes to another one.
@@ -323,6 +327,10 @@ class PoolClient:
         except (*DIED, EngineUnavailable, TimeoutError) as error:
             raise _EngineFailed from error
         return generation
+
+
+def _named_pool_client(config: EnginesConfig) -> PoolClient:
+    return PoolClient(ray.get_actor(POOL_NAME), config)
 
 
 class _EngineFailed(Exception):

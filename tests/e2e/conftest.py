@@ -21,6 +21,7 @@ def timed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     finished = oel("run", "exact", f"model={model}", *SMALL, "--run-dir", str(folder))
     assert finished.returncode == 0, finished.stderr
     assert "reverse KL" in finished.stdout
+    assert "max_restarts" not in finished.stderr, "Ray warns of what it cannot restart"
     return folder, time.monotonic() - began
 
 

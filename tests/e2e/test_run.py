@@ -181,9 +181,12 @@ def stages(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def left_over(before: set[int]) -> list[psutil.Process]:
-    """Processes of a run that are still there half a minute after it. Ray's agents end a moment after the driver."""
+    """Processes of a run that are still there two minutes after it.
+
+    Ray's agents end a moment after the driver; those that were just starting look for its server for a minute first.
+    """
     ours = [process for process in psutil.process_iter() if process.pid not in before and is_ours(process)]
-    left: list[psutil.Process] = psutil.wait_procs(ours, timeout=30)[1]
+    left: list[psutil.Process] = psutil.wait_procs(ours, timeout=120)[1]
     return left
 
 

@@ -5,11 +5,13 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
 
+from oel_ray.faults import POINTS_FILE
 from tests.e2e.test_run import MARK, SMALL, left_over, oel, stages, texts
 
 KILLS = int(os.environ.get("OEL_RAY_KILLS", "3"))
@@ -31,7 +33,8 @@ def run_until_it_ends(folder: Path, model: Path, moments: random.Random, most: i
         start = ["--resume"] if (folder / "run.json").exists() else settings
         command = [sys.executable, "-m", "oel_ray", "run", *start, "--run-dir", str(folder)]
         with Path(f"{folder}.log").open("ab") as log:
-            driver = subprocess.Popen(command, env={**os.environ, MARK: str(os.getpid())}, stdout=log, stderr=log)
+            environment = {**os.environ, MARK: str(os.getpid()), POINTS_FILE: f"{folder}.points"}
+            driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             code = driver.wait(moments.uniform(0, seconds) if kills < most else 400)
         except subprocess.TimeoutExpired:
@@ -46,6 +49,20 @@ def run_until_it_ends(folder: Path, model: Path, moments: random.Random, most: i
         committed = set(stages(folder))
 
 
+def assert_no_more_is_done_twice_than_was_in_hand(points: list[str], kills: int) -> None:
+    """Nothing that had ended: what a kill costs is a game for each seat, a step of each chain, and an optimizer step.
+
+    The driver counts games and steps of chains as they end, rank 0 optimizer steps as they begin.
+    """
+    ended = Counter(point for point in points if point.endswith("-done") and ":consolidate:" not in point)
+    assert {point.split(":")[1] for point in ended} == {"evaluate", "collect", "extract", "evaluate_in_context"}
+    for point, times in ended.items():
+        assert times <= (2 if ":extract:" in point else 1), f"{point} {times} times"  # two chains
+    begun = Counter(found[0] for point in points if (found := re.match(r"\d:consolidate:\d+:rank-0", point)))
+    assert len(begun) == 2
+    assert sum(begun.values()) - len(begun) <= kills, begun  # a checkpoint for every step
+
+
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kills", [KILLS, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
@@ -57,7 +74,9 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
     moments, fired, runs = random.Random(SEED), 0, 0
     while fired < kills:
         folder = tmp_path / f"run-{runs}"
-        fired, runs = fired + run_until_it_ends(folder, model, moments, kills - fired, seconds), runs + 1
+        now = run_until_it_ends(folder, model, moments, kills - fired, seconds)
+        fired, runs = fired + now, runs + 1
+        assert_no_more_is_done_twice_than_was_in_hand(Path(f"{folder}.points").read_text().splitlines(), now)
         assert outcome(folder) == outcome(undisturbed)
         counts = [{name: entry["counts"] for name, entry in stages(run).items()} for run in (folder, undisturbed)]
         assert counts[0] == counts[1]

@@ -275,8 +275,6 @@ class PoolClient:
 
     def __init__(self, pool: Any, config: EnginesConfig) -> None:
         self._pool, self._config = pool, config
-        self._deadline_s = config.generate_deadline_s
-        self._lease_deadline_s = _healing_s(config)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By name: every run would print Ray's warning of handles in the arguments of actors that may be restarted.
@@ -310,16 +308,17 @@ class PoolClient:
 
     async def _lease(self, lease: str, key: str, tokens: int) -> Any:
         try:
-            return await asyncio.wait_for(self._pool.lease.remote(lease, key, tokens), self._lease_deadline_s)
+            return await asyncio.wait_for(self._pool.lease.remote(lease, key, tokens), _healing_s(self._config))
         except RayTaskError as error:
             raise _plain(error) from None
         except (*DIED, TimeoutError):
             raise EngineUnavailable("the engine pool does not answer") from None
 
     async def _generate(self, engine: Any, prompt_ids: Sequence[int], sampling: Sampling, seed: int) -> Generation:
-        call = engine.generate.remote(list(prompt_ids), sampling, seed, self._deadline_s)
+        deadline_s = self._config.generate_deadline_s
+        call = engine.generate.remote(list(prompt_ids), sampling, seed, deadline_s)
         try:
-            generation: Generation = await asyncio.wait_for(call, self._deadline_s + _CONTROL_DEADLINE_S)
+            generation: Generation = await asyncio.wait_for(call, deadline_s + _CONTROL_DEADLINE_S)
         except asyncio.CancelledError:
             ray.cancel(call)
             raise

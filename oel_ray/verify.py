@@ -360,9 +360,8 @@ class _Check:
 
     def _deployed(self, number: int) -> str:
         """The weight version of the policy that a round starts with."""
-        with contextlib.suppress(
-            OSError, UserError, ValueError, KeyError
-        ):  # what is damaged is reported where it is checked
+        # What is damaged is reported where it is checked.
+        with contextlib.suppress(OSError, UserError, ValueError, KeyError):
             return f"r{self.folder.deployed(number):03d}"
         return f"r{number - 1:03d}"
 

@@ -43,7 +43,8 @@ def own_size(start: Start) -> str:
         if preset == start.preset:
             return size
     raise UserError(
-        f"no other sizes of {start.preset}'s model are known: take quickstart, {', '.join(PRESETS.values())}"
+        f"no other sizes of {start.preset}'s model are known: "
+        f"take experiments/micro.yaml, {', '.join(PRESETS.values())}"
     )
 
 

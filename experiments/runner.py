@@ -28,7 +28,7 @@ from oel_ray.schedule import Committed, is_done, unfinished
 
 OEL = (sys.executable, "-m", "oel_ray")
 RESULTS = Path("experiments/results")
-SECONDS = {"command": 30.0, "round": 20.0, "step": 2.0, "game": 0.08, "extraction": 0.1, "measure": 100.0}
+SECONDS = {"command": 30.0, "round": 20.0, "step": 4.0, "game": 0.08, "extraction": 0.1, "measure": 100.0}
 """About what the micro model takes on two cores that do nothing else, for the estimate of `--plan` alone."""
 
 _STAGE_OF: dict[Imported, str] = dict(IMPORT_OF) | {"knowledge": IMPORT_KNOWLEDGE}
@@ -353,7 +353,7 @@ def _arguments(experiment: Experiment) -> argparse.ArgumentParser:
         description=f"{experiment.title}. {experiment.question}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--preset", default="quickstart", help="a preset or a YAML file")
+    parser.add_argument("--preset", default="experiments/micro.yaml", help="a preset or a YAML file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a repetition each")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these; else all")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all arms")

@@ -20,7 +20,8 @@ from oel_ray.records import Trajectory, read_jsonl
 from oel_ray.runs import RunFolder
 from tests import example_run
 
-START = Start("quickstart")
+MICRO = "experiments/micro.yaml"
+START = Start(MICRO)
 QWEN = [f"frozenlake-qwen3-{size}" for size in ("1.7b", "4b")]
 RUN = Path("runs/x")
 
@@ -46,7 +47,7 @@ def following(it: Recipe, *stages: str) -> list[str]:
     return runner.next_command(it, 7, RUN, committed, files) or []
 
 
-@pytest.mark.parametrize("preset", ["quickstart", *QWEN])
+@pytest.mark.parametrize("preset", [MICRO, "quickstart", *QWEN])
 def test_every_arm_is_a_configuration_and_each_name_stands_for_one_recipe(preset: str) -> None:
     known: dict[str, Recipe] = {}
     for experiment in EXPERIMENTS:
@@ -68,7 +69,7 @@ def test_an_arm_differs_from_the_reference_in_what_it_is_about() -> None:
     assert off.consolidate.model_copy(update=same) == on.consolidate
     raw, extracted = recipe("raw", "knowledge_vs_raw").config, recipe("extracted", "knowledge_vs_raw").config
     assert (raw.extract.format, extracted.extract.format) == ("raw", "structured")
-    assert raw.consolidate.model_copy(update={"keep_steps": (2, 4)}) == extracted.consolidate
+    assert raw.consolidate.model_copy(update={"keep_steps": (6, 13)}) == extracted.consolidate
 
 
 def test_an_arm_shares_the_first_round_with_the_reference_as_far_as_they_are_alike() -> None:
@@ -92,7 +93,7 @@ def test_the_micro_model_has_room_for_raw_games() -> None:
 def test_a_run_is_started_gone_on_with_and_left_alone() -> None:
     base = recipes.base(START)
     started = runner.next_command(base, 7, RUN, None, files)
-    assert started == ["run", "quickstart", *base.overrides, "seed=7", "--run-dir", str(RUN)]
+    assert started == ["run", MICRO, *base.overrides, "seed=7", "--run-dir", str(RUN)]
     assert following(base, "collect") == ["run", "--resume", "--run-dir", str(RUN)]
     committed = {number: planned_stages(base.config, number) for number in range(4)}
     assert runner.next_command(base, 7, RUN, committed, files) is None
@@ -100,7 +101,7 @@ def test_a_run_is_started_gone_on_with_and_left_alone() -> None:
 
 def test_what_is_imported_comes_before_the_rest_and_after_a_kill_only_what_is_missing() -> None:
     raw = recipe("raw", "knowledge_vs_raw")
-    new = [*raw.overrides, "seed=7", "--config", "quickstart"]
+    new = [*raw.overrides, "seed=7", "--config", MICRO]
     read, practised = ("--trajectories", "base/1/extraction.jsonl"), ("--trajectories", "base/1/consolidation.jsonl")
     where = [str(RUN), "--round", "1"]
     assert runner.next_command(raw, 7, RUN, None, files) == ["extract", str(RUN), *new, "--round", "1", *read]
@@ -118,8 +119,8 @@ def test_what_is_imported_comes_before_the_rest_and_after_a_kill_only_what_is_mi
 
 def test_the_work_of_a_run_is_what_its_configuration_says() -> None:
     work = runner.work_of_run(recipes.base(START))
-    learned_on, evaluated = 3 * (24 + 6 * 8), 128 * 3 * (4 + 3 * 4)
-    assert (work.games, work.extractions, work.steps) == (learned_on + evaluated, 3 * 3 * 24, 18)
+    learned_on, evaluated = 3 * (24 + 20 * 8), 128 * 3 * (4 + 3 * 4)
+    assert (work.games, work.extractions, work.steps) == (learned_on + evaluated, 3 * 3 * 24, 60)
     imported = runner.work_of_run(recipe("later", "own_vs_other"))
     assert (imported.games, imported.extractions, imported.commands) == (128 * 3 * 3, 0, 2)
 
@@ -147,7 +148,8 @@ def test_what_was_measured_is_read_with_where_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "name"), [("quickstart", "quickstart"), (QWEN[0], QWEN[0]), ("my/own-1.7b.yaml", "own-1.7b")]
+    ("preset", "name"),
+    [("quickstart", "quickstart"), (MICRO, "micro"), (QWEN[0], QWEN[0]), ("my/own-1.7b.yaml", "own-1.7b")],
 )
 def test_folders_and_files_are_called_after_the_whole_preset(preset: str, name: str) -> None:
     assert Start(preset).name == name
@@ -275,7 +277,7 @@ def test_what_would_be_missed_behind_the_first_runs_is_missed_at_once(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "run_child", lambda command: pytest.fail(f"started {command}"))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert runner.main(own_vs_other.EXPERIMENT, []) == 2
+    assert runner.main(own_vs_other.EXPERIMENT, ["--preset", "quickstart"]) == 2
     assert "no model ./build/micro-large: experiments/README.md says how" in capsys.readouterr().err
     assert runner.main(on_vs_off_policy.EXPERIMENT, ["--preset", QWEN[0]]) == 2
     assert "IF-Eval needs lm-evaluation-harness" in capsys.readouterr().err
@@ -288,14 +290,14 @@ def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
     with RunFolder.create(runs.folder(arm.recipe, 0), arm.recipe.config) as run:
         example_run.run_stages(run)
     first, *_, half, _ = runner.plan(rounds.EXPERIMENT, [arm], seeds, START, runs)
-    assert first.startswith("base, seeds 1: oel run quickstart")
-    assert (whole.split()[2], half.split()[2]) == ("12720", "6360")
+    assert first.startswith("base, seeds 1: oel run experiments/micro.yaml")
+    assert (whole.split()[2], half.split()[2]) == ("13392", "6696")
 
 
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["--plan", "--seeds", "5"], 0, "oel run quickstart rounds=3"),
+        (["--plan", "--seeds", "5"], 0, "oel run experiments/micro.yaml rounds=3"),
         (["--arms", "nobody"], 2, "no arm nobody: rounds has oel"),
         (["--plan", "--set", "extract.sedes=1"], 2, "did you mean 'extract.seeds'?"),
     ],

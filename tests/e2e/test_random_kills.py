@@ -15,8 +15,8 @@ from oel_ray.faults import POINTS_FILE
 from tests.e2e.test_run import MARK, SMALL, left_over, oel, stages, texts
 
 KILLS = int(os.environ.get("OEL_RAY_KILLS", "3"))
+KILLS_OF_A_RUN = 3
 SEED = 166
-"""Its first moments are at work of different kinds, and early ones, so that CI is quick."""
 
 
 def outcome(folder: Path) -> dict[str, bytes]:
@@ -25,23 +25,28 @@ def outcome(folder: Path) -> dict[str, bytes]:
     return {name: re.sub(rb'("r\d+\.s\d+)\.a\d+"', rb'\1"', content) for name, content in files.items()}
 
 
-def run_until_it_ends(folder: Path, model: Path, moments: random.Random, most: int, seconds: float) -> int:
-    """A run that is killed up to `most` times, each time within `seconds`; returns how often."""
+def run_until_it_ends(folder: Path, model: Path, moments: random.Random, most: int, start: float, work: float) -> int:
+    """A run that is killed up to `most` times, each time within the seconds it still wants; returns how often.
+
+    Undisturbed it wants `start` seconds, which every attempt wants again, and `work` seconds.
+    """
     settings = ["exact", f"model={model}", *SMALL, "consolidate.checkpoint_every=1"]
     kills, committed = 0, set[str]()
     while True:
-        start = ["--resume"] if (folder / "run.json").exists() else settings
-        command = [sys.executable, "-m", "oel_ray", "run", *start, "--run-dir", str(folder)]
+        of_what = ["--resume"] if (folder / "run.json").exists() else settings
+        command = [sys.executable, "-m", "oel_ray", "run", *of_what, "--run-dir", str(folder)]
+        moment = moments.uniform(0, start + work)
         with Path(f"{folder}.log").open("ab") as log:
             environment = {**os.environ, MARK: str(os.getpid()), POINTS_FILE: f"{folder}.points"}
             driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            code = driver.wait(moments.uniform(0, seconds) if kills < most else 400)
+            code = driver.wait(moment if kills < most else 400)
         except subprocess.TimeoutExpired:
             driver.kill()
             driver.wait()
             assert kills < most, f"a run that nobody disturbs does not end: {folder}.log"
             kills += 1
+            work -= max(0, moment - start)
         else:
             assert code == 0, Path(f"{folder}.log").read_text()
             return kills
@@ -70,11 +75,13 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
 ) -> None:
     """As many runs as it takes. Bytes are equal as the preset is `exact`; ids and counts would be in any case."""
     undisturbed, seconds = timed
+    work = sum(entry["wall_s"] for entry in stages(undisturbed).values())
     before = {process.pid for process in psutil.process_iter()}
     moments, fired, runs = random.Random(SEED), 0, 0
     while fired < kills:
         folder = tmp_path / f"run-{runs}"
-        now = run_until_it_ends(folder, model, moments, kills - fired, seconds)
+        most = min(kills - fired, KILLS_OF_A_RUN)
+        now = run_until_it_ends(folder, model, moments, most, seconds - work, work)
         fired, runs = fired + now, runs + 1
         assert_no_more_is_done_twice_than_was_in_hand(Path(f"{folder}.points").read_text().splitlines(), now)
         assert outcome(folder) == outcome(undisturbed)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -175,7 +176,7 @@ def test_stages_by_hand_on_files_of_another_run_give_what_it_gave(
     assert oel("verify", str(folder), "--replay").returncode == 0
 
 
-def stages(folder: Path) -> dict[str, dict[str, object]]:
+def stages(folder: Path) -> dict[str, dict[str, Any]]:
     manifests = [json.loads(path.read_text()) for path in sorted(folder.glob("rounds/*/MANIFEST.json"))]
     return {f"{m['round']}:{name}": entry for m in manifests for name, entry in m["stages"].items()}
 

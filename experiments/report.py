@@ -218,7 +218,7 @@ def _description(key: Key) -> str:
     if key.round == 0:
         where = "untouched model"
     elif key.condition == "in_context":
-        read = "" if key.step is None else f" of {key.step} games"
+        read = "" if key.step is None else f" of {key.step} game{'s' * (key.step > 1)}"
         where = f"round {key.round}, knowledge{read} in the prompt"
     else:
         where = f"round {key.round}" + ("" if key.step is None else f", after {key.step} steps")

@@ -198,8 +198,9 @@ def _decided(experiment: Experiment, group: Group) -> Iterator[str]:
                 continue
         scale = 1 if claim.in_tokens else 100
         unit = "tokens" if claim.in_tokens else "points"
-        size = f"{_written(numbers, scale, len(seeds), signed=True)} {unit}" if numbers else "not measured"
-        yield f"| {claim.text} | **{verdict(numbers, claim.within)}** | {size} |\n"
+        size = f"{_written(numbers, scale, len(seeds), signed=True)} {unit}" if numbers else ABSENT
+        decision = verdict(numbers, claim.within) if numbers else "not measured"
+        yield f"| {claim.text} | **{decision}** | {size} |\n"
 
 
 def _untried(experiment: Experiment) -> Iterator[str]:

@@ -94,7 +94,7 @@ def test_rates_stand_beside_those_of_a_random_and_a_perfect_player() -> None:
 def test_what_was_not_measured_is_said_to_be_missing() -> None:
     partial = result("knowledge_vs_raw", "raw", 0, [point("policy", 0, None, 0.1), point("in_context", 1, None, 0.1)])
     text = page(partial)
-    assert "**cannot be told apart** | not measured |" in row(text, "Extracted knowledge in the prompt")
+    assert "| **not measured** | - |" in row(text, "Extracted knowledge in the prompt")
 
 
 def test_figures_are_the_same_bytes_for_the_same_results_and_show_what_they_are_for() -> None:

@@ -28,7 +28,7 @@ from oel_ray.schedule import Committed, is_done, unfinished
 
 OEL = (sys.executable, "-m", "oel_ray")
 RESULTS = Path("experiments/results")
-SECONDS = {"command": 30.0, "round": 20.0, "step": 4.0, "game": 0.08, "extraction": 0.1, "measure": 100.0}
+SECONDS = {"command": 30.0, "round": 20.0, "step": 5.0, "game": 0.1, "extraction": 0.1, "measure": 60.0}
 """About what the micro model takes on two cores that do nothing else, for the estimate of `--plan` alone."""
 
 _STAGE_OF: dict[Imported, str] = dict(IMPORT_OF) | {"knowledge": IMPORT_KNOWLEDGE}

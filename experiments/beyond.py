@@ -30,20 +30,18 @@ def arms(start: Start) -> list[Arm]:
         changed("L_max-double", f"extract.max_tokens={2 * room}", *recipes.GAMES),
         changed("top-256", "consolidate.divergence=top_k", *recipes.TEXTS),
         changed("stale-1", "consolidate.max_staleness=1", *recipes.TEXTS),
+        changed("live-teacher", "consolidate.live_teacher=true", *recipes.TEXTS),
     ]
 
 
 EXPERIMENT = Experiment(
     name="beyond",
-    title="Beyond the paper: K, n, L_max, the divergence, staleness",
+    title="Beyond the paper: K, n, L_max, the divergence, staleness, the teacher",
     question="Which of the numbers that the paper fixes does the outcome depend on?",
     arms=arms,
     reference=BASE,
     claims=(),
-    notes=(
-        "The paper claims nothing of these, so there are differences from the base and no verdicts. A teacher that "
-        "learns along with the student is no arm: there is no setting for one."
-    ),
+    notes="The paper claims nothing of these, so there are differences from the base and no verdicts.",
 )
 
 if __name__ == "__main__":

@@ -210,9 +210,9 @@ def _untried(experiment: Experiment) -> Iterator[str]:
 
 
 def _keys(by_seed: dict[int, ArmResult]) -> list[Key]:
-    """What was measured with any seed, in the order of the run."""
+    """What was measured with any seed, round by round: with knowledge in the prompt as it grew, then without."""
     place = {point.key: point.place for it in by_seed.values() for point in it.points}
-    return sorted(place, key=lambda key: (key.condition == OUTSIDE, place[key]))
+    return sorted(place, key=lambda key: (key.condition == OUTSIDE, key.round, key.condition == "policy", place[key]))
 
 
 def _description(key: Key) -> str:

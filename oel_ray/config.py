@@ -143,6 +143,9 @@ class ConsolidateConfig(Section):
     """With 1 the next step's responses are written while this one trains, by the weights before it."""
     teacher: str | None = None
     """A model, named as `model` is, to distil from in place of the round's first policy; of the same tokenizer."""
+    live_teacher: bool = False
+    """Give the teacher the student's weights before each step, where it would keep those that the round began with (the
+    paper). It then reads the knowledge texts anew in each step."""
     lora: LoraConfig | None = None
     """Train adapters beside frozen weights, and merge them into all weights that leave the trainer; null trains the
     weights themselves. `{}` takes the defaults. Adapters want a learning rate ten times as large or more."""
@@ -215,6 +218,10 @@ class ConsolidateConfig(Section):
             raise ValueError(
                 "zero_stage=3 would partition the frozen weights, which the student of consolidate.lora shares with "
                 "its teacher and every rank needs whole: set consolidate.zero_stage=2"
+            )
+        if self.live_teacher and (self.teacher or self.lora):
+            raise ValueError(
+                "live_teacher=true goes with neither another teacher nor adapters: set teacher=null, lora=null"
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer=true needs ZeRO: set consolidate.zero_stage=1, 2 or 3")

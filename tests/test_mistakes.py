@@ -129,6 +129,16 @@ MISTAKES: list[tuple[str, str, str]] = [
         "more than the teacher's context=512",
         "take a model with a longer one",
     ),
+    (
+        "run game.yaml consolidate.live_teacher=true consolidate.lora={}",
+        "neither another teacher nor",
+        "set teacher=null",
+    ),
+    (
+        "run game.yaml consolidate.live_teacher=true consolidate.teacher=models/wide",
+        "neither another teacher nor adapters",
+        "set teacher=null",
+    ),
     # machine and cluster
     ("run game.yaml engines.count=999", "engines 999 x (1 CPU) needs 999 cores", "lower engines.count"),
     ("run game.yaml consolidate.workers=999", "trainer 999 x (1 CPU) needs 999 cores", "or consolidate.workers"),

@@ -1,4 +1,4 @@
-"""What the frozen teacher keeps of the texts that it has read: key/value caches, and where they lie. Training workers
+"""What the teacher keeps of the texts that it has read: key/value caches, and where they lie. Training workers
 (Ray Train group); needs no Ray itself.
 """
 
@@ -114,6 +114,11 @@ class TextCaches:
         while self._on_device and _total(self._on_device) + needed > self._device_bytes:
             text = next(iter(self._on_device))
             self._offload(text, self._on_device.pop(text))
+
+    def clear(self) -> None:
+        """Forget all texts: the model that read them has other weights now."""
+        self._on_device.clear()
+        self._on_host.clear()
 
     def _offload(self, text: Text, cache: TextCache) -> None:
         if text in self._on_host or cache.size > self._host_bytes:

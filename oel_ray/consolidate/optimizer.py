@@ -21,6 +21,7 @@ from oel_ray.consolidate.distiller import Distiller, Objective, check_linear_hea
 from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 from oel_ray.consolidate.reading import attention_of, can_pack, lay_out, reads_packed
 from oel_ray.consolidate.teacher import Teacher
+from oel_ray.consolidate.weights import FullWeights
 from oel_ray.errors import RunFailed
 from oel_ray.plan import gib, rank_memory
 
@@ -165,6 +166,8 @@ class DistillStep:
         Raises:
             RunFailed: a rank ran out of memory where the others cannot be told; says what took it.
         """
+        if self.config.live_teacher:
+            self.teacher.take(FullWeights(self.student, self.teacher.model.dtype))
         loss_sum, kl_sums, shortage = self._accumulate(micro_batches)
         shares: list[tuple[dict[str, _Sum], str]] = [({}, "")] * self.world_size
         dist.all_gather_object(shares, (kl_sums, shortage))

@@ -1,9 +1,9 @@
-"""The frozen teacher of a round. Training workers (Ray Train group); needs no Ray itself.
+"""The teacher of a round. Training workers (Ray Train group); needs no Ray itself.
 
 Shape suffixes: P tokens of a knowledge text, Q positions of a row behind it, K both, T response tokens, E width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -41,7 +41,7 @@ def can_keep_texts(model: Any) -> bool:
 
 
 class Teacher:
-    """The frozen model of one rank, and the caches of the knowledge texts that it has read."""
+    """The model of one rank that is not trained, and the caches of the knowledge texts that it has read."""
 
     def __init__(self, model: Any, *, device_bytes: float, host_bytes: float, pass_tokens: int = PASS_TOKENS) -> None:
         """`model` lies where it computes; the budgets are those of `TextCaches`."""
@@ -49,6 +49,14 @@ class Teacher:
         self.pass_tokens = pass_tokens
         self.caches = TextCaches(self._read_text, model.device, device_bytes, host_bytes)
         self._keeps_texts = can_keep_texts(model)
+
+    @torch.no_grad()
+    def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Get other weights, under the names of a checkpoint, and forget what was read with the old ones."""
+        own = self.model.state_dict()
+        for name, tensor in weights:
+            own[name].copy_(tensor)
+        self.caches.clear()
 
     @torch.no_grad()
     def hidden(self, samples: Sequence[Sample]) -> list[Tensor]:

@@ -19,6 +19,7 @@ from tests.consolidate.worker import (
     BFLOAT16,
     DIVERGENCES,
     FLOAT32,
+    LIVE,
     PACKED,
     STEPS,
     WITHOUT_KNOWLEDGE,
@@ -59,10 +60,13 @@ def launch(
     return output, [torch.load(output / f"rank-{r}.pt", weights_only=False) for r in range(world_size)]
 
 
-def plain_training(kind: Any, **objective: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_training(
+    kind: Any, *, live_teacher: bool = False, **objective: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of all steps and clipped gradients of the first one: no DeepSpeed, no batches, autograd throughout."""
     config = settings(0, "float32", 1)
-    student, teacher = tiny_model(kind, seed=1), tiny_model(kind, seed=1)
+    student = tiny_model(kind, seed=1)
+    teacher = student if live_teacher else tiny_model(kind, seed=1)
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.999), weight_decay=config.weight_decay)
     losses, gradients = [], {}
     for index in range(STEPS):
@@ -111,6 +115,17 @@ def test_the_configured_divergence_is_what_is_trained(runs: Runs, case: Any) -> 
     losses, _ = plain_training(kind, **objective)
     for _, ranks in runs.values():
         assert all(rank[case] == pytest.approx(losses, rel=1e-4) for rank in ranks)
+
+
+@pytest.mark.parametrize("case", LIVE, ids=str)
+def test_a_live_teacher_has_the_students_weights_in_every_step(runs: Runs, case: Any) -> None:
+    kind, _, precision = case
+    losses, _ = plain_training(kind, live_teacher=True)
+    frozen, _ = plain_training(kind)
+    near = {"float32": 1e-4, "bfloat16": 0.05}[precision]
+    assert losses[1:] != pytest.approx(frozen[1:], rel=2 * near)
+    for _, ranks in runs.values():
+        assert all(rank["live", *case] == pytest.approx(losses, rel=near) for rank in ranks)
 
 
 def test_bfloat16_follows_float32_and_is_the_same_at_every_stage(runs: Runs) -> None:

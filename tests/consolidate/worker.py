@@ -18,6 +18,7 @@ import torch.distributed as dist
 FLOAT32 = [(kind, stage, "float32") for kind in ("tied", "untied") for stage in (0, 2, 3)]
 BFLOAT16 = [("tied", 1, "bfloat16"), ("tied", 3, "bfloat16"), ("untied", 2, "bfloat16"), ("untied", 3, "bfloat16")]
 DIVERGENCES = [("untied", 3, "top_k"), ("tied", 2, "top_k_tail"), ("tied", 3, "forward")]
+LIVE = [("tied", 0, "float32"), ("untied", 2, "float32"), ("tied", 3, "float32"), ("untied", 3, "bfloat16")]
 WITHOUT_KNOWLEDGE = [("tied", 3, "float32"), ("untied", 2, "bfloat16")]
 PACKED = [("tied", 2), ("untied", 3)]
 STEPS = 4
@@ -65,6 +66,9 @@ def main(store: str, rank: int, world_size: int, output: Path) -> None:
     for kind, stage, divergence in DIVERGENCES:
         step, batches = prepare(kind, stage, "float32", rank, world_size, divergence=divergence)
         results[kind, stage, divergence] = [step.step(batch).loss for batch in batches]
+    for case in LIVE:
+        step, batches = prepare(*case, rank, world_size, live_teacher=True)
+        results["live", *case] = [step.step(batch).loss for batch in batches]
     for case in WITHOUT_KNOWLEDGE:
         step, batches = prepare(*case, rank, world_size, knowledge=False)
         results["without knowledge", *case] = step.step(batches[0]).loss
@@ -102,6 +106,7 @@ def prepare(
     knowledge: bool = True,
     divergence: str = "full",
     packing: str = "auto",
+    live_teacher: bool = False,
     adapters: bool = False,
 ) -> tuple[Any, Any]:
     """The step, and the micro-batches of all steps.
@@ -114,7 +119,8 @@ def prepare(
     from oel_ray.consolidate.optimizer import DistillStep
     from tests.consolidate.tiny import tiny_model
 
-    config = settings(stage, precision, world_size, divergence).model_copy(update={"packing": packing})
+    changes = {"packing": packing, "live_teacher": live_teacher}
+    config = settings(stage, precision, world_size, divergence).model_copy(update=changes)
     student = tiny_model(kind, seed=1)
     if packing == "always":
         student.set_attn_implementation("eager")

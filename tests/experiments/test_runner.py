@@ -79,7 +79,7 @@ def test_an_arm_shares_the_first_round_with_the_reference_as_far_as_they_are_ali
     assert shared == {
         **dict.fromkeys(["base", "n-quarter", "n-double"], nothing),
         **dict.fromkeys(["K-1", "K-10", "L_max-quarter", "L_max-double"], games),
-        **dict.fromkeys(["top-256", "stale-1"], texts),
+        **dict.fromkeys(["top-256", "stale-1", "live-teacher"], texts),
     }
     assert {item.source for arm in named("beyond") for item in arm.recipe.imports} == {recipes.base(START)}
 

@@ -37,7 +37,7 @@ def arms(start: Start) -> list[Arm]:
 EXPERIMENT = Experiment(
     name="beyond",
     title="Beyond the paper: K, n, L_max, the divergence, staleness, the teacher",
-    question="Which of the numbers that the paper fixes does the outcome depend on?",
+    question="Which of the choices that the paper makes does the outcome depend on?",
     arms=arms,
     reference=BASE,
     claims=(),

@@ -77,11 +77,16 @@ def measured_point(path: Path, number: int, step: int | None, steps: int, root: 
 
 def knowledge_tokens(folder: RunFolder, rounds: int) -> dict[int, float]:
     """Mean length of a round's knowledge texts, in tokens."""
-    lengths = {
-        number: [KnowledgeText.from_json(path.read_bytes()).tokens for path in folder.files(number).knowledge_files()]
-        for number in range(1, rounds + 1)
-    }
-    return {number: sum(values) / len(values) for number, values in lengths.items()}
+    return {number: sum(it.tokens for it in texts) / len(texts) for number, texts in _knowledge(folder, rounds).items()}
+
+
+def knowledge_hash(folder: RunFolder, rounds: int) -> dict[int, str]:
+    """Of the words of a round's knowledge texts, whoever wrote them."""
+    return {number: content_hash(*(it.text for it in texts)) for number, texts in _knowledge(folder, rounds).items()}
+
+
+def _knowledge(folder: RunFolder, rounds: int) -> dict[int, list[KnowledgeText]]:
+    return {number: folder.files(number).knowledge_texts() for number in range(1, rounds + 1)}
 
 
 def wall_seconds(folder: RunFolder, rounds: int) -> float:

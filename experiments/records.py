@@ -97,7 +97,8 @@ class ArmResult(Record):
     experiment has: what else there should be. `run_id` is the run's own, `settings_hash` is of its configuration
     without the seed and `model_hash` of its untouched model: repetitions have both in common. `machine` is that of the
     process that read the run. `wall_s` is the sum of the run's stages, each since it was last started;
-    `knowledge_tokens` the mean length of a text, by round. `random` and `oracle` are those players' rates on the maps
+    `knowledge_tokens` the mean length of a text, by round, and `knowledge_hash` says of which arms a round's texts are
+    the same. `random` and `oracle` are those players' rates on the maps
     of this seed, null where an environment has none.
     """
 
@@ -116,6 +117,7 @@ class ArmResult(Record):
     machine: str
     wall_s: float
     knowledge_tokens: dict[int, float]
+    knowledge_hash: dict[int, str]
     random: float | None
     oracle: float | None
     points: tuple[Point, ...]

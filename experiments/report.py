@@ -128,6 +128,7 @@ def _section(experiment: Experiment, preset: str, group: Group) -> Iterator[str]
         minutes = sum(it.wall_s for it in its) / len(its) / 60
         yield f"| {arm} | `{its[0].command}` | {len(its)} | {_text_lengths(its)} | {minutes:.1f} |\n"
     yield from _missing(everything)
+    yield from _same_texts(experiment.reference, group)
     yield "\nMade on " + "; ".join(sorted({it.machine for it in everything}))
     yield "; " + "; ".join(sorted({f"oel-ray {it.packages.get('oel-ray', '?')}" for it in everything})) + ".\n"
     yield from _baselines(everything, len(seeds))
@@ -166,6 +167,26 @@ def _baselines(its: Sequence[ArmResult], repetitions: int) -> Iterator[str]:
 def _text_lengths(its: Sequence[ArmResult]) -> str:
     shared = sorted(set.intersection(*(set(it.knowledge_tokens) for it in its)))
     return ", ".join(f"{sum(it.knowledge_tokens[number] for it in its) / len(its):.0f}" for number in shared) or ABSENT
+
+
+def _same_texts(reference: str, group: Group) -> Iterator[str]:
+    """Where no difference can come from what knowledge says."""
+    ours = group.get(reference, {})
+    same = [
+        f"{arm} in round {number} with {', '.join(map(str, seeds))}"
+        for arm, by_seed in group.items()
+        if arm != reference
+        for number in sorted({number for it in by_seed.values() for number in it.knowledge_hash})
+        if (seeds := _shared_with(ours, by_seed, number))
+    ]
+    if same:
+        yield f"\nWord for word the same texts as {reference}, by their seeds: {'; '.join(same)}.\n"
+
+
+def _shared_with(ours: dict[int, ArmResult], by_seed: dict[int, ArmResult], number: int) -> list[int]:
+    """The seeds with which a round's texts are the same."""
+    theirs = {seed: it.knowledge_hash[number] for seed, it in by_seed.items() if number in it.knowledge_hash}
+    return [seed for seed, it in theirs.items() if seed in ours and ours[seed].knowledge_hash.get(number) == it]
 
 
 def _measurements(experiment: Experiment, group: Group) -> Iterator[str]:

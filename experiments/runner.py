@@ -237,6 +237,7 @@ def result(experiment: Experiment, arm: Arm, start: Start, runs: Runs, seed: int
         machine=_machine(run.config),
         wall_s=measure.wall_seconds(run, arm.rounds),
         knowledge_tokens=measure.knowledge_tokens(run, arm.rounds),
+        knowledge_hash=measure.knowledge_hash(run, arm.rounds),
         random=untouched.random,
         oracle=untouched.oracle,
         points=tuple(points),

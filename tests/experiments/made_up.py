@@ -38,6 +38,7 @@ def result(experiment: str, arm: str, seed: int, points: list[Point], **changes:
         "machine": "two cores",
         "wall_s": 600.0,
         "knowledge_tokens": {1: 200.0},
+        "knowledge_hash": {1: f"{arm}-{seed}"},
         "random": 0.012,
         "oracle": 1.0,
         "points": tuple(points),

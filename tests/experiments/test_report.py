@@ -85,6 +85,19 @@ def test_what_was_asked_for_and_is_not_there_is_told() -> None:
     assert "**Missing**" not in page(rounds(0))
 
 
+def test_arms_that_were_told_the_same_are_named() -> None:
+    def arm(label: str, seed: int, hashes: dict[int, str]) -> report.ArmResult:
+        return result("own_vs_other", label, seed, []).model_copy(update={"knowledge_hash": hashes})
+
+    own = [arm("own", 0, {1: "a", 2: "b"}), arm("own", 1, {1: "c"}), arm("own", 2, {})]
+    larger = [arm("larger", 0, {1: "a", 2: "b"}), arm("larger", 1, {1: "c", 2: "b"}), arm("larger", 2, {1: "a"})]
+    later = [arm("later", 0, {1: "b"}), arm("later", 3, {1: "c"})]
+    text = page(*own, *larger, *later)
+    assert "the same texts as own, by their seeds: larger in round 1 with 0, 1; larger in round 2 with 0.\n" in text
+    assert "the same texts" not in page(*own, *later)
+    assert "the same texts" not in page(*larger)
+
+
 def test_rates_stand_beside_those_of_a_random_and_a_perfect_player() -> None:
     both = "On the same maps a random player wins 1.2 ± 0.0 %, a perfect one wins 100.0 ± 0.0 %."
     assert both in page(rounds(0), rounds(1))

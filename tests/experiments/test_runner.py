@@ -140,6 +140,14 @@ def test_what_was_measured_is_read_with_where_it_stands(tmp_path: Path) -> None:
     assert places == pytest.approx([0, 0.45, 0.9, 1, 1.45, 1.9, 2])
     assert max(point.round for point in measure.run_points(run, 1, tmp_path)) == 1
     assert measure.knowledge_tokens(run, 2) == {1: 7, 2: 7}
+    hashes = measure.knowledge_hash(run, 2)
+    assert list(hashes) == [1, 2]
+    first = run.files(1).knowledge_files()[0]
+    example_run.edit_json(first, lambda it: it.update(id="another", tokens=1))
+    assert measure.knowledge_hash(run, 2) == hashes
+    example_run.edit_json(first, lambda it: it.update(text=it["text"] + "!"))
+    assert (changed := measure.knowledge_hash(run, 2))[1] != hashes[1]
+    assert changed[2] == hashes[2]
     before = measure.model_hash(run)
     example_run.edit_json(run.files(0).policy / POLICY_REFERENCE, lambda it: it.update(model="elsewhere"))
     assert measure.model_hash(run) == before

@@ -97,9 +97,9 @@ class ArmResult(Record):
     experiment has: what else there should be. `run_id` is the run's own, `settings_hash` is of its configuration
     without the seed and `model_hash` of its untouched model: repetitions have both in common. `machine` is that of the
     process that read the run. `wall_s` is the sum of the run's stages, each since it was last started;
-    `knowledge_tokens` the mean length of a text, by round, and `knowledge_hash` says of which arms a round's texts are
-    the same. `random` and `oracle` are those players' rates on the maps
-    of this seed, null where an environment has none.
+    `knowledge_tokens` the mean length of a text, by round, and `knowledge_hash` is of the words of a round's texts:
+    arms with the same one were told the same. `random` and `oracle` are those players' rates on the maps of this seed,
+    null where an environment has none.
     """
 
     experiment: str

@@ -172,21 +172,14 @@ def _text_lengths(its: Sequence[ArmResult]) -> str:
 def _same_texts(reference: str, group: Group) -> Iterator[str]:
     """Where no difference can come from what knowledge says."""
     ours = group.get(reference, {})
-    same = [
-        f"{arm} in round {number} with {', '.join(map(str, seeds))}"
-        for arm, by_seed in group.items()
-        if arm != reference
-        for number in sorted({number for it in by_seed.values() for number in it.knowledge_hash})
-        if (seeds := _shared_with(ours, by_seed, number))
-    ]
+    same: dict[str, list[str]] = defaultdict(list)
+    for arm in group.keys() - {reference}:
+        for seed in sorted(group[arm].keys() & ours.keys()):
+            for number, _ in group[arm][seed].knowledge_hash.items() & ours[seed].knowledge_hash.items():
+                same[f"{arm} in round {number}"].append(str(seed))
     if same:
-        yield f"\nWord for word the same texts as {reference}, by their seeds: {'; '.join(same)}.\n"
-
-
-def _shared_with(ours: dict[int, ArmResult], by_seed: dict[int, ArmResult], number: int) -> list[int]:
-    """The seeds with which a round's texts are the same."""
-    theirs = {seed: it.knowledge_hash[number] for seed, it in by_seed.items() if number in it.knowledge_hash}
-    return [seed for seed, it in theirs.items() if seed in ours and ours[seed].knowledge_hash.get(number) == it]
+        named = "; ".join(f"{where} with {', '.join(seeds)}" for where, seeds in sorted(same.items()))
+        yield f"\nWord for word the same texts as {reference}, by their seeds: {named}.\n"
 
 
 def _measurements(experiment: Experiment, group: Group) -> Iterator[str]:

@@ -41,7 +41,7 @@ EXPERIMENT = Experiment(
     arms=arms,
     reference=BASE,
     claims=(),
-    notes="The paper claims nothing of these, so there are differences from the base and no verdicts.",
+    notes="The paper claims nothing of these: each choice is held against the base alone.",
 )
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ COLORS = (POLICY, CONTEXT, ORACLE, "#2b2b2b", RANDOM, "#8e5ea2", "#c0504d", "#4f
 BARE = 0
 ABSENT = "-"
 OUTSIDE: Condition = "out_of_distribution"
+ASIDE = 0.02
+"""Rounds between the marks of neighbouring arms in a figure, so that those that coincide are all seen."""
 
 INTRODUCTION = """\
 # The paper's experiments
@@ -46,9 +48,10 @@ if the whole interval is on the other side, and else **cannot be told apart**. W
 the interval has to lie within the margin that it names, or outside of it. There is no correction for the number of
 claims, and with three repetitions intervals are wide. Where runs are missing that is said, and a number over fewer
 repetitions than there should be has their number behind it. Minutes are those of the stages of one run, without its
-starts and without what was measured of its policies afterwards. In figures bars are intervals, and hollow marks are
-the policy of the round before with knowledge in its prompt. The micro model is a proving ground and no language model,
-and much that it does is built into it: see [its card](../oel_ray/micro/README.md).
+starts and without what was measured of its policies afterwards. In figures bars are intervals, hollow marks are the
+policy of the round before with knowledge in its prompt, and arms are drawn a little aside of each other. The micro
+model is a proving ground and no language model, and much that it does is built into it: see
+[its card](../oel_ray/micro/README.md).
 """
 NOTHING = """
 **No results are committed yet.** Nothing on this page has been tried. The commands are below; what they write into
@@ -133,7 +136,7 @@ def _section(experiment: Experiment, preset: str, group: Group) -> Iterator[str]
     yield "; " + "; ".join(sorted({f"oel-ray {it.packages.get('oel-ray', '?')}" for it in everything})) + ".\n"
     yield from _baselines(everything, len(seeds))
     yield from _measurements(experiment, group)
-    yield from _decided(experiment, group)
+    yield from _decided(experiment, group) if experiment.claims else _compared(experiment, group)
 
 
 def _seeds(group: Group) -> list[int]:
@@ -187,19 +190,16 @@ def _measurements(experiment: Experiment, group: Group) -> Iterator[str]:
     yield f"| arm | measured | rate % | tokens a turn | points above {experiment.reference} |\n|---|---|---|---|---|\n"
     for arm, by_seed in group.items():
         for key in _keys(by_seed):
-            points = {seed: point for seed, it in by_seed.items() if (point := it.find(key))}
-            others = {seed: point for seed, it in reference.items() if (point := it.find(key))}
-            rates = [point.rate for point in points.values()]
-            lengths = [point.tokens_per_turn for point in points.values() if point.tokens_per_turn is not None]
-            above = [point.rate - others[seed].rate for seed, point in points.items() if seed in others]
-            compared = _written(above if arm != experiment.reference else [], 100, repetitions, signed=True)
+            points = [point for it in by_seed.values() if (point := it.find(key))]
+            rates = [point.rate for point in points]
+            lengths = [point.tokens_per_turn for point in points if point.tokens_per_turn is not None]
+            above = [] if arm == experiment.reference else _above(by_seed, reference, key)
+            compared = _written(above, 100, repetitions, signed=True)
             measured = f"{_written(rates, 100, repetitions)} | {_written(lengths, 1, repetitions)}"
             yield f"| {arm} | {_description(key)} | {measured} | {compared} |\n"
 
 
 def _decided(experiment: Experiment, group: Group) -> Iterator[str]:
-    if not experiment.claims:
-        return
     yield "\n| the paper's claim | here | by how much |\n|---|---|---|\n"
     seeds = _seeds(group)
     for claim in experiment.claims:
@@ -215,6 +215,28 @@ def _decided(experiment: Experiment, group: Group) -> Iterator[str]:
         size = f"{_written(numbers, scale, len(seeds), signed=True)} {unit}" if numbers else ABSENT
         decision = verdict(numbers, claim.within) if numbers else "not measured"
         yield f"| {claim.text} | **{decision}** | {size} |\n"
+
+
+def _compared(experiment: Experiment, group: Group) -> Iterator[str]:
+    """Where nothing is claimed: whether another arm ends with a policy that differs from the reference's."""
+    reference, repetitions = group.get(experiment.reference, {}), len(_seeds(group))
+    ends = [point.round for it in reference.values() for point in it.points if point.condition == "policy"]
+    others = [arm for arm in group if arm != experiment.reference]
+    if not ends or not others:
+        return
+    last = Key("policy", max(ends), None)
+    yield f"\n| arm | its policy of round {last.round} is | by how much |\n|---|---|---|\n"
+    for arm in others:
+        above = _above(group[arm], reference, last)
+        decision = {"holds here": "better", "does not hold here": "worse"}.get(it := verdict(above), it)
+        size = f"{_written(above, 100, repetitions, signed=True)} points" if above else ABSENT
+        yield f"| {arm} | **{decision}** | {size} |\n"
+
+
+def _above(by_seed: dict[int, ArmResult], reference: dict[int, ArmResult], key: Key) -> list[float]:
+    """How much higher one measurement's rate is than the reference's, for each seed that has both."""
+    pairs = [(it.find(key), reference[seed].find(key)) for seed, it in by_seed.items() if seed in reference]
+    return [ours.rate - theirs.rate for ours, theirs in pairs if ours and theirs]
 
 
 def _untried(experiment: Experiment) -> Iterator[str]:
@@ -283,8 +305,9 @@ def _drawn(group: Group, metric: _Metric) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
     with canvas_and_axes(wide=True) as (canvas, axes):
-        for color, (arm, by_seed) in zip(itertools.cycle(COLORS), group.items(), strict=False):
-            _draw_arm(axes, arm, _curves(by_seed, metric), color)
+        for index, (color, (arm, by_seed)) in enumerate(zip(itertools.cycle(COLORS), group.items(), strict=False)):
+            aside = ASIDE * (index - (len(group) - 1) / 2)
+            _draw_arm(axes, arm, _curves(by_seed, metric), color, aside)
         axes.set(xlabel="round", ylabel=metric.title.lower())
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -295,20 +318,21 @@ def _drawn(group: Group, metric: _Metric) -> bytes:
     return "\n".join(line.rstrip() for line in text[text.index("<svg") :].splitlines()).encode() + b"\n"
 
 
-def _draw_arm(axes: Any, arm: str, curves: dict[int, Curve], color: str) -> None:
+def _draw_arm(axes: Any, arm: str, curves: dict[int, Curve], color: str, aside: float) -> None:
     """Its policies in a line; from each the climb while knowledge grows in its prompt, hollow and dotted."""
     bare = curves.pop(BARE, {})
-    _draw_curve(axes, bare, color, fmt="o-", label=arm)
+    _draw_curve(axes, bare, aside, color=color, fmt="o-", label=arm)
     for number, grown in curves.items():
         climb = {place: it for place, it in bare.items() if place == number - 1} | grown
-        axes.plot(list(climb), [it.mean for it in climb.values()], ":", color=color, lw=1.2)
-        _draw_curve(axes, grown, color, fmt="D", mfc="white")
+        places, means = [place + aside for place in climb], [it.mean for it in climb.values()]
+        axes.plot(places, means, ":", color=color, lw=1.2)
+        _draw_curve(axes, grown, aside, color=color, fmt="D", mfc="white")
 
 
-def _draw_curve(axes: Any, curve: Curve, color: str, **style: str) -> None:
+def _draw_curve(axes: Any, curve: Curve, aside: float, **style: str) -> None:
     halves = [0.0 if math.isinf(it.half) else it.half for it in curve.values()]
     means = [it.mean for it in curve.values()]
-    axes.errorbar(list(curve), means, halves, color=color, ms=4, capsize=2.5, **style)
+    axes.errorbar([place + aside for place in curve], means, halves, ms=4, capsize=2.5, **style)
 
 
 def _curves(by_seed: dict[int, ArmResult], metric: _Metric) -> dict[int, Curve]:

@@ -1,5 +1,6 @@
 """What is made of results, and that the committed page is made of the committed results."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,22 @@ def test_arms_are_compared_seed_by_seed_with_the_reference() -> None:
     assert text.index("| base | round 1") < text.index("| K-10 | round 1"), "the reference comes first"
 
 
+def test_where_nothing_is_claimed_each_arm_ends_better_or_worse_than_the_reference_or_neither() -> None:
+    def arm(label: str, seed: int, first: float, last: float) -> report.ArmResult:
+        return result("beyond", label, seed, [point("policy", 1, None, first), point("policy", 2, None, last)])
+
+    ends = {"base": (0.5, 0.6, 0.7), "K-1": (0.6, 0.71, 0.79), "K-10": (0.4, 0.49, 0.61), "stale-1": (0.5, 0.7, 0.6)}
+    text = page(*(arm(label, seed, 0.3, rate) for label, rates in ends.items() for seed, rate in enumerate(rates)))
+    (head,) = (line for line in text.splitlines() if line.startswith("| arm | its policy of"))
+    assert head == "| arm | its policy of round 2 is | by how much |"
+    assert "| K-1 | **better** | +10.0 ± 2.5 points |" in text
+    assert "| K-10 | **worse** | -10.0 ± 2.5 points |" in text
+    assert "| stale-1 | **cannot be told apart** | +0.0 ± 24.8 points |" in text
+    assert "| base | **" not in text
+    assert "its policy of" not in page(arm("base", 0, 0.3, 0.5))
+    assert "| K-1 | **cannot be told apart** | - |" in page(arm("base", 0, 0.3, 0.5), arm("K-1", 1, 0.3, 0.5))
+
+
 def test_what_was_asked_for_and_is_not_there_is_told() -> None:
     asked = {"arms": ("extracted", "raw"), "seeds": (0, 1, 2)}
 
@@ -115,6 +132,17 @@ def test_figures_are_the_same_bytes_for_the_same_results_and_show_what_they_are_
     assert twice[0] == twice[1]
     assert set(twice[0]) == {report.PAGE, *(f"results/quickstart.rounds.{name}.svg" for name in ("rate", "tokens"))}
     assert "games won" in twice[0]["results/quickstart.rounds.rate.svg"].decode()
+
+
+def test_in_figures_arms_that_coincide_are_all_seen() -> None:
+    def arm(label: str) -> report.ArmResult:
+        return result("beyond", label, 0, [point("policy", number, None, 0.5) for number in (0, 1)])
+
+    figure = report.pages([arm("base"), arm("K-1")])["results/quickstart.beyond.rate.svg"].decode()
+    marks = re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: (#\w+)', figure)
+    base, other = ({(x, y) for x, y, its in marks if its == color} for color in report.COLORS[:2])
+    assert len(base) == len(other) > 2
+    assert not base & other
 
 
 @pytest.mark.parametrize("hashed", ["settings_hash", "model_hash"])

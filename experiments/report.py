@@ -210,11 +210,8 @@ def _decided(experiment: Experiment, group: Group) -> Iterator[str]:
                 numbers.append(claim.number(arms))
             except LookupError:
                 continue
-        scale = 1 if claim.in_tokens else 100
-        unit = "tokens" if claim.in_tokens else "points"
-        size = f"{_written(numbers, scale, len(seeds), signed=True)} {unit}" if numbers else ABSENT
         decision = verdict(numbers, claim.within) if numbers else "not measured"
-        yield f"| {claim.text} | **{decision}** | {size} |\n"
+        yield _decision(claim.text, decision, numbers, len(seeds), in_tokens=claim.in_tokens)
 
 
 def _compared(experiment: Experiment, group: Group) -> Iterator[str]:
@@ -229,8 +226,14 @@ def _compared(experiment: Experiment, group: Group) -> Iterator[str]:
     for arm in others:
         above = _above(group[arm], reference, last)
         decision = {"holds here": "better", "does not hold here": "worse"}.get(it := verdict(above), it)
-        size = f"{_written(above, 100, repetitions, signed=True)} points" if above else ABSENT
-        yield f"| {arm} | **{decision}** | {size} |\n"
+        yield _decision(arm, decision, above, repetitions)
+
+
+def _decision(of: str, decision: str, numbers: Sequence[float], repetitions: int, *, in_tokens: bool = False) -> str:
+    """A row of those tables."""
+    scale, unit = (1, "tokens") if in_tokens else (100, "points")
+    size = f"{_written(numbers, scale, repetitions, signed=True)} {unit}" if numbers else ABSENT
+    return f"| {of} | **{decision}** | {size} |\n"
 
 
 def _above(by_seed: dict[int, ArmResult], reference: dict[int, ArmResult], key: Key) -> list[float]:

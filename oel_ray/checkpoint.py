@@ -10,9 +10,6 @@ from safetensors import safe_open
 
 Shapes = dict[str, tuple[int, ...]]
 
-TIED_HEAD = "lm_head.weight"
-"""Some folders of models with a tied head hold it all the same, and some do not."""
-
 _DERIVED = ".rotary_emb.inv_freq"
 """Old folders hold these buffers. They follow from the configuration, and nobody reads them."""
 

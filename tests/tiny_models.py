@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -71,6 +72,14 @@ def tiny_model(family: str, *, vocab_size: int, tied: bool, seed: int, **values:
             if parameter.dim() == 1:  # all zeros or all ones so far
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def store_head(folder: Path) -> None:
+    """Put a copy of the tied head beside the embedding, as the folders of Qwen3-0.6B and 1.7B have one."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def family_tokenizer(family: str, *, thinking: bool) -> Any:

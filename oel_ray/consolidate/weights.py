@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oel_ray.buckets import buckets
-from oel_ray.checkpoint import TIED_HEAD, checkpoint_shapes, checkpoint_tensor, wider_tensors
+from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensor, wider_tensors
 from oel_ray.consolidate.lora import ADAPTERS_FILE
 from oel_ray.errors import UserError
 
@@ -32,18 +32,23 @@ _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.in
 class FullWeights:
     """The whole weights under their checkpoint names. Shaped like vLLM's `WeightSource`, without importing it.
 
-    `metadata()` and iteration agree in names, order, dtypes and shapes. A tied head occurs once, under the name that
-    `save_pretrained` would write.
+    `metadata()` and iteration agree in names, order, dtypes and shapes. Tied weights occur under each name that the
+    checkpoint stores: some folders hold a tied head once more, and vLLM then builds a head of its own from that copy.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, *, bucket_numel: int = 50_000_000) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype, folder: Path | None = None, *, bucket_numel: int = 50_000_000
+    ) -> None:
         """`model`: the transformers model inside the `Distiller`, before or after DeepSpeed got hold of it.
 
-        Under ZeRO-3 parameters are gathered together up to `bucket_numel` elements, or one by one if larger.
+        `folder`: the checkpoint that it was loaded from; without it tied weights occur once, as `save_pretrained` would
+        write them. Under ZeRO-3 parameters are gathered together up to `bucket_numel` elements, or one by one if
+        larger.
         """
         self.model = model
         self.dtype = dtype
         self.bucket_numel = bucket_numel
+        self._stored = set(checkpoint_shapes(folder)) if folder else set()
 
     def metadata(self) -> list[WeightMeta]:
         """(name, dtype, full shape) of every tensor. Gathers nothing; any rank may ask alone."""
@@ -66,7 +71,7 @@ class FullWeights:
         state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         for name in sorted(state, key=lambda name: name in tied_away):  # stable: canonical names come first
             first_names.setdefault(id(state[name]), name)
-        names = set(first_names.values()) - unsaved
+        names = (set(first_names.values()) - unsaved) | self._stored
         return {name: tensor for name, tensor in state.items() if name in names}
 
     def _dtype_of(self, tensor: Tensor) -> torch.dtype:
@@ -83,7 +88,7 @@ class FullWeights:
                 if master is not None:
                     whole[name] = master.detach().to(self.dtype).view(_shape(tensor))
         rest = {name: tensor for name, tensor in bucket.items() if name not in whole}
-        partitioned = [tensor for tensor in rest.values() if hasattr(tensor, "ds_id")]
+        partitioned = [*{tensor.ds_id: tensor for tensor in rest.values() if hasattr(tensor, "ds_id")}.values()]
         with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
             for name, tensor in rest.items():
                 # A gathered parameter loses its memory when the context closes: leave with a copy.
@@ -100,7 +105,7 @@ class MergedWeights(FullWeights):
 
     def __init__(self, model: Any, dtype: torch.dtype, folder: Path) -> None:
         """`folder`: what the student was loaded from."""
-        super().__init__(model, dtype)
+        super().__init__(model, dtype, folder)
         self._folder = folder
         self._adapted = {f"{name}.weight": layer for name, layer in model.named_modules() if _has_adapter(layer)}
 
@@ -132,7 +137,7 @@ def weights_of(student: Any, dtype: torch.dtype, folder: Path) -> FullWeights:
     """The weights of a student that was loaded from the folder, with adapters or without."""
     if any(_has_adapter(layer) for layer in student.modules()):
         return MergedWeights(student, dtype, folder)
-    return FullWeights(student, dtype)
+    return FullWeights(student, dtype, folder)
 
 
 def save_adapters(student: Any, folder: Path) -> None:
@@ -174,8 +179,6 @@ def check_names(weights: FullWeights, folder: Path) -> None:
         UserError: some names differ.
     """
     ours, theirs = {name for name, *_ in weights.metadata()}, set(checkpoint_shapes(folder))
-    if weights.model.config.tie_word_embeddings:
-        ours, theirs = ours - {TIED_HEAD}, theirs - {TIED_HEAD}
     if differing := sorted(ours ^ theirs):
         name = type(weights.model).__name__
         where = "transformers" if differing[0] in ours else "the checkpoint"
@@ -207,7 +210,9 @@ def export_policy(
         if not writes:
             continue
         file = shards.tensor_to_filename[name]
-        contents[file][name] = tensor.detach().to("cpu").contiguous()
+        there = tensor.detach().to("cpu").contiguous()
+        is_alias = any(there.data_ptr() == other.data_ptr() for other in contents[file].values())
+        contents[file][name] = there.clone() if is_alias else there  # a file holds no tensor twice
         if len(contents[file]) == len(shards.filename_to_tensors[file]):
             save_file(contents.pop(file), target_folder / file, metadata={"format": "pt"})
     if dist.is_initialized():

@@ -17,7 +17,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from oel_ray.checkpoint import TIED_HEAD, Shapes, checkpoint_shapes, checkpoint_tensors
+from oel_ray.checkpoint import Shapes, checkpoint_shapes, checkpoint_tensors
 from oel_ray.engines import transport
 
 
@@ -78,10 +78,7 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
         Raises:
             RuntimeError: naming the first tensors that are missing, unknown or of another shape.
         """
-        expected, received = checkpoint_shapes(self.model_config.model), dict(self._received)
-        if self.model_config.hf_config.tie_word_embeddings:
-            for shapes in (expected, received):
-                shapes.pop(TIED_HEAD, None)
+        expected, received = checkpoint_shapes(self.model_config.model), self._received
         if received != expected:
             missing = sorted(expected.keys() - received.keys())
             unknown = sorted(received.keys() - expected.keys())

@@ -23,11 +23,13 @@ from transformers import (
 )
 
 from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensors
+from oel_ray.config import LoraConfig
 from oel_ray.consolidate.loading import load_model, use_flash_attention
+from oel_ray.consolidate.lora import add_adapters
 from oel_ray.consolidate.reading import attention_of, can_pack, lay_out, reads_packed, response_hidden
-from oel_ray.consolidate.weights import FullWeights, check_names
+from oel_ray.consolidate.weights import FullWeights, check_names, export_policy, weights_of
 from oel_ray.errors import UserError
-from tests.tiny_models import FAMILIES, tiny_model
+from tests.tiny_models import FAMILIES, store_head, tiny_model
 
 PROMPT, SHORT = [(7 * i) % 120 + 3 for i in range(100)], [5, 6, 7]
 
@@ -160,26 +162,47 @@ def test_samples_are_packed_for_flash_attention_and_where_that_is_asked_for() ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_keeps_the_names_of_its_checkpoint(family: str, tied: bool, tmp_path: Path) -> None:
     model_of(family, tied=tied).save_pretrained(tmp_path)
-    weights = FullWeights(load_model(tmp_path, torch.float32), torch.float32)
+    weights = weights_of(load_model(tmp_path, torch.float32), torch.float32, tmp_path)
     check_names(weights, tmp_path)
     assert {name: tuple(shape) for name, _, shape in weights.metadata()} == checkpoint_shapes(tmp_path)
     assert ("lm_head.weight" in checkpoint_shapes(tmp_path)) != tied
 
 
-def test_what_some_folders_hold_besides_is_no_difference(tmp_path: Path) -> None:
-    """A tied head once more, and the rotary frequencies of old Llama folders."""
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_tied_head_that_a_folder_stores_goes_out_as_it_came(adapters: bool, tmp_path: Path) -> None:
+    """Engines build a head of their own from it. By value it is the embedding."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    model_of("qwen3").save_pretrained(source)
+    store_head(source)
+    student = load_model(source, torch.float32)
+    if adapters:
+        add_adapters(student, LoraConfig(rank=2), 0)
+    else:
+        with torch.no_grad():
+            student.get_input_embeddings().weight += 1
+    weights = weights_of(student, torch.float32, source)
+    check_names(weights, source)
+    sent = dict(weights)
+    assert list(sent) == [name for name, *_ in weights.metadata()]
+    assert {name: tuple(tensor.shape) for name, tensor in sent.items()} == checkpoint_shapes(source)
+    assert torch.equal(sent["lm_head.weight"], sent["model.embed_tokens.weight"])
+    export_policy(weights, source, target)
+    written = dict(checkpoint_tensors(target))
+    assert written.keys() == sent.keys() and all(torch.equal(written[name], sent[name]) for name in sent)
+    assert load_model(target, torch.float32).lm_head.weight.equal(sent["lm_head.weight"])
+
+
+def test_the_rotary_frequencies_of_old_folders_are_no_difference(tmp_path: Path) -> None:
     model_of("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     expected = set(tensors)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
     save_file(tensors, file, metadata={"format": "pt"})
-    weights = FullWeights(load_model(tmp_path, torch.float32), torch.float32)
+    weights = weights_of(load_model(tmp_path, torch.float32), torch.float32, tmp_path)
     check_names(weights, tmp_path)
     assert {name for name, *_ in weights.metadata()} == expected
-    assert {name for name, _ in checkpoint_tensors(tmp_path)} == set(checkpoint_shapes(tmp_path))
-    assert set(checkpoint_shapes(tmp_path)) == expected | {"lm_head.weight"}
+    assert {name for name, _ in checkpoint_tensors(tmp_path)} == set(checkpoint_shapes(tmp_path)) == expected
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,11 @@ OTHERS = [
     "gemma-tied",
     "gemma3-tied",
     "gemma3-untied",
+    "qwen3-stored",
+    "gemma3-stored",
+    "micro-tied",
+    "micro-stored",
+    "micro-untied",
 ]
 # Soft caps, sliding windows, scaled embeddings and a head that vLLM has no layer for: the one that asks most.
 KINDS = ["gemma2-tied", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]

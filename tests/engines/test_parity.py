@@ -78,7 +78,7 @@ def cases(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", names, indirect=True)
 
 
-ALL = cases("float32-tied", "float32-untied", "bfloat16-tied")
+ALL = cases("float32-tied", "float32-stored", "float32-untied", "bfloat16-tied")
 
 
 def test_an_engine_that_cannot_start_says_why_in_a_line(tmp_path: Path, environment: None) -> None:

@@ -10,11 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oel_ray.config import EnginesConfig
-from oel_ray.consolidate.weights import FullWeights, export_policy
-from tests.tiny_models import tiny_model
+from oel_ray.consolidate.weights import FullWeights, export_policy, weights_of
+from oel_ray.durable import read_json
+from oel_ray.models import resolve_model
+from tests.tiny_models import store_head, tiny_model
 from tests.tokenizers_for_tests import small_tokenizer
 
 CONTEXT = 1024
+MICRO = resolve_model("micro", print)
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "rope_parameters")
 
 
 def engines_config(dtype: str, **values: Any) -> EnginesConfig:
@@ -24,17 +28,23 @@ def engines_config(dtype: str, **values: Any) -> EnginesConfig:
 
 
 def family_model(kind: str, seed: int) -> Any:
-    """`kind` is a family and its head, such as "gemma3-untied"; or "tied", a Qwen3, or "untied", a Llama."""
-    family, _, head = {"tied": "qwen3-tied", "untied": "llama-untied"}.get(kind, kind).partition("-")
+    """`kind` is a family and its head, such as "gemma3-untied"; or "tied" or "stored", a Qwen3, or "untied", a Llama.
+
+    A "stored" head is tied, and the folder holds a copy of it. The family "micro" has the shape of the packaged model.
+    """
+    kinds = {"tied": "qwen3-tied", "stored": "qwen3-stored", "untied": "llama-untied"}
+    family, _, head = kinds.get(kind, kind).partition("-")
     tokenizer = small_tokenizer()
+    shape = {key: value for key, value in read_json(MICRO / "config.json").items() if key in SHAPE}
     return tiny_model(
-        family,
+        "qwen3" if family == "micro" else family,
         vocab_size=len(tokenizer) + 40,  # real models have rows for more words than their tokenizer knows
-        tied=head == "tied",
+        tied=head != "untied",
         seed=seed,
         max_position_embeddings=CONTEXT,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **shape if family == "micro" else {},
     )
 
 
@@ -46,10 +56,12 @@ class Student:
         self.dtype = dtype
         self._folder = folder
         self._model = family_model(kind, seed=0)
-        self.weights = FullWeights(self._model, getattr(torch, dtype))
         self.first = folder / "first"
         family_model(kind, seed=0).to(getattr(torch, dtype)).save_pretrained(self.first)
         small_tokenizer().save_pretrained(str(self.first))
+        if kind.endswith("stored"):
+            store_head(self.first)
+        self.weights = weights_of(self._model, getattr(torch, dtype), self.first)
 
     def become(self, seed: int) -> Path:
         """Take quite other weights, all of them; returns the folder that they were exported to."""

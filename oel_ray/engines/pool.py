@@ -206,7 +206,7 @@ class EnginePool(Named):
                     await self._on_all([replica], "start", self._version, deadline_s=config.start_deadline_s)
                     await self._on_all([replica], "canary", deadline_s=_CONTROL_DEADLINE_S)
                 except (RunFailed, RayTaskError, *DIED) as error:
-                    replica.why_dead = one_line(_plain(error) if isinstance(error, RayTaskError) else error, 0)
+                    replica.why_dead = one_line(plain(error) if isinstance(error, RayTaskError) else error, 0)
                     continue
                 self._mark(replica, healthy=True)
                 replica.why_dead = ""
@@ -310,7 +310,7 @@ class PoolClient:
         try:
             return await asyncio.wait_for(self._pool.lease.remote(lease, key, tokens), _healing_s(self._config))
         except RayTaskError as error:
-            raise _plain(error) from None
+            raise plain(error) from None
         except (*DIED, TimeoutError):
             raise EngineUnavailable("the engine pool does not answer") from None
 
@@ -412,18 +412,17 @@ def _wait(reference: Any, timeout_s: float) -> Any:
         dump_stacks()
         raise EngineUnavailable(f"the engine pool did not answer within {timeout_s:.0f} s") from None
     except RayTaskError as error:
-        raise _plain(error) from error
+        raise plain(error) from error
     except DIED as error:
         raise EngineUnavailable(f"the engine pool died: {one_line(error, 0)}") from error
 
 
-def _plain(error: RayTaskError) -> RunFailed:
+def plain(error: BaseException) -> RunFailed:
     """What went wrong in an actor, without Ray's account of how it got here."""
-    cause = error.cause
-    if isinstance(cause, RayTaskError):
-        return _plain(cause)
-    if isinstance(cause, RunFailed):
-        return cause
-    if isinstance(cause, DIED):
-        return EngineUnavailable(f"an engine died: {one_line(cause, 0)}")
-    return RunFailed(f"engines: {one_line(cause, 0)}")
+    if isinstance(error, RayTaskError):
+        return plain(error.cause)
+    if isinstance(error, RunFailed):
+        return error
+    if isinstance(error, DIED):
+        return EngineUnavailable(f"an engine died: {one_line(error, 0)}")
+    return RunFailed(f"engines: {one_line(error)}")

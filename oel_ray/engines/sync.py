@@ -5,12 +5,16 @@ must end the training attempt.
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from oel_ray.config import EnginesConfig
+from oel_ray.engines.pool import plain
+from oel_ray.errors import EngineUnavailable
 from oel_ray.faults import fault_point
 
 
@@ -18,8 +22,7 @@ class EngineSyncClient:
     """vLLM's `VLLMWeightSyncClient` over our engine actors: every call reaches all engines and has a deadline.
 
     Raises (from every method):
-        ray.exceptions.GetTimeoutError: an engine missed the deadline.
-        ray.exceptions.RayTaskError, RayActorError: an engine failed.
+        EngineUnavailable: an engine failed, with what it says, or missed the deadline.
     """
 
     def __init__(self, engines: Sequence[Any], workers_per_engine: int, deadline_s: float) -> None:
@@ -55,7 +58,21 @@ class EngineSyncClient:
         self._get([engine.finish_weight_update.remote(version) for engine in self._engines])
 
     def _get(self, references: list[Any]) -> None:
-        ray.get(references, timeout=self._deadline_s)
+        waiting, until = references, time.monotonic() + self._deadline_s
+        while waiting:  # whoever fails first is the reason: others may wait for it in a collective
+            ready, waiting = ray.wait(waiting, timeout=max(until - time.monotonic(), 0))
+            late = [str(number) for number, reference in enumerate(references) if reference in waiting]
+            if not ready:
+                raise EngineUnavailable(
+                    f"a weight sync took more than engines.sync_deadline_s={self._deadline_s:g} on engines "
+                    f"{', '.join(late)}"
+                )
+            for reference in ready:
+                try:
+                    ray.get(reference)  # ready
+                except RayError as error:
+                    number = references.index(reference)
+                    raise EngineUnavailable(f"engine {number} failed a weight sync: {plain(error)}") from error
 
 
 class WeightSync:

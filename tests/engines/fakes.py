@@ -135,6 +135,8 @@ class Recording(FakeEngine):
         if self._manner == "never update":
             self._manner = "unwell"  # as an engine is whose update is open
             await asyncio.Event().wait()
+        if self._manner == "fail update":
+            raise RuntimeError("incomplete weight sync:\nmissing ['lm_head.weight']")
 
     async def finish_weight_update(self, version: str) -> None:
         self._note(f"finish {version}")

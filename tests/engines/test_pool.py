@@ -211,13 +211,26 @@ def test_a_sync_that_misses_its_deadline_costs_the_engines_that_have_not_finishe
         client = EngineSyncClient(engines, 1, 1.0)
         client.start_weight_update()
         behave("never update", 0)
-        with pytest.raises(ray.exceptions.GetTimeoutError):
+        with pytest.raises(
+            EngineUnavailable, match=r"^a weight sync took more than engines.sync_deadline_s=1 on engines 0$"
+        ):
             client.update_weights({"names": ["few"]})
         again = pool.engines()
         assert restarts(pool) == 1
         assert [new == old for new, old in zip(again, engines, strict=True)] == [False, True], (
             "handles of the same actors"
         )
+
+
+def test_what_an_engine_says_in_a_failed_sync_is_told_in_a_line_though_others_wait(tmp_path: Path) -> None:
+    said = "^engine 1 failed a weight sync: engines: RuntimeError: incomplete weight sync: missing .'lm_head.weight'.$"
+    with two_engines(fakes.Recording, policy=tmp_path / "steps") as pool:
+        client, started = EngineSyncClient(pool.engines(), 1, 60.0), time.monotonic()
+        behave("never update", 0)
+        behave("fail update", 1)
+        with pytest.raises(EngineUnavailable, match=said):
+            client.update_weights({"names": ["few"]})
+        assert time.monotonic() - started < 30
 
 
 def test_the_pool_answers_at_once_whatever_its_engines_do() -> None:

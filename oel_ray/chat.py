@@ -15,6 +15,7 @@ from typing import Any
 
 from oel_ray import prompts
 from oel_ray.errors import UserError
+from oel_ray.records import Frame
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _SENTINEL = "OELSENTINELMESSAGE"
@@ -36,8 +37,8 @@ def strip_thinking(response: str, *, thinking: bool) -> str | None:
 class ChatFormat:
     """A tokenizer with its chat template, reduced to what this project needs."""
 
-    def __init__(self, tokenizer: Any, *, thinking: bool) -> None:
-        """`tokenizer`: a transformers tokenizer with a chat template.
+    def __init__(self, tokenizer: Any, *, thinking: bool, frame: Frame | None = None) -> None:
+        """`tokenizer`: a transformers tokenizer with a chat template. `frame` stands in place of what that gives today.
 
         Raises:
             UserError: the tokenizer has no chat template, or one that changes the user's message or that text in it
@@ -48,11 +49,9 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.thinking = thinking
         self._prefixes: dict[str, list[int]] = {}
-        before, found, after = self._rendered(thinking=thinking).partition(_SENTINEL)
-        if not found or _SENTINEL in after:
-            raise UserError("the model's chat template does not show the user's message exactly once")
-        self.before_ids: list[int] = self._ids(before, special=True)
-        self.after_ids: list[int] = self._ids(after, special=True)
+        self.frame = frame or self._rendered_frame()
+        self.before_ids: list[int] = self._ids(self.frame.before, special=True)
+        self.after_ids: list[int] = self._ids(self.frame.after, special=True)
         framing = {*self.before_ids, *self.after_ids}
         added = {token.content for index, token in tokenizer.added_tokens_decoder.items() if index in framing}
         self.control_tokens: list[str] = sorted(
@@ -77,12 +76,12 @@ class ChatFormat:
             raise UserError(f"the model's tokenizer hides '{THINK_CLOSE}' as a special token: set thinking=false")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, thinking: bool) -> "ChatFormat":
+    def from_pretrained(cls, folder: str | Path, *, thinking: bool, frame: Frame | None = None) -> "ChatFormat":
         """Load from a policy folder. Reads no network."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        return cls(tokenizer, thinking=thinking)
+        return cls(tokenizer, thinking=thinking, frame=frame)
 
     def check_thinking(self) -> None:
         """Whether responses will begin as `thinking` says; what a model does by itself cannot be known.
@@ -104,6 +103,12 @@ class ChatFormat:
             raise UserError(
                 f"thinking is true, and the model's chat template opens no {THINK_OPEN} block: set thinking=false"
             )
+
+    def _rendered_frame(self) -> Frame:
+        before, found, after = self._rendered(thinking=self.thinking).partition(_SENTINEL)
+        if not found or _SENTINEL in after:
+            raise UserError("the model's chat template does not show the user's message exactly once")
+        return Frame(before=before, after=after)
 
     def _rendered(self, *, thinking: bool) -> str:
         message = {"role": "user", "content": _SENTINEL}

@@ -243,7 +243,8 @@ def knowledge(
 
         learned.taught_by(RunFolder.open(run_dir), drop)
         with RunFolder.resume(run_dir, None) as folder:
-            chat = ChatFormat.from_pretrained(folder.policy(0), thinking=folder.config.thinking)
+            thinking, frame = folder.config.thinking, folder.frame
+            chat = ChatFormat.from_pretrained(folder.policy(0), thinking=thinking, frame=frame)
             lines = [f"to be done again: {stage}" for stage in learned.drop(folder, drop, chat.count)]
     print(*(plain(line).plain for line in lines), sep="\n")
 

@@ -66,7 +66,7 @@ def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequenc
         progress.note(f"starting {config.engines.count} engines on {policy}")
         with (
             engine_pool(config.engines, policy, on_gpu=on_gpu) as pool,
-            players(config, policy, pool.client) as gamers,
+            players(config, policy, pool.client, folder.frame) as gamers,
             tracking(config, folder.run_id, folder.path, progress.note) as track,
         ):
             telemetry = Telemetry(folder, progress, pool, gamers, track)
@@ -83,7 +83,8 @@ def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
     model = resolve_model(config.model, progress.note)
     out = stage.begin()
     reference = out.policy / layout.POLICY_REFERENCE
-    write_json(reference, {"model": str(model), "files": model_files(model)})
+    frame = ChatFormat.from_pretrained(model, thinking=config.thinking).frame
+    write_json(reference, {"model": str(model), "files": model_files(model), "frame": frame.model_dump()})
     stage.commit([reference], {})
 
 
@@ -142,6 +143,7 @@ class Rounds:
     def evaluate_in_context(self, number: int) -> None:
         """The teacher's view: the policy that played, with the knowledge in its prompt."""
         knowledge = growth(self.folder.files(number).knowledge_texts(), self.config.evaluate.accumulation_steps)
+                self.folder.frame,
         self._evaluate(number, layout.EVALUATE_IN_CONTEXT, self.folder.deployed(number), knowledge)
 
     def consolidate(self, number: int) -> None:
@@ -154,7 +156,8 @@ class Rounds:
             stage.begin("checkpoints")
             version = self._deploy(policy_of := self.folder.deployed(number))
             policy = self.folder.policy(policy_of)
-            chat = ChatFormat.from_pretrained(policy, thinking=self.config.thinking)
+            frame = self.folder.frame
+            chat = ChatFormat.from_pretrained(policy, thinking=self.config.thinking, frame=frame)
             starts = prefixes(self._trajectories(number, "consolidation"), chat)
             knowledge = self.folder.files(number).knowledge_texts()
             plan = step_batches(starts, len(knowledge), config, run_seed=self.config.seed, round_number=number)
@@ -170,6 +173,7 @@ class Rounds:
                 plan=plan,
                 generate=self.pool.client,
                 engines=self.pool.engines,
+                frame=frame,
                 on_gpu=self.on_gpu,
                 metrics=out.consolidation_metrics.resolve(),
                 samples=out.samples.resolve(),

@@ -43,6 +43,16 @@ class Sampling(Record):
     max_tokens: int
 
 
+class Frame(Record):
+    """What a chat template puts before and after a user's message, where the model is to answer.
+
+    A run takes it once, when it begins, because a template may say what day it is.
+    """
+
+    before: str
+    after: str
+
+
 class Generation(Record):
     """One response of an engine, as the engine returned it.
 

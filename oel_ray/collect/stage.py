@@ -25,7 +25,7 @@ from oel_ray.hang import WATCH, dump_stacks
 from oel_ray.journal import Journal
 from oel_ray.metrics import Series, report
 from oel_ray.plan import ray_options
-from oel_ray.records import Episode, Generate, KnowledgeText, Sampling, Trajectory
+from oel_ray.records import Episode, Frame, Generate, KnowledgeText, Sampling, Trajectory
 from oel_ray.stopping import draining
 
 _POLL_S = 0.5
@@ -262,14 +262,14 @@ def play_missing(
 
 
 @contextmanager
-def players(config: RunConfig, policy: Path, generate: Generate) -> Iterator[Players]:
-    """Start the player actors of a run; `policy` gives the tokenizer, which no round changes."""
+def players(config: RunConfig, policy: Path, generate: Generate, frame: Frame | None = None) -> Iterator[Players]:
+    """Start the player actors of a run; `policy` gives the tokenizer, which no round changes, `frame` is the run's."""
     collect, resources = config.collect, ray_options(config.collect.resources)
     numbers = itertools.count()
 
     def start(count: int) -> list[Any]:
         actors = [player_actor(collect.seats, name=f"player-{next(numbers)}", **resources) for _ in range(count)]
-        return [actor.remote(policy, generate, config) for actor in actors]
+        return [actor.remote(policy, generate, config, frame) for actor in actors]
 
     actors = start(collect.players)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from oel_ray.config import RunConfig
 from oel_ray.consolidate.prefixes import Plan
-from oel_ray.records import Generate, KnowledgeText, Prefix
+from oel_ray.records import Frame, Generate, KnowledgeText, Prefix
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,5 @@ class Job:
     """Where what torch's profiler records goes."""
     scratch: Path
     """Where Ray Train and the checkpoints of this job lie, also for the next driver if this one dies."""
+    frame: Frame | None = None
+    """What stands around every prompt of the run, see `ChatFormat`."""

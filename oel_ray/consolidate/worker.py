@@ -52,7 +52,7 @@ def train(job: Job) -> None:
     weights = weights_of(step.student, getattr(torch, job.config.policy_dtype), job.policy)
     check_names(weights, job.policy)
     sync = attempt.weight_sync(weights)
-    chat = ChatFormat.from_pretrained(job.policy, thinking=job.config.thinking)
+    chat = ChatFormat.from_pretrained(job.policy, thinking=job.config.thinking, frame=job.frame)
     head = len(chat.game_prefix_ids())
     knowledge_ids = [tuple(chat.game_prefix_ids(text.text)) for text in job.knowledge]
 

@@ -17,7 +17,7 @@ from oel_ray.journal import Journal
 from oel_ray.layout import EXTRACT
 from oel_ray.metrics import Series, at, log, report
 from oel_ray.plan import ray_options
-from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
+from oel_ray.records import AccumulationStep, Frame, Generate, KnowledgeText, Trajectory
 from oel_ray.stopping import draining
 
 _POLL_S = 0.5
@@ -28,8 +28,8 @@ _LIVES = {"max_restarts": 3, "max_task_retries": -1}
 class ExtractionWorker(Named):
     """An async Ray actor: any number of accumulations as coroutines, with `progress` answering in between."""
 
-    def __init__(self, policy: Path, generate: Generate, config: RunConfig) -> None:
-        self._chat = ChatFormat.from_pretrained(policy, thinking=config.thinking)
+    def __init__(self, policy: Path, generate: Generate, config: RunConfig, frame: Frame | None = None) -> None:
+        self._chat = ChatFormat.from_pretrained(policy, thinking=config.thinking, frame=frame)
         self._generate = generate
         self._config = config
         self._finished_steps = 0
@@ -82,11 +82,13 @@ def extract(
     generate: Generate,
     on_progress: Callable[[int, int], None],
     journal: Callable[[str, type[AccumulationStep]], Journal[AccumulationStep]] | None = None,
+    frame: Frame | None = None,
 ) -> list[KnowledgeText]:
     """All accumulations of a round, in the order of their seeds.
 
     `on_progress(finished steps, all steps)` is called about twice a second, whether or not a step has finished. With
-    `journal`, which opens one by its name, accumulations go on where theirs end.
+    `journal`, which opens one by its name, accumulations go on where theirs end. `frame` is the run's own, see
+    `ChatFormat`.
 
     Raises:
         RunFailed: an accumulation failed; the others are given up.
@@ -105,7 +107,7 @@ def extract(
         actor = ray.remote(**settings)(ExtractionWorker)
         for index in range(min(config.extract.workers, chains)):
             named = actor.options(name=f"extractor-{round_number}-{index}")
-            workers.append(named.remote(policy, generate, config))
+            workers.append(named.remote(policy, generate, config, frame))
         shared = ray.put(list(trajectories))
         seeds = {
             workers[seed % len(workers)].accumulate.remote(shared, seed, round_number, journals[seed]): seed

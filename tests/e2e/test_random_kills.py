@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from oel_ray.faults import POINTS_FILE
-from tests.e2e.test_run import MARK, SMALL, left_over, oel, stages, texts
+from tests.e2e.test_run import MARK, SMALL, another_day, left_over, oel, stages, texts
 
 KILLS = int(os.environ.get("OEL_RAY_KILLS", "3"))
 KILLS_OF_A_RUN = 3
@@ -38,6 +38,8 @@ def run_until_it_ends(folder: Path, model: Path, moments: random.Random, most: i
         moment = moments.uniform(0, start + work)
         with Path(f"{folder}.log").open("ab") as log:
             environment = {**os.environ, MARK: str(os.getpid()), POINTS_FILE: f"{folder}.points"}
+            if "--resume" in of_what:
+                environment["TZ"] = another_day()
             driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             code = driver.wait(moment if kills < most else 400)

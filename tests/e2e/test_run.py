@@ -43,8 +43,15 @@ KILLS = [
 ]  # fmt: skip
 
 
-def oel(*arguments: str, kill_after: str | None = None) -> subprocess.CompletedProcess[str]:
+def another_day() -> str:
+    """A time zone of the day before or after that of TZ."""
+    hours = int(os.environ["TZ"].removeprefix("NOON"))
+    return f"DAY{hours + (24 if hours < 0 else -24):+d}"
+
+
+def oel(*arguments: str, kill_after: str | None = None, tz: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, MARK: str(os.getpid())} | ({"OEL_RAY_KILL_AFTER": kill_after} if kill_after else {})
+    environment |= {"TZ": tz} if tz else {}
     command = [sys.executable, "-m", "oel_ray", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
@@ -107,7 +114,7 @@ def test_killed_inside_and_between_stages_it_goes_on_to_the_same_bytes(
     committed: set[str] = set()
     for number, kill in enumerate(KILLS):
         start = ["--resume"] if number else ["exact", f"model={model}", *SMALL]
-        killed = oel("run", *start, "--run-dir", str(folder), kill_after=kill)
+        killed = oel("run", *start, "--run-dir", str(folder), kill_after=kill, tz=another_day() if number else None)
         assert killed.returncode == -signal.SIGKILL, (kill, killed.stderr)
         done = stages(folder)
         assert committed <= set(done), "a committed stage was lost"

@@ -117,7 +117,7 @@ def optimizer_step(size: Sizes) -> dict[str, Any]:
     from oel_ray.consolidate.optimizer import DistillStep
 
     device = size.loss.device
-    config = ConsolidateConfig(workers=1, kl_temperature=_TEMPERATURE)
+    config = ConsolidateConfig(workers=1, precision="bfloat16", kl_temperature=_TEMPERATURE)
     student = random_model(size.model, device)
     lengths = {"knowledge": size.knowledge, "prompt": size.prompt, "response": size.response}
     samples = random_samples(size.samples, size.model["vocab_size"], **lengths)

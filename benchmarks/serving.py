@@ -31,6 +31,7 @@ from oel_ray.engines.router import Router
 from oel_ray.envs import make
 from oel_ray.envs.splits import training_episodes
 from oel_ray.models import resolve_model
+from oel_ray.precision import auto_here
 from oel_ray.records import Generation, Sampling, Trajectory
 from oel_ray.seeds import derive_seed
 
@@ -227,7 +228,7 @@ def arguments(name: str, about: str | None, runs: int) -> argparse.ArgumentParse
 
 def quickstart(*settings: str) -> RunConfig:
     """The configuration that these benchmarks start from; later settings win."""
-    return load_config("quickstart", list(settings))
+    return load_config("quickstart", list(settings)).settled(auto_here().precision)
 
 
 def tell(line: str) -> None:

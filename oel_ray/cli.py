@@ -85,8 +85,7 @@ def run(
     else:
         assert settings is not None
         RunFolder.check_new(path)
-        preflight(settings, note)
-        folder = RunFolder.create(path, settings)
+        folder = RunFolder.create(path, settings, preflight(settings, note).auto)
     note(headline(folder.config))
 
     def work() -> None:
@@ -306,10 +305,11 @@ def verify(
 def show_config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved configuration, and as comments what follows from it."""
     from oel_ray.plan import explain
+    from oel_ray.precision import auto_here
 
     settings = _load(config, overrides)
     print(settings.to_yaml(), end="")
-    print(*(f"# {line}" for line in explain(settings)), sep="\n")
+    print(*(f"# {line}" for line in explain(settings, auto_here())), sep="\n")
 
 
 @app.command()

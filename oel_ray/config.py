@@ -15,6 +15,8 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Gibibytes = Annotated[float, Field(ge=0)]
+Precision = Literal["auto", "bfloat16", "float32"]
+"""`auto` stands for one of the others, see `RunConfig.settled`."""
 
 
 def _without_gpus(resources: dict[str, float]) -> dict[str, float]:
@@ -178,8 +180,8 @@ class ConsolidateConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """What DeepSpeed ZeRO spreads over the ranks: nothing (in bfloat16 0 is as 1), optimizer state (1), gradients (2),
     parameters (3)."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute precision of the trainer; master weights are float32."""
+    precision: Precision = "auto"
+    """Compute precision of the trainer; master weights are float32. For `auto` see `engines.dtype`."""
     micro_batch_tokens: Positive = 8192
     """Tokens of prompts and responses, padding included, that one rank's student reads at a time; one sample may be
     longer."""
@@ -292,8 +294,9 @@ class EnginesConfig(Section):
     resources: Resources = {}
     """What an engine takes of Ray, where that is more or other than its GPUs and a CPU, or a CPU for each thread; see
     `collect.resources`."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision that the engines compute in."""
+    dtype: Precision = "auto"
+    """Precision that the engines compute in. `auto` is bfloat16 on GPUs and on processors with instructions for it
+    (avx512_bf16 or amx_bf16), else float32, which is many times faster there; a run keeps what it began with."""
     max_model_len: Positive = 32768
     """Tokens of prompt and response together."""
     max_num_seqs: Positive = 64
@@ -335,8 +338,8 @@ class RunConfig(Section):
     the user's cache folder)."""
     thinking: bool = False
     """Whether the chat template opens a thinking block."""
-    policy_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the exported policy that every part of a round loads."""
+    policy_dtype: Precision = "auto"
+    """Precision of the exported policy that every part of a round loads. For `auto` see `engines.dtype`."""
     seed: int = 0
     """What all maps, orders and sampling seeds of the run are derived from."""
     rounds: Positive = 2
@@ -376,6 +379,16 @@ class RunConfig(Section):
                 f"collect.extraction_games={games}: leave it out, or raise collect.extraction_games"
             )
         return self
+
+    def settled(self, auto: Literal["bfloat16", "float32"]) -> "RunConfig":
+        """Return the same with a precision in place of each `auto`; what computes takes no other."""
+        engines, consolidate, policy = self.engines, self.consolidate, self.policy_dtype
+        if engines.dtype == "auto":
+            engines = engines.model_copy(update={"dtype": auto})
+        if consolidate.precision == "auto":
+            consolidate = consolidate.model_copy(update={"precision": auto})
+        changes = {"engines": engines, "consolidate": consolidate, "policy_dtype": auto if policy == "auto" else policy}
+        return self.model_copy(update=changes)
 
     @property
     def training_games(self) -> dict[TrainingSplit, int]:

@@ -32,6 +32,7 @@ from oel_ray.evaluate.stage import evaluated, evaluated_round, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.hang import HANG_FOLDER
 from oel_ray.models import model_files, resolve_model
+from oel_ray.plan import precisions
 from oel_ray.preflight import tell_outlook
 from oel_ray.progress import Progress, StageProgress
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
@@ -61,6 +62,8 @@ def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequenc
     """Do these stages, (round, name) in order, on a Ray of their own; raises what `run` raises."""
     os.environ[HANG_FOLDER] = str(folder.path / "hang")
     policy = folder.policy(folder.deployed(todo[0][0]))
+    chosen = ", ".join(f"{key}={value}" for key, value in precisions(config).items())
+    progress.note(f"precision: {chosen}; auto stands for {folder.auto}")
     with ray_cluster(config, folder.run_id, progress.note) as on_gpu:
         tell_outlook(config, policy, progress.note, on_gpu=on_gpu)
         progress.note(f"starting {config.engines.count} engines on {policy}")
@@ -76,7 +79,10 @@ def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequenc
 
 
 def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
-    """Record what round 0's policy is: the untouched model. That it can be used was `oel_ray.preflight`'s to check."""
+    """Record what round 0's policy is, the untouched model, and what its chat template puts around every prompt.
+
+    That it can be used was `oel_ray.preflight`'s to check.
+    """
     stage = folder.stage(0, layout.PREPARE)
     if stage.is_done:
         return
@@ -137,13 +143,13 @@ class Rounds:
                 self.pool.client,
                 lambda done, _: progress.update(done),
                 partial(stage.journal, note=self.progress.note),
+                self.folder.frame,
             )
             stage.commit_knowledge(texts)
 
     def evaluate_in_context(self, number: int) -> None:
         """The teacher's view: the policy that played, with the knowledge in its prompt."""
         knowledge = growth(self.folder.files(number).knowledge_texts(), self.config.evaluate.accumulation_steps)
-                self.folder.frame,
         self._evaluate(number, layout.EVALUATE_IN_CONTEXT, self.folder.deployed(number), knowledge)
 
     def consolidate(self, number: int) -> None:
@@ -167,13 +173,13 @@ class Rounds:
                 round=number,
                 policy=policy,
                 teacher=resolve_model(config.teacher, self.progress.note) if config.teacher else policy,
+                frame=frame,
                 deployed=version,
                 prefixes=starts,
                 knowledge=knowledge,
                 plan=plan,
                 generate=self.pool.client,
                 engines=self.pool.engines,
-                frame=frame,
                 on_gpu=self.on_gpu,
                 metrics=out.consolidation_metrics.resolve(),
                 samples=out.samples.resolve(),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from oel_ray.config import ConsolidateConfig, EnginesConfig, RunConfig
 from oel_ray.layout import planned_stages
+from oel_ray.precision import Auto
 
 Nodes = Mapping[str, Mapping[str, float]]
 """What Ray says that each node has: `CPU`, `GPU`, `memory` in bytes, resources of the user's own."""
@@ -237,6 +238,15 @@ class Sizes(NamedTuple):
         )
 
 
+def precisions(config: RunConfig) -> dict[str, str]:
+    """What engines and trainer compute in and policies are written in, by the key that says so."""
+    return {
+        "engines.dtype": config.engines.dtype,
+        "consolidate.precision": config.consolidate.precision,
+        "policy_dtype": config.policy_dtype,
+    }
+
+
 def headline(config: RunConfig) -> str:
     sizes = Sizes.of(config)
     return (
@@ -246,8 +256,8 @@ def headline(config: RunConfig) -> str:
     )
 
 
-def explain(config: RunConfig) -> list[str]:
-    """The derived sizes, a line each."""
+def explain(config: RunConfig, auto: Auto) -> list[str]:
+    """The derived sizes, a line each, and what the precision `auto` stands for on this machine."""
     sizes, rounds, device = Sizes.of(config), config.rounds, config.engines.device
     collect, consolidate, extract = config.collect, config.consolidate, config.extract
     evaluations = (rounds + 1) * sizes.policy_games + rounds * sizes.in_context_games
@@ -264,6 +274,9 @@ def explain(config: RunConfig) -> list[str]:
         rows["on CPUs"] = _shares(demands(config, on_gpu=False))
     if device != "cpu":
         rows["on GPUs"] = _shares(demands(config, on_gpu=True))
+    if "auto" in precisions(config).values():
+        rows["precision"] = f"auto stands for {'bfloat16, on GPUs' if device == 'cuda' else auto}"
+        rows["precision"] += "; for bfloat16 on GPUs" * (device == "auto")
     rows["tokens"] = f"at most, beside the prompt; engines.max_model_len={config.engines.max_model_len}"
     rows |= {f"  {reading.name}": _room(reading, config) for reading in readings(config)}
     return [f"{name:<12} {text}" for name, text in rows.items()]

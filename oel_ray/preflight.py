@@ -18,7 +18,8 @@ from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import UserError, one_line
 from oel_ray.extract.chain import extraction_prompt
 from oel_ray.models import resolve_model
-from oel_ray.plan import Reading, outlook, readings
+from oel_ray.plan import Reading, outlook, precisions, readings
+from oel_ray.precision import Auto
 from oel_ray.resources import alive_nodes, check_resources
 from oel_ray.runs import RunFolder
 from oel_ray.schedule import PLAYED, check_imports, unfinished
@@ -35,18 +36,28 @@ class Model(NamedTuple):
     """Size of its output vocabulary."""
 
 
-def preflight(config: RunConfig, note: Callable[[str], None], *, plays: bool = True) -> Model:
+class Ready(NamedTuple):
+    """What was found out on the way: the model, and what the precision `auto` stands for where the run computes."""
+
+    model: Model
+    auto: Auto
+
+
+def preflight(config: RunConfig, note: Callable[[str], None], *, plays: bool = True) -> Ready:
     """Check all that a run needs; an environment only if it `plays`. `note` is told what takes time.
 
     Raises:
         UserError: the run could not work here.
     """
-    check_resources(config)
+    auto = check_resources(config)
+    slow = [key for key, value in precisions(config).items() if value == "bfloat16" and key != "policy_dtype"]
+    if slow and auto.precision == "float32":
+        note(f"{' and '.join(slow)}=bfloat16 will be many times slower than float32: {auto.because}")
     environment = check_environment(config) if plays else None
     model = check_model(config, note)
     check_student(config, model)
     check_context(config, model, check_teacher(config, model, note), environment)
-    return model
+    return Ready(model, auto)
 
 
 def preflight_resumed(folder: RunFolder, note: Callable[[str], None]) -> None:

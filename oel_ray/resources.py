@@ -17,39 +17,48 @@ from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.hang import HANG_FOLDER
 from oel_ray.plan import GPU_MEMORY, Nodes, amounts, demands, place, placement, ray_options, total
+from oel_ray.precision import Auto, auto_here, auto_on_nodes, bfloat16_units
 
 CLUSTER_ANSWER_S = 25.0
 """How long a cluster may take to say what it has."""
 
-_GPUS_ANSWER_S = 10.0
+_NODES_ANSWER_S = 10.0
+_BFLOAT16 = "bfloat16"
+"""Whether the processor of a node has instructions for it, among what the node has."""
 
 _ASK = """
 import json, sys
 from oel_ray.resources import alive_nodes
 import ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-print(json.dumps(alive_nodes()))
+print(json.dumps(alive_nodes(processors=True)))
 """
 
 
-def check_resources(config: RunConfig) -> None:
+def check_resources(config: RunConfig) -> Auto:
     """Compare what a run needs with the cluster that it would join, or else with this machine. Starts no Ray.
+
+    Returns the precision that `auto` stands for there.
 
     Raises:
         UserError: too little is there, with demand, supply and shortfall; or no Ray answers at the address; or a GPU's
             optimizer is to lie on the host, and there is no GPU.
     """
     if address := cluster_address(config):
-        on_gpu = check_nodes(config, nodes_at(address), f"the cluster at {address}")
+        nodes = nodes_at(address)
+        on_gpu = check_nodes(config, nodes, f"the cluster at {address}")
+        computing = [node for node, there in nodes.items() if there.get("CPU")]
+        auto = auto_on_nodes([node for node in computing if not nodes[node].get(_BFLOAT16)], len(computing))
     else:
         gpus = 0 if config.engines.device == "cpu" else _gpus_here()
-        on_gpu = _on_gpu(config, gpus)
+        on_gpu, auto = _on_gpu(config, gpus), auto_here()
         # Ray is started with as much of everything else as is needed.
         check_nodes(config, {"here": total(demands(config, on_gpu=on_gpu)) | {"GPU": gpus}}, "this machine")
         if not on_gpu:
             _check_cores(config)
     if config.consolidate.offload_optimizer and not on_gpu:
         raise UserError("consolidate.offload_optimizer=true means nothing on CPUs: leave it out")
+    return Auto(precision="bfloat16", because="engines and trainer use GPUs") if on_gpu else auto
 
 
 @contextmanager
@@ -88,14 +97,20 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
         ray.shutdown()
 
 
-def alive_nodes() -> dict[str, dict[str, float]]:
-    """What each node of the cluster that was joined has, by its id; the memory of GPUs if it tells soon enough."""
+def alive_nodes(*, processors: bool = False) -> dict[str, dict[str, float]]:
+    """What each node of the cluster that was joined has, by its id; the memory of GPUs if it tells soon enough.
+
+    With `processors` also whether those have instructions for bfloat16.
+    """
     import ray
 
     nodes = {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
     with_gpus: dict[str, tuple[Any, ...]] = {node: () for node, there in nodes.items() if there.get("GPU")}
-    for node, gpus in ask_nodes(gpu_memory, with_gpus, _GPUS_ANSWER_S).items():
+    for node, gpus in ask_nodes(gpu_memory, with_gpus, _NODES_ANSWER_S).items():
         nodes[node][GPU_MEMORY] = min(gpus, default=0) if isinstance(gpus, list) else 0
+    asked: dict[str, tuple[Any, ...]] = dict.fromkeys(nodes, ()) if processors else {}
+    for node, units in ask_nodes(bfloat16_units, asked, _NODES_ANSWER_S).items():
+        nodes[node][_BFLOAT16] = float(isinstance(units, list) and bool(units))
     return nodes
 
 
@@ -124,7 +139,7 @@ def gpu_memory() -> list[float]:
     if not (tool := shutil.which("nvidia-smi")):
         return []
     query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    said = subprocess.run(query, capture_output=True, text=True, timeout=_GPUS_ANSWER_S, check=False)
+    said = subprocess.run(query, capture_output=True, text=True, timeout=_NODES_ANSWER_S, check=False)
     return [float(line) * 2**20 for line in said.stdout.split() if line.isdigit()]
 
 

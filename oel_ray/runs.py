@@ -39,6 +39,7 @@ from oel_ray.journal import Journal
 from oel_ray.layout import Manifest, RoundFiles, StageEntry
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
 from oel_ray.models import model_files
+from oel_ray.precision import Auto, auto_here
 from oel_ray.records import AnyRecord, Frame, KnowledgeText, Record, content_hash, first_problem
 from oel_ray.schedule import unfinished
 
@@ -50,6 +51,9 @@ State = Literal["running", "finished", "partial", "failed", "interrupted"]
 
 _FIXED = ("model:", "seed:", "env.id:", "env.params.", "env.split:", "env.min_solution:")
 """Settings that committed stages were made with and later ones could not tell from theirs."""
+
+
+_AUTO_UNTOLD = {"precision": "bfloat16", "because": "the run was begun by a version that knew no other default"}
 
 
 class _Metrics(Record, extra="allow"):
@@ -66,7 +70,7 @@ class RunFolder:
         """Where this process puts what must neither be read nor lost."""
         self._status: dict[str, Any] = {}
         self._change: tuple[RunConfig, list[str]] | None = None
-        """The configuration that is to hold from now on, and how it and the model differ from before."""
+        """The configuration that is to hold from now on, as given, and how it and the model differ from before."""
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -100,8 +104,9 @@ class RunFolder:
             raise UserError(f"{path} already holds a run: add --resume to go on with it, or choose another folder")
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig) -> Self:
-        """Start a run in a new or empty folder.
+    def create(cls, path: Path, config: RunConfig, auto: Auto | None = None) -> Self:
+        """Start a run in a new or empty folder. `auto` is what the precision `auto` stands for in it, else this
+        machine's.
 
         Raises:
             UserError: the folder is in use, holds a run already, or is not ours.
@@ -121,6 +126,7 @@ class RunFolder:
                 "run_id": uuid.uuid4().hex[:8],
                 "created": _now(),
                 "packages": installed(PACKAGES),
+                "auto": (auto or auto_here()).model_dump(),
             }
             write_json(path / layout.RUN_FILE, info)
             folder.set_status("running")
@@ -139,7 +145,8 @@ class RunFolder:
             UserError: no run lies there; or the configuration changed, or the model that it began with, and must not.
         """
         folder = cls.open(path)
-        old, new = folder.config, config or folder.config
+        old = _read_config(folder.path / layout.CONFIG_FILE)
+        new = config or old
         settings = (_flat(config.model_dump(mode="json")) for config in (old, new))
         changes = [*_differences(*settings), *folder.changed_model()]
         if changes and not allow_change:
@@ -201,12 +208,19 @@ class RunFolder:
 
     @property
     def config(self) -> RunConfig:
-        return self._change[0] if self._change else _read_config(self.path / layout.CONFIG_FILE)
+        """The configuration that holds, with the run's own precision in place of each `auto`."""
+        config = self._change[0] if self._change else _read_config(self.path / layout.CONFIG_FILE)
+        return config.settled(self.auto.precision)
+
+    @property
+    def auto(self) -> Auto:
+        """What the precision `auto` stands for in this run."""
+        return Auto.model_validate(self.info.get("auto", _AUTO_UNTOLD))
 
     def config_of(self, entry: StageEntry) -> RunConfig:
         """The configuration that a stage was done with."""
         replaced = self.path / layout.REPLACED_CONFIG.format(entry.config)
-        return _read_config(replaced) if replaced.exists() else self.config
+        return _read_config(replaced).settled(self.auto.precision) if replaced.exists() else self.config
 
     @classmethod
     def take(cls, path: Path) -> Self:
@@ -273,6 +287,12 @@ class RunFolder:
         reference = policy / layout.POLICY_REFERENCE
         return Path(read_json(reference)["model"]) if reference.exists() else policy
 
+    @property
+    def frame(self) -> Frame | None:
+        """What stands around every prompt of the run; None if it does not say, as older ones do not."""
+        frame = read_json(self.files(0).policy / layout.POLICY_REFERENCE).get("frame")
+        return Frame.model_validate(frame) if frame else None
+
     def deployed(self, round_number: int) -> int:
         """The round whose policy plays in this one, teaches it and is trained in it.
 
@@ -286,12 +306,6 @@ class RunFolder:
     def changed_model(self) -> list[str]:
         """How the base model differs from what it was when the run began, as long as a round starts from it."""
         model = self.policy(0)
-    @property
-    def frame(self) -> Frame | None:
-        """What stands around every prompt of the run; None if it does not say, as older ones do not."""
-        frame = read_json(self.files(0).policy / layout.POLICY_REFERENCE).get("frame")
-        return Frame.model_validate(frame) if frame else None
-
         trained = [number for number, stages in self.committed.items() if layout.CONSOLIDATE in stages]
         is_read = layout.PREPARE in self.committed.get(0, ()) and self.deployed(max(trained, default=0) + 1) == 0
         if not is_read or not model.is_dir():

@@ -9,6 +9,7 @@ from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.imports import Imported, put_knowledge, put_trajectories, read_knowledge, read_trajectories
 from oel_ray.layout import IMPORT_KNOWLEDGE, IMPORT_OF, PREPARE, RUN_FILE
+from oel_ray.precision import Auto
 from oel_ray.preflight import preflight, starting_at
 from oel_ray.progress import Progress
 from oel_ray.records import KnowledgeText, TrainingSplit
@@ -42,21 +43,24 @@ class SingleStage:
     name: str
     trajectories: dict[TrainingSplit, Imported]
     knowledge: list[KnowledgeText]
+    auto: Auto
 
     def open(self) -> RunFolder:
         """Start the run, or go on with it; takes the folder's lock."""
-        return RunFolder.create(self.folder, self.config) if self.is_new else RunFolder.resume(self.folder, self.config)
+        if self.is_new:
+            return RunFolder.create(self.folder, self.config, self.auto)
+        return RunFolder.resume(self.folder, None)
 
     def work(self, folder: RunFolder, progress: Progress) -> None:
         """Put in what comes from elsewhere, and do the stage; raises what `loop.run` raises."""
-        loop.prepare(self.config, folder, progress)
+        loop.prepare(folder.config, folder, progress)
         for split, imported in self.trajectories.items():
             if imported.bad:
                 progress.note(f"bad lines left out: {len(imported.bad)}, with the reasons in {folder.quarantine}")
             put_trajectories(folder, self.round, split, imported)
         if self.knowledge:
             put_knowledge(folder, self.round, self.knowledge)
-        loop.work(self.config, folder, progress, [(self.round, self.name)])
+        loop.work(folder.config, folder, progress, [(self.round, self.name)])
 
 
 def plan_stage(
@@ -86,10 +90,10 @@ def plan_stage(
     committed[0] = committed.get(0, set()) | {PREPARE}  # every stage makes up for it
     number = first_open_round(config, committed, name) if round_number is None else round_number
     check_ready(config, committed, number, name, files.stages)
-    chat = preflight(starting_at(run, number) if run else config, note, plays=name in PLAYED).chat
+    model, auto = preflight(starting_at(run, number) if run else config, note, plays=name in PLAYED)
     trajectories = {
-        split: read_trajectories(file, number, split, config, chat, files.max_bad)
+        split: read_trajectories(file, number, split, config, model.chat, files.max_bad)
         for split, file in files.trajectories.items()
     }
-    knowledge = read_knowledge(files.knowledge, number, config, chat)
-    return SingleStage(path, config, run is None, number, name, trajectories, knowledge)
+    knowledge = read_knowledge(files.knowledge, number, config, model.chat)
+    return SingleStage(path, config, run is None, number, name, trajectories, knowledge, auto)

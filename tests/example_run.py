@@ -39,9 +39,10 @@ def small_config(**changes: Any) -> RunConfig:
         "env": {"id": "FrozenLake-v0", "max_turns": 3, "params": {"size": 3}},
         "collect": {"extraction_games": 2},
         "extract": {"seeds": 2},
-        "consolidate": {"steps": 3, "games_per_step": 1},
+        "policy_dtype": "float32",
+        "consolidate": {"steps": 3, "games_per_step": 1, "precision": "float32"},
         "evaluate": {"maps": 4, "seeds": 2, "accumulation_steps": [EARLY_STEP]},
-        "engines": {"max_model_len": 20000},
+        "engines": {"max_model_len": 20000, "dtype": "float32"},
     }
     return parse_config(values | changes)
 

@@ -16,11 +16,14 @@ from oel_ray.plan import (
     readings,
     total,
 )
+from oel_ray.precision import Auto
+
+AUTO = Auto(precision="float32", because="of this")
 
 
 def test_the_sizes_of_a_preset() -> None:
     config = load_config("smollm2")
-    assert explain(config) == [
+    assert explain(config, AUTO) == [
         "stages       12 in rounds 0 to 2",
         "games        T = 4 and T' = 6 a round, 20 in all",
         "extraction   K x T = 3 x 4, 12 responses a round",
@@ -28,6 +31,7 @@ def test_the_sizes_of_a_preset() -> None:
         "evaluation   16 games of the policy and 16 in context a round, 80 games in all",
         "on CPUs      6 CPU for engines 2 x (1 CPU), players 2 x (1 CPU), trainer 2 x (1 CPU), extractors 1 x (1 CPU); "
         "trainer and extractors take turns",
+        "precision    auto stands for float32, because of this",
         "tokens       at most, beside the prompt; engines.max_model_len=4096",
         "  play       24 of response; 4072 are left to the prompt",
         "  in context 192 of knowledge + 24 of response = 216; 3880 are left to the prompt",
@@ -40,13 +44,13 @@ def test_the_sizes_of_a_preset() -> None:
 def test_without_evaluation_and_extraction() -> None:
     config = load_config("smollm2", ["evaluate.enabled=false", "extract.format=raw"])
     assert [reading.name for reading in readings(config)] == ["play", "teacher"]
-    assert explain(config)[0] == "stages       7 in rounds 0 to 2"
+    assert explain(config, AUTO)[0] == "stages       7 in rounds 0 to 2"
     assert headline(config).endswith("0 extractions, at most 30 training samples, 0 evaluation games")
 
 
 def test_every_step_of_the_accumulation_is_a_set_of_games_in_context() -> None:
     config = load_config("smollm2", ["evaluate.accumulation_steps=[1, 2, 4]"])  # T = 4: the last is the complete text
-    assert explain(config)[4].endswith("16 games of the policy and 48 in context a round, 144 games in all")
+    assert explain(config, AUTO)[4].endswith("16 games of the policy and 48 in context a round, 144 games in all")
     assert headline(config).endswith(" 64 evaluation games")
 
 
@@ -72,7 +76,7 @@ def test_the_demand_on_cpus_and_on_gpus() -> None:
     cpu, gpu = demands(config, on_gpu=False), demands(config, on_gpu=True)
     assert total(cpu) == {"CPU": 2 * 3 * 2 + 2 + 6, "reader": 1}  # all threads of an engine's ranks count
     assert total(gpu) == {"CPU": 10, "GPU": 8, "reader": 1}
-    (row,) = (line for line in explain(config) if line.startswith("on GPUs"))
+    (row,) = (line for line in explain(config, AUTO) if line.startswith("on GPUs"))
     assert "10 CPU + 8 GPU + 1 reader for engines 2 x (1 CPU + 2 GPU), players 2 x (1 CPU), trainer 4 x (1 CPU" in row
 
 

@@ -42,7 +42,7 @@ def config(model: Path, **changes: object) -> RunConfig:
 
 
 def test_a_sound_configuration_gives_the_models_folder(model: Path) -> None:
-    assert preflight.preflight(config(model), pytest.fail).folder == model
+    assert preflight.preflight(config(model), pytest.fail).model.folder == model
 
 
 @pytest.mark.parametrize("layers", ["all-linear", ["q_proj", "v_proj"]])

@@ -66,7 +66,7 @@ def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "a" / "run", small_config()) as folder:
         assert folder.config == small_config()
         assert read_json(folder.path / "status.json")["state"] == "running"
-        assert {"version", "run_id", "created", "packages"} == set(folder.info)
+        assert {"version", "run_id", "created", "packages", "auto"} == set(folder.info)
         assert len(folder.run_id) == 8
         folder.log_metrics({"kl": 0.5})
         folder.log_metrics({"kl": 0.25})
@@ -333,7 +333,7 @@ def test_a_change_that_is_allowed_holds_from_the_first_stage_that_is_left(tmp_pa
         for number, name in ((0, "prepare"), (0, "evaluate"), (1, "collect"), (1, "extract")):
             example_run.STAGES[name](folder.stage(number, name))
     fewer = {
-        "consolidate": {"steps": 3, "games_per_step": 1, "learning_rate": 0.5},
+        "consolidate": {"steps": 3, "games_per_step": 1, "precision": "float32", "learning_rate": 0.5},
         "evaluate": {"maps": 4, "seeds": 2},
     }
     new = small_config(rounds=1, extract={"seeds": 7}, **fewer)

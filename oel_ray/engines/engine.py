@@ -214,6 +214,8 @@ def engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str
 
     from oel_ray.engines.plugin import GLOO, NCCL
 
+    if config.dtype == "auto":  # vLLM would take it for the precision of the folder
+        raise ValueError("engines.dtype is auto: see RunConfig.settled")
     args: dict[str, Any] = {
         "model": policy,
         "dtype": config.dtype,

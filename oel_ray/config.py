@@ -202,7 +202,8 @@ class ConsolidateConfig(Section):
     """Response tokens whose logits exist at a time."""
     checkpoint_every: NonNegative = 10
     """Steps between checkpoints inside a round, from which a restarted trainer or a resumed run goes on; 0 makes none.
-    One takes up to 20 bytes per parameter that is trained in the run folder, and there are two while one is written."""
+    One takes up to 20 bytes per parameter that is trained in the run folder. The newest two are kept, and there are
+    three while one is written."""
     keep_steps: tuple[Positive, ...] = ()
     """Also keep the policy as it was after so many steps of each round, e.g. `[5, 10, 15]`; a model folder each."""
     max_failures: NonNegative = 2

@@ -1,7 +1,7 @@
 """One life of a training group: where it starts, and the checkpoints that the next one would start from. Every rank.
 
 Ray Train starts the group again when a rank died; a driver that was killed starts it again on `--resume`. Both find the
-newest complete checkpoint in the work folder, whether or not Ray Train's controller lived to hear of it.
+newest sound checkpoint in the work folder. Ray Train hears of none, and deletes none.
 """
 
 import shutil
@@ -10,8 +10,6 @@ from pathlib import Path
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint as RayCheckpoint
-from ray.train import CheckpointUploadMode
 
 from oel_ray.consolidate import checkpoints
 from oel_ray.consolidate.checkpoints import Checkpoint, Spread, State
@@ -34,11 +32,13 @@ class Attempt:
         dist.broadcast_object_list(chosen)
         assert chosen[0]
         self.number, self._checkpoint = chosen[0]
-        self._fits = self._checkpoint is None or self._checkpoint.state.spread == Spread.of(job)
+        fits = self._checkpoint is None or self._checkpoint.state.spread == Spread.of(job)
+        self.first_step = self._saved = self._checkpoint.state.step if self._checkpoint else 0
+        self.weights = self._checkpoint.folder / checkpoints.WEIGHTS if self._checkpoint and not fits else None
+        """The folder of a checkpoint's weights that the student begins with, as the optimizer state does not fit.
 
-    @property
-    def first_step(self) -> int:
-        return self._checkpoint.state.step if self._checkpoint else 0
+        That is a policy, or the adapters that belong to the round's.
+        """
 
     def _choose(self) -> tuple[int, Checkpoint | None]:
         job, number, chosen = self._job, checkpoints.next_attempt(self._job), None
@@ -47,6 +47,7 @@ class Attempt:
                 chosen = checkpoint
                 break
             self.note(f"{damage}: the checkpoint of step {checkpoint.state.step} is not used")
+            shutil.rmtree(checkpoint.folder, ignore_errors=True)  # or it would be one of those that are kept
         if number > 0:
             where = f"after step {chosen.state.step}" if chosen else "from the start"
             self.note(f"round {job.round}: consolidation goes on: attempt {number}, {where} of {len(job.plan)}")
@@ -67,19 +68,11 @@ class Attempt:
         """The label of the weights after so many steps."""
         return f"r{self._job.round:03d}.s{step:04d}.a{self.number}"
 
-    @property
-    def weights(self) -> Path | None:
-        """The folder of a checkpoint's weights that the student begins with, as the optimizer state does not fit.
-
-        That is a policy, or the adapters that belong to the round's.
-        """
-        return self._checkpoint.folder / checkpoints.WEIGHTS if self._checkpoint and not self._fits else None
-
     def restore(self, step: DistillStep) -> None:
         """Put masters and optimizer where the checkpoint has them. Collective."""
         if self._checkpoint is None:
             return
-        if self._fits:
+        if self.weights is None:
             step.load(self._checkpoint.folder / checkpoints.DEEPSPEED)
         step.updates = self._checkpoint.state.updates
 
@@ -112,18 +105,20 @@ class Attempt:
         return version
 
     def due(self, done: int) -> bool:
-        """Whether a checkpoint is to be written after so many steps."""
-        every = self._job.config.consolidate.checkpoint_every
-        return every > 0 and done % every == 0 and done < len(self._job.plan)
+        """Whether a checkpoint is to be written after so many steps, the last of which was applied."""
+        return 0 < self._job.config.consolidate.checkpoint_every <= done - self._saved and done < len(self._job.plan)
 
     def save_last_good(self, done: int, step: DistillStep) -> None:
         """Keep the state after so many steps, since which no step was applied, before the run ends. Collective."""
-        if self._job.config.consolidate.checkpoint_every and done > self.first_step:
-            self.save(done, step, "-last-good")  # Ray Train may be about to delete the folder of the plain name
+        if self._job.config.consolidate.checkpoint_every and done > self._saved:
+            self.save(done, step)
 
-    def save(self, done: int, step: DistillStep, suffix: str = "") -> None:
-        """Write a checkpoint of the state after so many steps. Collective."""
-        writing, final = (self._folder / f"{dot}step-{done:04d}{suffix}" for dot in (".", ""))
+    def save(self, done: int, step: DistillStep) -> None:
+        """Write a checkpoint of the state after so many steps. Collective.
+
+        All but the newest two are deleted, whoever wrote them.
+        """
+        writing, final = (self._folder / f"{dot}step-{done:04d}" for dot in (".", ""))
         if self._rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
             checkpoints.keep_outputs(self._job, done, writing)
@@ -146,14 +141,10 @@ class Attempt:
             shutil.rmtree(final, ignore_errors=True)
             writing.rename(final)
             sync_folder(self._folder)
-            if self._checkpoint and self._checkpoint.folder.parent != self._folder:
-                shutil.rmtree(self._checkpoint.folder, ignore_errors=True)  # written under an earlier driver
-        # Waits for all ranks. Ray Train deletes the one before, if it was told of it.
-        ray.train.report(
-            {"step": done},
-            checkpoint=RayCheckpoint.from_directory(final) if self._rank == 0 else None,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
+            for old in checkpoints.usable(self._job)[checkpoints.KEPT :]:
+                shutil.rmtree(old.folder, ignore_errors=True)
+        dist.barrier()  # a rank that ends with an error takes the others with it
+        self._saved = done
 
     def _sealed(self, folder: Path) -> dict[str, FileEntry]:
         """All files, forced to disk and fingerprinted, each by one rank."""

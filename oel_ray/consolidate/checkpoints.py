@@ -18,6 +18,8 @@ from oel_ray.records import Record, content_hash
 
 STATE_FILE, ATTEMPT_FILE, NOTES_FILE = "state.json", "attempt.json", "notes.txt"
 DEEPSPEED, WEIGHTS, OUTPUTS = "deepspeed", "weights", "outputs"
+KEPT = 2
+"""Checkpoints of a round, so that damage to the newest costs only the steps behind the one before."""
 
 _SPREAD = {"workers", "zero_stage", "precision", "micro_batch_tokens", "teacher_cache_gib", "teacher_offload_gib"}
 _SPREAD |= {"gradient_checkpointing", "chunk_tokens", "checkpoint_every", "max_failures", "max_skipped_steps"}
@@ -105,10 +107,10 @@ def prepare(job: Job) -> tuple[int, str]:
     """
     shutil.rmtree(job.target, ignore_errors=True)
     job.target.mkdir()
-    if found := usable(job):
+    if kept := [checkpoint.folder for checkpoint in usable(job)[:KEPT]]:
         for folder in job.scratch.glob("*/*step-*"):
-            if folder != found[0].folder:
-                shutil.rmtree(folder)
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
         (job.scratch / NOTES_FILE).unlink(missing_ok=True)
         return _last_attempt(job) + 1, ""
     lost = any(job.scratch.glob(f"*/step-*/{STATE_FILE}"))

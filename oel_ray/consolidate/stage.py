@@ -26,8 +26,8 @@ Progressed = Callable[[int, str, list[dict[str, Any]]], None]
 def consolidate(job: Job, name: str, on_progress: Progressed, note: Callable[[str], None]) -> int:
     """Train, and write the new policy. Returns the number of training samples.
 
-    Goes on from the newest checkpoint in the job's scratch folder, if it is of this very job. `on_progress(steps done,
-    text, metrics of steps that were done since)` is called about twice a second, `note` for what a user should know.
+    Goes on from the newest sound checkpoint of this very job in its scratch folder. `on_progress(steps done, text,
+    metrics of steps that were done since)` is called about twice a second, `note` for what a user should know.
 
     Raises:
         RunFailed: a training rank failed in a way that would come again, or ranks died too often; the message is its
@@ -46,12 +46,10 @@ def consolidate(job: Job, name: str, on_progress: Progressed, note: Callable[[st
             resources_per_worker=rank_takes(config, on_gpu=job.on_gpu),
         ),
         run_config=ray.train.RunConfig(
-            # A name for every driver: under an old one Ray Train would read its own list of checkpoints, which a kill
-            # can leave half written.
+            # A name for every driver: ranks of one that was killed may still write under its own.
             name=f"{name}-attempt-{attempt}",
             storage_path=str(job.scratch.resolve()),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             callbacks=[_OwnErrorsEnd()],
         ),
         torch_config=TorchConfig(backend="nccl" if job.on_gpu else "gloo"),

@@ -105,7 +105,7 @@ def train(job: Job) -> None:
             raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
         if number + 1 in job.config.consolidate.keep_steps:  # before the checkpoint, which would not do it again
             export_policy(weights, job.policy, RoundFiles(job.target.parent).policy_after(number + 1))
-        if attempt.due(number + 1):
+        if not skipped and attempt.due(number + 1):  # so that the newest has the last good weights
             attempt.save(number + 1, step)
     export_policy(weights, job.policy, job.target)
 

@@ -59,13 +59,14 @@ def changed(job: Job, **consolidate: Any) -> Job:
     return dataclasses.replace(job, config=parse_config({"consolidate": consolidate}))
 
 
-def test_the_newest_of_this_very_job_is_taken(job: Job) -> None:
-    older, newer = saved(job, 2), saved(job, 10, "b")
+def test_the_newest_two_of_this_very_job_stay(job: Job) -> None:
+    oldest, older, newer = saved(job, 2), saved(job, 8), saved(job, 10, "b")
     (job.scratch / "a" / ".step-0012").mkdir()
     (job.scratch / "a" / "step-0014").mkdir()  # without a state
-    assert checkpoints.usable(job) == [newer, older]
+    saved(changed(job, learning_rate=1e-3), 16)
+    assert checkpoints.usable(job) == [newer, older, oldest]
     assert checkpoints.prepare(job) == (0, "")
-    assert [path.name for path in job.scratch.glob("*/*step-*")] == ["step-0010"]
+    assert sorted(path.name for path in job.scratch.glob("*/*step-*")) == ["step-0008", "step-0010"]
     checkpoints.bring_back_outputs(job, newer)
     assert (job.metrics.read_text(), job.samples.read_text()) == ("10\n", "10\n")
 

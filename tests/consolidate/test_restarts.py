@@ -18,6 +18,7 @@ from tests.consolidate.driver import STEPS
 from tests.tiny_models import save_tiny_model
 
 AFTER_FOUR = "1:consolidate:3-done"
+EACH_STEP = "consolidate.checkpoint_every=1"
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a driver leaves that was killed after four steps, with checkpoints after two and four."""
+    """What a driver leaves that was killed after four steps, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("killed")
-    assert drive(model, folder, kill=AFTER_FOUR).returncode == -signal.SIGKILL
+    assert drive(model, folder, EACH_STEP, kill=AFTER_FOUR).returncode == -signal.SIGKILL
     assert not (folder / "policy" / "model.safetensors").exists()
     return folder
 
@@ -59,6 +60,11 @@ def drive(model: Path, folder: Path, *settings: str, kill: str = "") -> subproce
             process.kill()
     psutil.wait_procs(below, timeout=60)
     return subprocess.CompletedProcess(command, driver.returncode, output, errors)
+
+
+def kept(folder: Path) -> list[int]:
+    """The steps of the checkpoints that lie there."""
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("scratch/*/step-*"))
 
 
 def rows(folder: Path, name: str, *without: str) -> list[dict[str, Any]]:
@@ -98,13 +104,13 @@ def test_a_rank_that_is_killed_before_the_first_checkpoint(undisturbed: Path, mo
 @pytest.mark.slow
 def test_a_driver_that_is_killed(undisturbed: Path, killed: Path, model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(killed, tmp_path / "again")
-    done = max(int(path.name.removeprefix("step-")) for path in folder.glob("scratch/*/step-*"))
-    assert done >= 2
-    ended = drive(model, folder)
+    done = kept(folder)[-1]
+    assert done >= 3
+    ended = drive(model, folder, EACH_STEP)
     assert ended.returncode == 0
     assert f"attempt 1, after step {done} of {STEPS}" in ended.stdout
     assert_same(folder, undisturbed)
-    assert len(list(folder.glob("scratch/*/*step-*"))) <= 1
+    assert kept(folder) == [4, 5], "the newest two, of both drivers together"
 
 
 @pytest.mark.slow
@@ -128,17 +134,41 @@ def test_checkpoints_of_another_job_are_thrown_away(killed: Path, model: Path, t
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_not_used(
+def test_a_damaged_newest_checkpoint_costs_the_steps_behind_the_one_before(
     undisturbed: Path, killed: Path, model: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(killed, tmp_path / "again")
-    for path in folder.glob("scratch/*/step-*/weights/model.safetensors"):
-        path.write_bytes(path.read_bytes()[:-1])
+    *_, before, newest = kept(folder)
+    damage(folder, newest)
     ended = drive(model, folder)
     assert ended.returncode == 0
-    assert "weights/model.safetensors was changed: the checkpoint of step" in ended.stdout
+    assert f"weights/model.safetensors was changed: the checkpoint of step {newest} is not used" in ended.stdout
+    assert f"attempt 1, after step {before} of {STEPS}" in ended.stdout
+    assert_same(folder, undisturbed)
+    attempts = [row["weight_version"][-2:] for row in rows(folder, "metrics")]
+    assert attempts == ["a0"] * before + ["a1"] * (STEPS - before)
+    assert kept(folder) == [before, before + 2], "the damaged one is none of the two"
+
+
+@pytest.mark.slow
+def test_without_a_sound_checkpoint_a_round_begins_anew(
+    undisturbed: Path, killed: Path, model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(killed, tmp_path / "again")
+    damaged = kept(folder)
+    for step in damaged:
+        damage(folder, step)
+    ended = drive(model, folder)
+    assert ended.returncode == 0
+    assert [f"the checkpoint of step {step} is not used" in ended.stdout for step in damaged[-2:]] == [True, True]
     assert "attempt 1, from the start" in ended.stdout
     assert_same(folder, undisturbed)
+    assert kept(folder) == [2, 4]
+
+
+def damage(folder: Path, step: int) -> None:
+    (path,) = folder.glob(f"scratch/*/step-{step:04d}/weights/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
 
 
 @pytest.mark.slow
@@ -167,7 +197,8 @@ def test_what_would_come_again_ends_at_once_and_the_last_good_weights_stay(model
     applied = [row["applied"] for row in metrics]
     assert applied[-2:] == [False, False]
     good = len(applied) - 2
-    (checkpoint,) = tmp_path.glob(f"scratch/*/step-{good:04d}-last-good")
+    assert kept(tmp_path)[-1] == good
+    (checkpoint,) = tmp_path.glob(f"scratch/*/step-{good:04d}")
     assert load_file(checkpoint / "weights" / "model.safetensors")
     assert [row["step"] for row in rows(checkpoint / "outputs", "metrics")] == list(range(good))
 

@@ -22,7 +22,7 @@ from oel_ray.durable import read_json
 from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import Gate
 from oel_ray.layout import BAD_LINES, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE
-from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
+from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, as_text
 from oel_ray.runs import RunFolder
 
 ABSENT = "-"
@@ -69,7 +69,7 @@ def summary_table(path: Path) -> Table:
 
 
 def remarks(path: Path) -> list[str]:
-    """What a reader of the figures should know: settings that changed, what the gate said, lines that were left out."""
+    """What a reader of the figures should know: settings that changed, what the gate said, what was left out."""
     folder = RunFolder.open(path)
     changes = folder.info.get("changes", [])
     said = [f"changed from {change['from']} on: {', '.join(change['changes'])}" for change in changes]
@@ -77,6 +77,8 @@ def remarks(path: Path) -> list[str]:
         stages = folder.manifest(number).stages
         bad = sum(entry.counts.get(BAD_LINES, 0) for entry in stages.values())
         said += [f"round {number}: bad lines of imported games left out: {bad}"] * (bad > 0)
+        lost = [not row.get("applied", True) for row in training_steps(folder, number)]
+        said += [f"round {number}: {sum(lost)} of {len(lost)} steps skipped: loss or gradient not finite"] * any(lost)
         if EVALUATE in stages and (gate := read_json(folder.files(number).evaluation).get("gate")):
             said.append(f"round {number}: {Gate.model_validate(gate)}")
     return said
@@ -100,6 +102,12 @@ def next_steps(path: Path) -> str:
     return "\n".join(f"{name + ':':<{width}} {where}" for name, where in places.items())
 
 
+def training_steps(folder: RunFolder, number: int) -> list[dict[str, Any]]:
+    """The metrics of a round's training steps; none before all of them are done."""
+    path, done = folder.files(number).consolidation_metrics, CONSOLIDATE in folder.manifest(number).stages
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()] if done else []
+
+
 def plain(text: str, style: str = "") -> Text:
     """What a game or a model wrote, as text only."""
     return Text(_CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text), style)
@@ -108,8 +116,7 @@ def plain(text: str, style: str = "") -> Text:
 def _row(folder: RunFolder, number: int) -> list[str]:
     files, stages = folder.files(number), folder.manifest(number).stages
     evaluation = read_json(files.evaluation) if EVALUATE in stages else {}
-    steps = files.consolidation_metrics.read_bytes().splitlines() if CONSOLIDATE in stages else []
-    kl = [orjson.loads(line)["kl_per_token"] for line in (steps[:1] + steps[-1:])]
+    steps = training_steps(folder, number)
     texts = files.knowledge_texts() if EXTRACT in stages else []
     return [
         str(number),
@@ -117,9 +124,9 @@ def _row(folder: RunFolder, number: int) -> list[str]:
         _percent(evaluation.get("random")),
         _percent(evaluation.get("oracle")),
         _percent(evaluation.get("in_context")),
-        one_digit(evaluation.get("response_tokens_per_turn")),
+        digits(evaluation.get("response_tokens_per_turn")),
         f"{sum(len(text.items) for text in texts) / len(texts):.1f}" if texts else ABSENT,
-        "→".join(f"{value:.2g}" for value in kl) or ABSENT,
+        "→".join(digits(row["kl_per_token"], ".2g") for row in steps[:1] + steps[-1:]) or ABSENT,
         "\n".join(f"{_SHORT.get(name, name):<11} {clock(entry.wall_s):>5}" for name, entry in stages.items()) or ABSENT,
     ]
 
@@ -141,9 +148,9 @@ def _percent(value: Any) -> str:
     return ABSENT if rate is None else f"{100 * rate:.1f}"
 
 
-def one_digit(value: float | None) -> str:
-    """A number with one digit behind the point."""
-    return ABSENT if value is None else f"{value:.1f}"
+def digits(value: float | None, form: str = ".1f") -> str:
+    """A number with as many digits as `form` says."""
+    return as_text(value, form, ABSENT)
 
 
 def _show_run(folder: RunFolder, console: Console) -> None:

@@ -70,7 +70,9 @@ class Telemetry:
             for phase in ("generate", "train", "sync"):
                 report(Series.STEP_SECONDS, row[f"seconds_{phase}"], phase=phase)
             report(Series.TRAINED_TOKENS, row["tokens"] / max(row["seconds_train"], 1e-9))
-            report(Series.SKIPPED_STEPS, not row["applied"])
+            if not row["applied"]:
+                report(Series.SKIPPED_STEPS, 1)
+                self.progress.note(f"round {number}: step {row['step']} skipped: loss or gradient not finite")
             if row["sync_bytes"]:
                 self.serves(number, row["step"] + 1)
             self.track("training", row, (number - 1) * steps + row["step"])

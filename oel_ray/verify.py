@@ -48,11 +48,12 @@ class Finding(NamedTuple):
 
 
 class StepRow(BaseModel, extra="allow"):
-    """A line of `consolidation/metrics.jsonl`, as far as it is checked."""
+    """A line of `consolidation/metrics.jsonl`, as far as it is checked. None is a number that was not finite."""
 
     step: int
-    loss: float
-    kl_per_token: float
+    applied: bool = True
+    loss: float | None
+    kl_per_token: float | None
     generated_by: str
     weight_version: str
 
@@ -65,7 +66,7 @@ class SampleRow(BaseModel, extra="allow"):
     knowledge_id: str | None
     response: str
     response_ids: list[int]
-    kl: float
+    kl: float | None
     weight_version: str
 
 
@@ -272,7 +273,7 @@ class _Check:
         for (_, before), (line, row) in itertools.pairwise(steps):
             if row.step != before.step + 1:
                 self.found(path, line, f"step {row.step} follows step {before.step}")
-        self._versions(path, number, steps)
+        self._steps(path, number, steps)
 
         path = files.samples
         prefixes = {
@@ -281,7 +282,7 @@ class _Check:
             for turn in range(len(trajectory.turns))
         }
         knowledge = {text.id for file in files.knowledge_files() for text in _parsed(file, KnowledgeText)}
-        generated_by = {row.step: row.generated_by for _, row in steps}
+        step_rows = {row.step: row for _, row in steps}
         self._count(path, entry, "samples", len(_lines(path)))
         for line, sample in self._records(path, SampleRow):
             self._unique(path, line, f"sample of {sample.prefix_id}")
@@ -289,20 +290,25 @@ class _Check:
                 self.found(path, line, f"prefix {sample.prefix_id} is no turn of a consolidation trajectory")
             if sample.knowledge_id and sample.knowledge_id not in knowledge:
                 self.found(path, line, f"knowledge text {sample.knowledge_id} does not exist")
-            if sample.step not in generated_by:
+            if sample.step not in step_rows:
                 self.found(path, line, f"step {sample.step} is not in {files.consolidation_metrics.name}")
-            elif sample.weight_version != (wanted := generated_by[sample.step]):
+            elif sample.weight_version != (wanted := step_rows[sample.step].generated_by):
                 self.found(path, line, f"written by weights {sample.weight_version}, the step's were {wanted}")
+            elif sample.kl is None and step_rows[sample.step].applied:
+                self.found(path, line, f"step {sample.step} was applied, and this KL is not finite")
 
-    def _versions(self, path: Path, number: int, steps: list[tuple[int, StepRow]]) -> None:
+    def _steps(self, path: Path, number: int, steps: list[tuple[int, StepRow]]) -> None:
         """Each step's responses come from the weights that the engines served then, and weights never get older.
 
-        An attempt that goes on from a checkpoint sends its weights again, under its own number.
+        Only a step that was skipped may lack a finite loss. An attempt that goes on from a checkpoint sends its weights
+        again, under its own number.
         """
         settings, last = self.config.consolidate, (0, 0, 0)
         deployed = self._deployed(number)
         sent = [deployed]
         for line, row in steps:
+            if row.applied and None in (row.loss, row.kl_per_token):
+                self.found(path, line, f"step {row.step} was applied, and its loss or KL is not finite")
             if _sent_again(row.generated_by, sent[-1]):
                 sent = [row.generated_by]
             served = deployed if settings.responses == "teacher" else sent[max(-len(sent), -1 - settings.max_staleness)]

@@ -184,7 +184,7 @@ def consolidate(stage: Stage, deployed: int | None = None) -> None:
     for step in range(3):
         made_by, version = version, f"r{stage.round:03d}.s{step + 1:04d}.a0"
         kl = 0.4 / (step + 1)
-        row = {"step": step, "loss": kl, "kl_per_token": kl, "grad_norm": 1.0, "tokens": 2}
+        row = {"step": step, "loss": kl, "kl_per_token": kl, "grad_norm": 1.0, "tokens": 2, "applied": True}
         steps.append(row | {"generated_by": made_by, "weight_version": version, "seconds_step": 0.1})
         sample = {"step": step, "prefix_id": f"r{stage.round:03d}-c-{step:04d}/1"}
         sample |= {"knowledge_id": f"r{stage.round:03d}-k00", "response": "[up]", "response_ids": [4, 5], "kl": kl}
@@ -223,6 +223,13 @@ def build(path: Path) -> Path:
         folder.log_metrics({"round": 0, "pass_rate": 0.75})
         run_stages(folder)
     return path
+
+
+def skip_step(files: layout.RoundFiles, step: int) -> None:
+    """Make a training step one that was skipped, as its loss was not finite."""
+    skipped = {"applied": False, "loss": None, "kl_per_token": None, "grad_norm": None}
+    edit_json(files.consolidation_metrics, lambda row: row.update(skipped), step)
+    edit_json(files.samples, lambda sample: sample.update(kl=None), step)
 
 
 def edit_json(path: Path, change: Callable[[Any], None], line: int = 0) -> None:

@@ -38,6 +38,18 @@ def test_the_overview_fits(run: Path, width: int) -> None:
         assert stage in output.getvalue()
 
 
+def test_a_step_that_was_skipped_is_told_and_has_no_number(tmp_path: Path) -> None:
+    path = example_run.build(tmp_path / "run")
+    example_run.skip_step(RunFolder(path).files(1), 2)
+    for step in range(3):
+        example_run.skip_step(RunFolder(path).files(2), step)
+    text = rendered(path, None)
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith(("1 ", "2 "))]
+    assert [row[7] for row in rows] == ["0.4→-", "-→-"]
+    assert "round 1: 1 of 3 steps skipped: loss or gradient not finite\n" in text
+    assert "round 2: 3 of 3 steps skipped: loss or gradient not finite\n" in text
+
+
 def test_a_run_that_has_just_begun_has_an_overview(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", example_run.small_config()) as folder:
         assert "running" in rendered(folder.path, None)

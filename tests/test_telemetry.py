@@ -16,6 +16,18 @@ from oel_ray.runs import RunFolder
 from oel_ray.telemetry import Telemetry
 from tests.example_run import RATES, small_config
 
+STEP = {
+    "kl_per_token": 0.1,
+    "grad_norm": None,
+    "learning_rate": 1e-6,
+    "sync_bytes": 64,
+    "seconds_generate": 1.0,
+    "seconds_train": 0.0,
+    "seconds_sync": 0.5,
+    "tokens": 10,
+    "applied": True,
+}
+
 
 class Told:
     """A telemetry over a pool that counts as it is told, and all that it says."""
@@ -78,20 +90,19 @@ def test_an_evaluation_is_tracked_with_its_rates(tmp_path: Path) -> None:
 
 def test_training_steps_have_one_axis_over_all_rounds(tmp_path: Path) -> None:
     told = Told(RunFolder(tmp_path))
-    row = {
-        "kl_per_token": 0.1,
-        "grad_norm": None,
-        "learning_rate": 1e-6,
-        "sync_bytes": 64,
-        "seconds_generate": 1.0,
-        "seconds_train": 0.0,
-        "seconds_sync": 0.5,
-        "tokens": 10,
-        "applied": False,
-    }
     with told.telemetry.progress.stage(2, 2, "consolidate", 5, "steps") as progress:
         told.telemetry.trained(progress, 2, 5, 1, "KL 0.1", [])
-        told.telemetry.trained(progress, 2, 5, 3, "KL 0.1", [row | {"step": 1}, row | {"step": 2}])
+        told.telemetry.trained(progress, 2, 5, 3, "KL 0.1", [STEP | {"step": 1}, STEP | {"step": 2}])
         assert (progress.done, progress.total) == (3, 5)
         assert progress.eta_s is not None and progress.eta_s >= 0
     assert [(group, step) for group, _, step in told.tracked] == [("training", 6), ("training", 7)]
+
+
+def test_a_step_that_was_skipped_is_told_once(tmp_path: Path) -> None:
+    told = Told(RunFolder(tmp_path))
+    skipped = STEP | {"step": 1, "kl_per_token": None, "learning_rate": 0.0, "applied": False}
+    with told.telemetry.progress.stage(2, 2, "consolidate", 5, "steps") as progress:
+        told.telemetry.trained(progress, 2, 5, 2, "KL not finite", [STEP | {"step": 0}, skipped])
+        told.telemetry.trained(progress, 2, 5, 3, "KL 0.1", [STEP | {"step": 2}])
+    notes = [line for line in told.said.getvalue().splitlines() if "skipped" in line]
+    assert notes == ["round 2: step 1 skipped: loss or gradient not finite"]

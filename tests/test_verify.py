@@ -115,6 +115,9 @@ COLLECTED_MAP = example_run.trajectory(0, 1, "extraction", "extraction 0").map_h
         (METRICS, 1, lambda x: x.update(weight_version="default"), f"{METRICS}:2: 'default' is not a weight version"),
         (METRICS, 1, lambda x: x.update(step=2), f"{METRICS}:2: step 2 follows step 0"),
         (METRICS, 1, lambda x: x.pop("loss"), f"{METRICS}:2: is not a StepRow: loss"),
+        (METRICS, 1, lambda x: x.update(loss=None), f"{METRICS}:2: step 1 was applied, and its loss or KL"),
+        (METRICS, 1, lambda x: x.update(kl_per_token=None), f"{METRICS}:2: step 1 was applied, and its loss or KL"),
+        (SAMPLES, 1, lambda x: x.update(kl=None), f"{SAMPLES}:2: step 1 was applied, and this KL is not finite"),
         (SAMPLES, 1, lambda x: x.update(prefix_id="r001-c-0001/2"), f"{SAMPLES}:2: prefix"),
         (SAMPLES, 1, lambda x: x.update(prefix_id="r001-x-0001/0"), f"{SAMPLES}:2: prefix"),
         (
@@ -224,6 +227,13 @@ def test_who_wrote_the_responses_is_what_was_configured(run: Path, setting: str,
     config, name = run / "config.yaml", setting.partition(":")[0]
     config.write_text(re.sub(f"  {name}: .*", f"  {setting}", config.read_text()))
     assert not [finding for finding in findings(run) if finding.startswith("rounds/001/")]
+
+
+def test_a_step_that_was_skipped_may_lack_numbers(run: Path) -> None:
+    files = RunFolder(run).files(1)
+    example_run.skip_step(files, 1)
+    reseal(files)
+    assert findings(run) == []
 
 
 @pytest.mark.parametrize("name", [EXTRACTION, CONSOLIDATION, METRICS, SAMPLES, GAMES, "in_context.jsonl"])

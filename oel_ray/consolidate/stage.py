@@ -16,6 +16,7 @@ from oel_ray.errors import EngineUnavailable, RunFailed, UserError, one_line
 from oel_ray.faults import fault_point
 from oel_ray.hang import dump_stacks
 from oel_ray.plan import rank_takes
+from oel_ray.records import as_text
 
 _POLL_S = 0.5
 
@@ -59,7 +60,7 @@ def consolidate(job: Job, name: str, on_progress: Progressed, note: Callable[[st
     while not running.done():
         wait([running], timeout=_POLL_S)
         rows, notes = _rows(job.metrics), _lines(job.scratch / NOTES_FILE)
-        on_progress(len(rows), f"KL {rows[-1]['kl_per_token']:.4f}" if rows else "", rows[done:])
+        on_progress(len(rows), f"KL {as_text(rows[-1]['kl_per_token'], '.4f')}" if rows else "", rows[done:])
         for line in notes[told:]:
             note(line.decode())
         for step in range(done, len(rows)):

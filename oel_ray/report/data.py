@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import orjson
-
 from oel_ray import layout
 from oel_ray.durable import read_json
 from oel_ray.evaluate.metrics import Evaluation, Score, by_step, score
 from oel_ray.prompts import ITEM_MARKER
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, read_jsonl
 from oel_ray.runs import RunFolder
-from oel_ray.show import remarks, state_of
+from oel_ray.show import remarks, state_of, training_steps
 
 Z = 1.96
 """Standard errors on either side of a 95 % interval."""
@@ -46,14 +44,14 @@ class RoundData(NamedTuple):
 
     `began_with` is the round whose policy it started from. `in_context` has that policy's scores, with knowledge from
     so many trajectories in its prompt: the last one is with the complete knowledge. `read` are the trajectories that
-    its knowledge came from.
+    its knowledge came from. `kl` has None for a step whose KL was not finite.
     """
 
     number: int
     began_with: int
     policy: Evaluation | None
     in_context: dict[int, Score]
-    kl: list[float]
+    kl: list[float | None]
     seconds: dict[str, float]
     counts: dict[str, int]
     knowledge: list[Knowledge]
@@ -173,7 +171,6 @@ def choose_pairs(before: Sequence[EvaluationGame], after: Sequence[EvaluationGam
 
 def _round(folder: RunFolder, number: int) -> RoundData:
     files, stages = folder.files(number), folder.manifest(number).stages
-    steps = files.consolidation_metrics.read_bytes().splitlines() if layout.CONSOLIDATE in stages else []
     played = read_jsonl(files.in_context, EvaluationGame) if layout.EVALUATE_IN_CONTEXT in stages else []
     texts = files.knowledge_texts() if {layout.EXTRACT, layout.IMPORT_KNOWLEDGE} & set(stages) else []
     has_games = {layout.COLLECT, layout.IMPORT_EXTRACTION} & set(stages)
@@ -183,7 +180,7 @@ def _round(folder: RunFolder, number: int) -> RoundData:
         began_with=folder.deployed(number),
         policy=Evaluation.from_json(files.evaluation.read_bytes()) if layout.EVALUATE in stages else None,
         in_context={step: score(games) for step, games in by_step(played).items()},
-        kl=[float(orjson.loads(line)["kl_per_token"]) for line in steps],
+        kl=[row["kl_per_token"] for row in training_steps(folder, number)],
         seconds={name: entry.wall_s for name, entry in stages.items()},
         counts={name: count for entry in stages.values() for name, count in entry.counts.items()},
         knowledge=[*map(_knowledge, texts)],

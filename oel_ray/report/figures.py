@@ -84,8 +84,7 @@ def _pass_rate(report: Report, axes: Any) -> None:
 def _tokens(report: Report, axes: Any) -> None:
     """Figure 5 of the paper, with the accumulations' steps."""
     _curves(report, axes, lambda value: value.response_tokens_per_turn)
-    axes.set(ylabel="response tokens per turn")
-    axes.set_ylim(bottom=0)
+    axes.set(ylabel="response tokens per turn", ylim=(0, None))
     _legend(axes, columns=1)
 
 
@@ -134,7 +133,7 @@ def _kl(report: Report, axes: Any) -> None:
             start = end
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="optimizer step, over all rounds", ylabel="reverse KL (nats per token)", xlim=(0.5, start + 0.5))
-    axes.set_ylim(bottom=min(0.0, *(min(data.kl, default=0.0) for data in report.rounds)))
+    axes.set_ylim(bottom=min(kl for data in report.rounds for kl in [0.0, *data.kl] if kl is not None))
 
 
 def _time(report: Report, axes: Any) -> None:

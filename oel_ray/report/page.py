@@ -5,7 +5,7 @@ from pathlib import Path
 from oel_ray.errors import UserError
 from oel_ray.report.data import Report, interval, read_report, when
 from oel_ray.report.figures import Figure, figures
-from oel_ray.show import ABSENT, clock, one_digit
+from oel_ray.show import ABSENT, clock, digits
 
 PAGE = "report.html"
 
@@ -41,7 +41,7 @@ def render(report: Report, drawn: list[tuple[Figure, str, bytes]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"rate": _rate, "interval": interval, "number": one_digit, "clock": clock, "when": when}
+    environment.filters |= {"rate": _rate, "interval": interval, "number": digits, "clock": clock, "when": when}
     return environment.get_template("page.html.j2").render(report=report, figures=drawn, absent=ABSENT)
 
 

@@ -1,12 +1,16 @@
 """A driver that consolidates, in a process of its own: `driver.py MODEL FOLDER [KEY=VALUE...]`.
 
 Ray, Ray Train, DeepSpeed and the transport of weights are real; the engine is ours, without vLLM: what it answers
-depends on the prompt, the seed and each bit of the weights that it was sent.
+depends on the prompt, the seed and each bit of the weights that it was sent. The variable `SPOILT_STEPS` names steps in
+which rank 1 computes NaNs.
 """
 
+import math
+import os
 import sys
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,9 @@ from safetensors.torch import load_file
 from oel_ray.chat import ChatFormat
 from oel_ray.config import RunConfig
 from oel_ray.configure import _set_dotted, parse_config, parse_override
+from oel_ray.consolidate import stage
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.prefixes import Draw
-from oel_ray.consolidate.stage import consolidate
 from oel_ray.engines import transport
 from oel_ray.errors import RunFailed
 from oel_ray.records import Generation, KnowledgeText, Prefix, Sampling
@@ -123,17 +127,52 @@ def job(config: RunConfig, model: Path, folder: Path, client: Client) -> Job:
     )
 
 
+def spoilt(steps: Sequence[int]) -> Callable[[dict[str, Any]], None]:
+    """What a rank runs: the activations of rank 1's student are NaN in these steps.
+
+    It takes its time over the steps behind them, so that the driver sees what they wrote.
+    """
+    train = stage._train
+
+    def train_spoilt(settings: dict[str, Any]) -> None:
+        from oel_ray.consolidate import worker
+
+        train_step = worker._train_step
+
+        def spoilt_step(job: Job, step: Any, samples: Any, rank: int, world_size: int) -> Any:
+            number = int(samples[0].id.removeprefix("g").removesuffix("/0")) // PER_STEP
+            time.sleep(2.0 * (number - 1 in steps))
+            hook: Any = (lambda _, __, output: output * math.nan) if rank == 1 and number in steps else lambda *_: None
+            handle = step.student.get_input_embeddings().register_forward_hook(hook)
+            try:
+                return train_step(job, step, samples, rank, world_size)
+            finally:
+                handle.remove()
+
+        worker._train_step = spoilt_step
+        train(settings)
+
+    return train_spoilt
+
+
+def progressed(done: int, text: str, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        print("progress:", done, text)
+
+
 def main(model: Path, folder: Path, overrides: Sequence[str]) -> int:
     values = {**SETTINGS, "consolidate": dict(SETTINGS["consolidate"])}
     for key, value in map(parse_override, overrides):
         _set_dotted(values, key, value)
     config = parse_config(values)
     folder.mkdir(exist_ok=True)
+    if steps := os.environ.get("SPOILT_STEPS"):
+        stage._train = spoilt([int(step) for step in steps.split(",")])
     with ray_cluster(config, folder.name, print):
         engine = ray.remote(max_concurrency=16, num_cpus=1)(Engine).remote(model)
         work = job(config, model, folder, Client(engine))
         try:
-            count = consolidate(work, "test", lambda *_: None, lambda text: print("note:", text))
+            count = stage.consolidate(work, "test", progressed, lambda text: print("note:", text))
         except RunFailed as error:
             print("failed:", error)
             return 1

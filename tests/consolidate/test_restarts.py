@@ -14,7 +14,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.consolidate.driver import STEPS
+from oel_ray.layout import RoundFiles
+from tests.consolidate.driver import PER_STEP, STEPS
 from tests.tiny_models import save_tiny_model
 
 AFTER_FOUR = "1:consolidate:3-done"
@@ -42,10 +43,12 @@ def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def drive(model: Path, folder: Path, *settings: str, kill: str = "") -> subprocess.CompletedProcess[str]:
+def drive(
+    model: Path, folder: Path, *settings: str, kill: str = "", spoilt: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run a driver to its end, which is that of its Ray: of a killed driver, ranks would go on for a while."""
     command = [sys.executable, "-m", "tests.consolidate.driver", str(model), str(folder), *settings]
-    environment = {**os.environ, "OEL_RAY_KILL_AFTER": kill}
+    environment = {**os.environ, "OEL_RAY_KILL_AFTER": kill, "SPOILT_STEPS": spoilt}
     driver = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     below = set[psutil.Process]()
     while True:
@@ -201,6 +204,41 @@ def test_what_would_come_again_ends_at_once_and_the_last_good_weights_stay(model
     (checkpoint,) = tmp_path.glob(f"scratch/*/step-{good:04d}")
     assert load_file(checkpoint / "weights" / "model.safetensors")
     assert [row["step"] for row in rows(checkpoint / "outputs", "metrics")] == list(range(good))
+
+
+@pytest.mark.slow
+def test_a_step_in_which_a_rank_computes_nans_is_skipped_and_told(model: Path, tmp_path: Path) -> None:
+    ended = drive(model, tmp_path, "consolidate.keep_steps=[2,3,4]", spoilt="2")
+    assert ended.returncode == 0
+    assert "progress: 3 KL not finite\n" in ended.stdout
+    metrics = rows(tmp_path, "metrics")
+    assert [row["applied"] for row in metrics] == [True, True, False, True, True, True]
+    assert [row["loss"] is None for row in metrics] == [row["kl_per_token"] is None for row in metrics]
+    assert [row["loss"] is None for row in metrics] == [not row["applied"] for row in metrics]
+    lacking = [row["step"] for row in rows(tmp_path, "samples") if row["kl"] is None]
+    assert set(lacking) == {2}
+    assert len(lacking) < PER_STEP, "the samples of rank 0 have their KL"
+    before, skipped, after = (
+        (RoundFiles(tmp_path).policy_after(step) / "model.safetensors").read_bytes() for step in (2, 3, 4)
+    )
+    assert before == skipped != after, "no rank applied it, and all went on"
+
+
+@pytest.mark.slow
+def test_too_many_steps_with_nans_end_the_run_in_a_line_and_it_can_go_on(
+    undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
+    ended = drive(model, tmp_path, EACH_STEP, "consolidate.max_skipped_steps=1", spoilt="2,3")
+    assert ended.returncode == 1
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("failed:")]
+    assert line.endswith("RunFailed: loss or gradient was not finite in 2 steps in a row, up to step 3")
+    assert rows(tmp_path, "metrics")[-1]["kl_per_token"] is None
+    assert not list((tmp_path / "policy").iterdir())
+    assert kept(tmp_path) == [1, 2]
+    ended = drive(model, tmp_path)
+    assert ended.returncode == 0
+    assert f"attempt 1, after step 2 of {STEPS}" in ended.stdout
+    assert_same(tmp_path, undisturbed)
 
 
 ADAPTERS = ["consolidate.lora={rank: 4, alpha: 8}", "consolidate.learning_rate=1e-2"]

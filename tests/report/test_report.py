@@ -6,15 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 
 from oel_ray.errors import UserError
 from oel_ray.records import EvaluationGame, KnowledgeText
 from oel_ray.report.data import choose_pairs, read_report
+from oel_ray.report.figures import canvas_and_axes, figures
 from oel_ray.report.page import write_report
 from oel_ray.runs import RunFolder
-from tests.example_run import STAGES, build, edit_json, games, small_config
+from tests.example_run import STAGES, build, edit_json, games, skip_step, small_config
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -40,6 +42,26 @@ def test_what_is_read_are_the_numbers_of_the_files(run: Path) -> None:
     assert item == ("thing 1", 1, ["r001-x-0001"])
     assert list(second.read) == ["r001-x-0000", "r001-x-0001"]
     assert second.items_per_text == 1
+
+
+def test_a_step_that_was_skipped_is_a_gap(tmp_path: Path) -> None:
+    run = build(tmp_path / "run")
+    skip_step(RunFolder(run).files(1), 0)
+    edit_json(RunFolder(run).files(1).consolidation_metrics, lambda row: row.update(kl_per_token=-0.5), 1)
+    for step in range(3):
+        skip_step(RunFolder(run).files(2), step)
+    report = read_report(run)
+    assert report.rounds[1].kl == [None, -0.5, pytest.approx(0.4 / 3)]
+    (figure,) = (figure for figure, _, _ in figures(report) if figure.name == "reverse_kl")
+    with canvas_and_axes(wide=False) as (_, axes):
+        figure.draw(report, axes)
+        drawn = [line.get_ydata() for line in axes.lines if len(line.get_ydata()) == 3]
+        assert axes.get_ylim()[0] == -0.5
+    assert [list(np.isnan(values.astype(float))) for values in drawn] == [[True, False, False], [True] * 3]
+    page = write_report(run).read_text()
+    assert "<td>- → 0.133</td>" in page
+    assert "<td>- → -</td>" in page
+    assert "round 1: 1 of 3 steps skipped: loss or gradient not finite" in page
 
 
 def test_the_headline_has_both_rates_with_their_intervals(run: Path) -> None:

@@ -25,7 +25,7 @@ def job(tmp_path: Path) -> Job:
     (tmp_path / "model" / "config.json").write_text("{}")
     text = KnowledgeText(id="k", round=1, seed=0, format="structured", text="left", tokens=0, items=[], steps=[])
     return Job(
-        config=parse_config({}),
+        config=parse_config({}).settled("bfloat16"),
         round=1,
         policy=tmp_path / "model",
         teacher=tmp_path / "model",
@@ -56,7 +56,7 @@ def saved(job: Job, step: int, run: str = "a") -> Checkpoint:
 
 
 def changed(job: Job, **consolidate: Any) -> Job:
-    return dataclasses.replace(job, config=parse_config({"consolidate": consolidate}))
+    return dataclasses.replace(job, config=parse_config({"consolidate": consolidate}).settled("bfloat16"))
 
 
 def test_the_newest_two_of_this_very_job_stay(job: Job) -> None:

@@ -34,7 +34,7 @@ def start(tmp_path: Path, failures: int, monkeypatch: pytest.MonkeyPatch) -> lis
     ):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(AsyncLLM, "from_engine_args", from_engine_args)
-    asyncio.run(Engine(0, EnginesConfig(device="cpu"), str(tmp_path), on_gpu=False).start())
+    asyncio.run(Engine(0, EnginesConfig(device="cpu", dtype="float32"), str(tmp_path), on_gpu=False).start())
     return ports
 
 

@@ -49,7 +49,7 @@ State = Literal["running", "finished", "partial", "failed", "interrupted"]
 """What `status.json` says; "partial" is a run that ended well, with stages left to do."""
 
 
-_FIXED = ("model:", "seed:", "env.id:", "env.params.", "env.split:", "env.min_solution:")
+_FIXED = ("model:", "thinking:", "seed:", "env.id:", "env.params.", "env.split:", "env.min_solution:")
 """Settings that committed stages were made with and later ones could not tell from theirs."""
 
 

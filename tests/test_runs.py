@@ -362,6 +362,7 @@ def test_a_change_that_is_allowed_holds_from_the_first_stage_that_is_left(tmp_pa
     ("change", "named"),
     [
         ({"seed": 1}, "seed: 0 -> 1"),
+        ({"thinking": True}, "thinking: False -> True"),
         ({"model": "other"}, "model: 'smollm2-135m' -> 'other'"),
         ({"env": {"id": "FrozenLake-v0", "max_turns": 3, "params": {"size": 4}}}, "env.params.size: 3 -> 4"),
         ({"evaluate": {"maps": 5, "seeds": 2, "accumulation_steps": [1]}}, "held-out maps: 4 -> 5"),

@@ -192,7 +192,8 @@ class Runs:
         if not (path / RUN_FILE).exists():
             return None, lambda item: self._files(item, seed)
         run = RunFolder.open(path)
-        if run.config != recipe.config.model_copy(update={"seed": seed}) or run.info.get("changes"):
+        wanted = recipe.config.model_copy(update={"seed": seed}).settled(run.auto.precision)
+        if run.config != wanted or run.info.get("changes"):
             raise UserError(f"{path} holds a run of other settings: choose another --out, or move it away")
         return run.committed, lambda item: self._files(item, seed)
 

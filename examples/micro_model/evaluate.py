@@ -17,6 +17,7 @@ from oel_ray import prompts
 from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.envs import make
 from oel_ray.extract.items import structured_items
+from oel_ray.precision import bfloat16_units
 from oel_ray.records import Turn
 
 GATE = {"all": 0.6, "none": 0.25}
@@ -56,7 +57,7 @@ class Model:
             longest = max(map(len, group))
             ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in group])
             mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in group])
-            with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(bfloat16_units())):
                 out_BT = self._model.generate(
                     ids_BT,
                     attention_mask=mask_BT,

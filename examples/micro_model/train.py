@@ -22,6 +22,7 @@ from examples.micro_model.demonstrations import extractor_sample, player_samples
 from examples.micro_model.tokenizer import END, PAD, build_tokenizer
 from examples.micro_model.worlds import LETTERS, World, worlds
 from oel_ray.chat import ChatFormat
+from oel_ray.precision import bfloat16_units
 
 STATE = "training.pt"
 POOL = 256
@@ -177,7 +178,7 @@ def loss_of(model: Any, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple
     Padding stands on the right, where causal attention never looks: no attention mask is needed.
     """
     model.set_attn_implementation("sdpa" if ids_BT.shape[1] > LONG else "eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(bfloat16_units())):
         hidden_BTD = model.model(input_ids=ids_BT).last_hidden_state
         learned_BT = weights_BT[:, 1:] > 0
         hidden_ND = hidden_BTD[:, :-1][learned_BT]

@@ -36,7 +36,7 @@ def run(config, folder, progress):
     run_stages(folder)
 loop.run = run
 preflight = types.ModuleType("oel_ray.preflight")
-preflight.preflight = preflight.preflight_resumed = lambda what, note: None
+preflight.preflight = preflight.preflight_resumed = lambda what, note: types.SimpleNamespace(auto=None)
 sys.modules["oel_ray.preflight"] = preflight
 import oel_ray
 oel_ray.loop = sys.modules["oel_ray.loop"] = loop

@@ -24,6 +24,7 @@ GATE = {"all": 0.6, "none": 0.25}
 PARAMS: dict[str, Any] = {"size": SIZE, "num_holes": 3, "randomize_start_goal": True}
 FIRST_MAP = 1_000_000
 _BATCH = 64
+_IN_BFLOAT16 = bool(bfloat16_units())
 
 
 class Finished(NamedTuple):
@@ -57,7 +58,7 @@ class Model:
             longest = max(map(len, group))
             ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in group])
             mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in group])
-            with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(bfloat16_units())):
+            with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=_IN_BFLOAT16):
                 out_BT = self._model.generate(
                     ids_BT,
                     attention_mask=mask_BT,

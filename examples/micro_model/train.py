@@ -25,6 +25,7 @@ from oel_ray.chat import ChatFormat
 from oel_ray.precision import bfloat16_units
 
 STATE = "training.pt"
+_IN_BFLOAT16 = bool(bfloat16_units())
 POOL = 256
 """Samples that are drawn at a time and sorted by length."""
 
@@ -178,7 +179,7 @@ def loss_of(model: Any, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> tuple
     Padding stands on the right, where causal attention never looks: no attention mask is needed.
     """
     model.set_attn_implementation("sdpa" if ids_BT.shape[1] > LONG else "eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(bfloat16_units())):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=_IN_BFLOAT16):
         hidden_BTD = model.model(input_ids=ids_BT).last_hidden_state
         learned_BT = weights_BT[:, 1:] > 0
         hidden_ND = hidden_BTD[:, :-1][learned_BT]

@@ -175,7 +175,7 @@ def test_a_tokenizer_that_cannot_keep_the_contract_is_refused(tokenizer: Any, me
 
 
 def test_a_mark_of_a_turn_that_text_can_give_is_refused() -> None:
-    tokenizer = copy.deepcopy(small_tokenizer())
+    tokenizer = small_tokenizer()
     tokenizer.add_tokens([AddedToken("<turn>", special=False)])
     tokenizer.chat_template = "<turn>{{ messages[0].content }}<|im_end|><turn>"
     with pytest.raises(UserError, match="cannot take '<turn>' as plain text"):
@@ -197,7 +197,7 @@ def test_a_mark_of_a_turn_that_text_can_give_is_refused() -> None:
     ],
 )
 def test_thinking_has_to_be_what_the_template_does(generation_prompt: str, fits: set[bool]) -> None:
-    tokenizer = copy.deepcopy(small_tokenizer())
+    tokenizer = small_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}<|im_start|>assistant\n" + generation_prompt
     for thinking in (True, False):
         chat = ChatFormat(tokenizer, thinking=thinking)

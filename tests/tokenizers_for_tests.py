@@ -1,5 +1,6 @@
 """Tokenizers for tests, without a network: a small byte-level BPE with Qwen-like special tokens, and SmolLM2's."""
 
+import copy
 import importlib.util
 from functools import cache
 from pathlib import Path
@@ -21,9 +22,16 @@ CHAT_TEMPLATE = (
 _GPT2_CUTS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
-@cache
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 600 words, trained on the prompts themselves; `<think>` is added but not special."""
+    """Byte-level BPE of 600 words, trained on the prompts themselves; `<think>` is added but not special.
+
+    Each caller gets one of its own, which it may change.
+    """
+    return copy.deepcopy(_trained_tokenizer())
+
+
+@cache
+def _trained_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

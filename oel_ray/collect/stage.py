@@ -32,7 +32,7 @@ _POLL_S = 0.5
 _ATTEMPTS = 3
 _ERRORS_IN_ANY_CASE = 5
 _DIED = "a player died"
-_START_S = 120.0
+_START_S = 300.0
 """How long a player that starts may be silent, if no other plays meanwhile."""
 
 Played = TypeVar("Played", bound=Trajectory)

@@ -1,4 +1,3 @@
-import copy
 from types import SimpleNamespace
 from typing import Any
 

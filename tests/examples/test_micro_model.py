@@ -204,7 +204,8 @@ def test_a_few_steps_of_training_learn_and_go_on_where_they_were(tmp_path: Path)
     lines = []
     for _ in range(2):
         # Small, because Muon computes in bfloat16 on every processor, also where that is slow.
-        command_line = [*command, *"--hidden 96 --mlp 192 --layers 2 --budget 1500 --minutes 0.01".split()]
+        small = ["--hidden", "96", "--mlp", "192", "--layers", "2", "--budget", "1500"]
+        command_line = [*command, *small, "--minutes", "0.01"]
         done = subprocess.run(command_line, capture_output=True, text=True, timeout=200, check=True)
         lines += [line for line in done.stdout.splitlines() if line.startswith("step")]
     steps = [int(line.split()[1]) for line in lines]

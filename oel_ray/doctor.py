@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from oel_ray import resources
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError, one_line
-from oel_ray.plan import gib
+from oel_ray.formats import gib
 from oel_ray.preflight import check_model, check_teacher
 from oel_ray.runs import PACKAGES, installed
 

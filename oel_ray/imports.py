@@ -21,9 +21,8 @@ from pydantic import Field, ValidationError
 from oel_ray import prompts
 from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.config import RunConfig
-from oel_ray.episodes import training_id
 from oel_ray.errors import UserError
-from oel_ray.extract.chain import knowledge_id
+from oel_ray.ids import knowledge_id, training_id
 from oel_ray.layout import BAD_LINES, IMPORT_KNOWLEDGE, IMPORT_OF
 from oel_ray.records import (
     BadLine,

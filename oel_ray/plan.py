@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from oel_ray.config import ConsolidateConfig, EnginesConfig, RunConfig
+from oel_ray.formats import gib
 from oel_ray.layout import planned_stages
 from oel_ray.precision import Auto
 
@@ -156,10 +157,6 @@ def outlook(config: RunConfig, size: ModelSize, nodes: Nodes, *, on_gpu: bool) -
         f"an engine's {one}{room}: weights {gib(weights)}, {cached}{few}",
         f"a training rank's {one}{room}: {parts}, {gib(lying)} in all{tight}",
     ]
-
-
-def gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def _bytes(dtype: str) -> int:

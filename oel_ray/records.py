@@ -218,11 +218,6 @@ def content_hash(*parts: Any) -> str:
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-def as_text(number: float | None, form: str, otherwise: str = "not finite") -> str:
-    """Format a number of a record, whose JSON has null for one that is not finite."""
-    return otherwise if number is None else format(number, form)
-
-
 def first_problem(error: ValidationError) -> str:
     """Where a record does not fit its schema and why, in one short line that a terminal takes as text."""
     first = error.errors()[0]

@@ -21,11 +21,11 @@ from rich.text import Text
 from oel_ray.durable import read_json
 from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import Gate
+from oel_ray.formats import ABSENT, clock, digits
 from oel_ray.layout import BAD_LINES, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE
-from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, as_text
+from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
 from oel_ray.runs import RunFolder
 
-ABSENT = "-"
 _SHORT = {EVALUATE_IN_CONTEXT: "in context"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -131,12 +131,6 @@ def _row(folder: RunFolder, number: int) -> list[str]:
     ]
 
 
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def _rate(evaluation: dict[str, Any]) -> str:
     error = evaluation.get("pass_rate_se")
     return _percent(evaluation.get("pass_rate")) + (f"±{100 * error:.1f}" if error is not None else "")
@@ -146,11 +140,6 @@ def _percent(value: Any) -> str:
     """A rate, or the rate of a part of `evaluation.json`."""
     rate = value.get("pass_rate") if isinstance(value, dict) else value
     return ABSENT if rate is None else f"{100 * rate:.1f}"
-
-
-def digits(value: float | None, form: str = ".1f") -> str:
-    """A number with as many digits as `form` says."""
-    return as_text(value, form, ABSENT)
 
 
 def _show_run(folder: RunFolder, console: Console) -> None:

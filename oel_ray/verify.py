@@ -17,10 +17,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from oel_ray import layout
-from oel_ray.episodes import evaluation_ids, training_id
 from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import Evaluation, Gate, Score, by_step, passed_gate, score
 from oel_ray.extract.items import growth
+from oel_ray.ids import evaluation_ids, training_id
 from oel_ray.layout import RoundFiles, StageEntry, planned_stages
 from oel_ray.records import EvaluationGame, KnowledgeText, TrainingSplit, Trajectory, first_problem
 from oel_ray.runs import RunFolder

@@ -12,7 +12,7 @@ from oel_ray import layout
 from oel_ray.config import RunConfig
 from oel_ray.configure import parse_config
 from oel_ray.durable import write_json
-from oel_ray.episodes import evaluation_ids, training_id
+from oel_ray.ids import evaluation_ids, training_id
 from oel_ray.models import model_files
 from oel_ray.records import (
     AccumulationStep,

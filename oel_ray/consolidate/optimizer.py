@@ -23,7 +23,8 @@ from oel_ray.consolidate.reading import attention_of, can_pack, lay_out, reads_p
 from oel_ray.consolidate.teacher import Teacher
 from oel_ray.consolidate.weights import FullWeights
 from oel_ray.errors import RunFailed
-from oel_ray.plan import gib, rank_memory
+from oel_ray.formats import gib
+from oel_ray.plan import rank_memory
 
 _GIB = 2**30
 _TAG = "state"

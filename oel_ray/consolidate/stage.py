@@ -14,9 +14,9 @@ from oel_ray.consolidate.checkpoints import NOTES_FILE, prepare
 from oel_ray.consolidate.job import Job
 from oel_ray.errors import EngineUnavailable, RunFailed, UserError, one_line
 from oel_ray.faults import fault_point
+from oel_ray.formats import as_text
 from oel_ray.hang import dump_stacks
 from oel_ray.plan import rank_takes
-from oel_ray.records import as_text
 
 _POLL_S = 0.5
 

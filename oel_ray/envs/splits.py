@@ -9,8 +9,8 @@ from itertools import count as count_up
 
 from oel_ray.config import EnvironmentConfig
 from oel_ray.envs.registry import make
-from oel_ray.episodes import held_out_id, training_id
 from oel_ray.errors import UserError
+from oel_ray.ids import held_out_id, training_id
 from oel_ray.records import Episode, Split, TrainingSplit
 from oel_ray.seeds import derive_seed
 

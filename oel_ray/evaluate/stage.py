@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from oel_ray.collect.stage import Game
 from oel_ray.config import EvaluateConfig, GateConfig
-from oel_ray.episodes import evaluation_ids
 from oel_ray.evaluate.metrics import Evaluation, evaluation, passed_gate
+from oel_ray.ids import evaluation_ids
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory, read_jsonl
 from oel_ray.runs import RunFolder
 

@@ -13,12 +13,9 @@ from oel_ray import prompts
 from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.config import ExtractConfig, RunConfig
 from oel_ray.extract.items import admit, fit, items_after, join, screen, structured_items, unstructured_items
+from oel_ray.ids import knowledge_id
 from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory
 from oel_ray.seeds import derive_seed
-
-
-def knowledge_id(round_number: int, seed_index: int) -> str:
-    return f"r{round_number:03d}-k{seed_index:02d}"
 
 
 def reading_order(

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from oel_ray.errors import UserError
+from oel_ray.formats import ABSENT, clock, digits
 from oel_ray.report.data import Report, interval, read_report, when
 from oel_ray.report.figures import Figure, figures
-from oel_ray.show import ABSENT, clock, digits
 
 PAGE = "report.html"
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from oel_ray.config import EvaluateConfig
-from oel_ray.episodes import held_out_id
 from oel_ray.evaluate.stage import evaluated, evaluation_games
 from oel_ray.extract.items import growth
+from oel_ray.ids import held_out_id
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory
 from tests import example_run
 

@@ -28,3 +28,7 @@ def evaluation_ids(round_number: int, steps: Sequence[int | None], maps: int, se
         for number in range(maps)
         for seed in range(seeds)
     ]
+
+
+def knowledge_id(round_number: int, seed_index: int) -> str:
+    return f"r{round_number:03d}-k{seed_index:02d}"

@@ -17,13 +17,13 @@ from typing import Any
 
 from benchmarks import harness, serving
 from benchmarks.simulated import Simulation, simulated
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat
 from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config import RunConfig
 from oel_ray.envs import Environment, make
 from oel_ray.records import Generation, Sampling, Trajectory, Turn
 from oel_ray.seeds import derive_seed
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat
 
 import ray  # isort: skip - behind what sets its environment
 

@@ -18,7 +18,6 @@ import orjson
 
 from benchmarks import harness, serving
 from oel_ray import layout, loop
-from oel_ray.chat import ChatFormat
 from oel_ray.config import RunConfig
 from oel_ray.consolidate.prefixes import prefixes
 from oel_ray.extract.chain import extraction_prompt_ids
@@ -29,6 +28,7 @@ from oel_ray.records import EvaluationGame, KnowledgeText, Sampling, Trajectory,
 from oel_ray.resources import ray_cluster
 from oel_ray.runs import RunFolder
 from oel_ray.seeds import derive_seed
+from oel_ray.text.chat import ChatFormat
 
 GOAL = "<= 1.15"
 SIZE = ["rounds=1", "evaluate.maps=64"]

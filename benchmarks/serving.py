@@ -21,7 +21,6 @@ import ray  # isort: skip
 
 from benchmarks import harness
 from benchmarks.simulated import Reply, Simulation
-from oel_ray.chat import THINK_CLOSE, ChatFormat
 from oel_ray.collect.stage import Game
 from oel_ray.config import EnginesConfig, RunConfig
 from oel_ray.configure import load_config
@@ -34,6 +33,7 @@ from oel_ray.models import resolve_model
 from oel_ray.precision import auto_here
 from oel_ray.records import Generation, Sampling, Trajectory
 from oel_ray.seeds import derive_seed
+from oel_ray.text.chat import THINK_CLOSE, ChatFormat
 
 ROUND = 1
 VERSION = "r000"

@@ -238,7 +238,7 @@ def knowledge(
 
     lines = learned.difference(RunFolder.open(run_dir), *diff) if diff else learned.listing(RunFolder.open(run_dir))
     if drop:
-        from oel_ray.chat import ChatFormat
+        from oel_ray.text.chat import ChatFormat
 
         learned.taught_by(RunFolder.open(run_dir), drop)
         with RunFolder.resume(run_dir, None) as folder:

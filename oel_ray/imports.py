@@ -18,8 +18,6 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.config import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.ids import knowledge_id, training_id
@@ -39,6 +37,8 @@ from oel_ray.records import (
     write_jsonl,
 )
 from oel_ray.runs import RunFolder
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat, strip_thinking
 
 ELSEWHERE = "elsewhere"
 """The trajectory that an imported knowledge item names if nobody knows a better one."""

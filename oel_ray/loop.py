@@ -19,7 +19,6 @@ from functools import cached_property, partial
 from typing import Any
 
 from oel_ray import layout
-from oel_ray.chat import ChatFormat
 from oel_ray.collect.stage import Game, Players, play_missing, players
 from oel_ray.config import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
@@ -40,6 +39,7 @@ from oel_ray.resources import ray_cluster
 from oel_ray.runs import RunFolder, Stage
 from oel_ray.schedule import check_imports, unfinished
 from oel_ray.telemetry import Telemetry
+from oel_ray.text.chat import ChatFormat
 from oel_ray.tracking import tracking
 
 

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oel_ray import layout, prompts
-from oel_ray.chat import ChatFormat
+from oel_ray import layout
 from oel_ray.config import RunConfig
 from oel_ray.envs.base import Environment
 from oel_ray.envs.registry import make
@@ -23,6 +22,8 @@ from oel_ray.precision import Auto
 from oel_ray.resources import alive_nodes, check_resources
 from oel_ray.runs import RunFolder
 from oel_ray.schedule import PLAYED, check_imports, unfinished
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat
 
 
 class Model(NamedTuple):

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from oel_ray.chat import ChatFormat
 from oel_ray.records import Generation, Sampling
+from oel_ray.text.chat import ChatFormat
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=64)
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken
 
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.errors import UserError
 from oel_ray.records import Frame
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat, strip_thinking
 from tests.tiny_models import family_tokenizer
 from tests.tokenizers_for_tests import SPECIAL, small_tokenizer, smollm2_tokenizer, special_ids
 

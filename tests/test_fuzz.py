@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat
 from oel_ray.errors import UserError
 from oel_ray.imports import read_trajectories
 from oel_ray.records import Trajectory, Turn
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat
 from tests import example_run
 from tests.tokenizers_for_tests import SPECIAL, small_tokenizer, special_ids
 

@@ -1,7 +1,7 @@
 import pytest
 
-from oel_ray import prompts
 from oel_ray.records import Turn
+from oel_ray.text import prompts
 from tests.trajectories_for_tests import make_trajectory
 
 

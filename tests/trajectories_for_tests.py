@@ -1,8 +1,8 @@
 """Played games for tests, without an environment."""
 
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat
 from oel_ray.records import Trajectory, Turn
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat
 
 
 def make_trajectory(

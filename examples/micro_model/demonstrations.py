@@ -32,8 +32,8 @@ from examples.micro_model.worlds import (
     neighbour,
 )
 from oel_ray.envs.solvers import Cell
-from oel_ray.prompts import ITEM_MARKER, extraction_prompt, game_situation, transcript
 from oel_ray.records import Turn
+from oel_ray.text.prompts import ITEM_MARKER, extraction_prompt, game_situation, transcript
 
 INSTRUCTIONS = (
     "You are P on the board. Get to the goal in as few moves as you can. You make one move per turn. The actions are "

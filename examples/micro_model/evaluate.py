@@ -13,12 +13,12 @@ import typer
 
 from examples.micro_model.demonstrations import INSTRUCTIONS, item, turn
 from examples.micro_model.worlds import LETTERS, LIMIT, REAL, SIZE, World, worlds
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.envs import make
 from oel_ray.extract.items import structured_items
 from oel_ray.precision import bfloat16_units
 from oel_ray.records import Turn
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat, strip_thinking
 
 GATE = {"all": 0.6, "none": 0.25}
 PARAMS: dict[str, Any] = {"size": SIZE, "num_holes": 3, "randomize_start_goal": True}

@@ -11,8 +11,8 @@ from typing import Any
 
 from examples.micro_model import demonstrations
 from examples.micro_model.worlds import CELLS, LETTERS, LIMIT, PLAYER, STEPS, WALL_NOTICE, Board, World
-from oel_ray import prompts
-from oel_ray.prompts import ITEM_MARKER
+from oel_ray.text import prompts
+from oel_ray.text.prompts import ITEM_MARKER
 
 END, PAD, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 _MARK = "\0"

@@ -21,8 +21,8 @@ from torch import nn
 from examples.micro_model.demonstrations import extractor_sample, player_samples
 from examples.micro_model.tokenizer import END, PAD, build_tokenizer
 from examples.micro_model.worlds import LETTERS, World, worlds
-from oel_ray.chat import ChatFormat
 from oel_ray.precision import bfloat16_units
+from oel_ray.text.chat import ChatFormat
 
 STATE = "training.pt"
 _IN_BFLOAT16 = bool(bfloat16_units())

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat
 from oel_ray.config import ConsolidateConfig
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import Prefix, Trajectory
 from oel_ray.seeds import derive_seed
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat
 
 
 class Draw(NamedTuple):

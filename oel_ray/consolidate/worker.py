@@ -17,7 +17,6 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from oel_ray.chat import ChatFormat
 from oel_ray.consolidate.attempts import Attempt
 from oel_ray.consolidate.batches import Sample, micro_batches
 from oel_ray.consolidate.job import Job
@@ -33,6 +32,7 @@ from oel_ray.layout import CONSOLIDATE, RoundFiles
 from oel_ray.metrics import at, log
 from oel_ray.records import Generation
 from oel_ray.seeds import derive_seed
+from oel_ray.text.chat import ChatFormat
 
 
 def train(job: Job) -> None:

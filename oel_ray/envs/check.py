@@ -25,11 +25,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from oel_ray.chat import THINK_CLOSE
 from oel_ray.envs.base import Environment, Step
 from oel_ray.envs.registry import make, registered
 from oel_ray.errors import UserError, one_line
 from oel_ray.records import Params
+from oel_ray.text.chat import THINK_CLOSE
 
 RULES = {
     "build": "the factory must take (seed, params) and return a game for every seed",

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from oel_ray.envs.base import Environment
 from oel_ray.envs.registry import make
-from oel_ray.prompts import with_result
 from oel_ray.records import Trajectory
+from oel_ray.text.prompts import with_result
 
 
 def replay(trajectory: Trajectory) -> tuple[bool, str]:

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oel_ray.chat import THINK_CLOSE
 from oel_ray.envs.base import Step
 from oel_ray.envs.solvers import MOVES, solve_frozen_lake, solve_sokoban
 from oel_ray.errors import UserError, one_line
 from oel_ray.records import Params, content_hash
+from oel_ray.text.chat import THINK_CLOSE
 
 # No game reads a move in this text.
 _UNREADABLE = "no valid action"

@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.config import ExtractConfig, RunConfig
 from oel_ray.extract.items import admit, fit, items_after, join, screen, structured_items, unstructured_items
 from oel_ray.ids import knowledge_id
 from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory
 from oel_ray.seeds import derive_seed
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat, strip_thinking
 
 
 def reading_order(

@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from oel_ray.prompts import ITEM_MARKER
 from oel_ray.records import AccumulationStep, KnowledgeItem, KnowledgeText, Rejection
+from oel_ray.text.prompts import ITEM_MARKER
 
 _PATTERNS: dict[Rejection, str] = {
     "control": r"<\|[\w/-]+\|>|<(start|end)_of_turn>|\[/?INST\]|<</?SYS>>|^\W*(system|user|assistant|human) *:",

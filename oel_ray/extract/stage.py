@@ -8,7 +8,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from oel_ray.chat import ChatFormat
 from oel_ray.config import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
@@ -19,6 +18,7 @@ from oel_ray.metrics import Series, at, log, report
 from oel_ray.plan import ray_options
 from oel_ray.records import AccumulationStep, Frame, Generate, KnowledgeText, Trajectory
 from oel_ray.stopping import draining
+from oel_ray.text.chat import ChatFormat
 
 _POLL_S = 0.5
 _LIVES = {"max_restarts": 3, "max_task_retries": -1}

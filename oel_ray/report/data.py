@@ -8,10 +8,10 @@ from typing import NamedTuple
 from oel_ray import layout
 from oel_ray.durable import read_json
 from oel_ray.evaluate.metrics import Evaluation, Score, by_step, score
-from oel_ray.prompts import ITEM_MARKER
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, read_jsonl
 from oel_ray.runs import RunFolder
 from oel_ray.show import remarks, state_of, training_steps
+from oel_ray.text.prompts import ITEM_MARKER
 
 Z = 1.96
 """Standard errors on either side of a 95 % interval."""

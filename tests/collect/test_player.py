@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat
 from oel_ray.collect.player import Player, player_actor
 from oel_ray.config import EnginesConfig, EnvironmentConfig, RunConfig
 from oel_ray.consolidate.prefixes import prefixes
@@ -17,6 +15,8 @@ from oel_ray.errors import RunFailed
 from oel_ray.plan import play_response
 from oel_ray.records import Episode, Trajectory
 from oel_ray.seeds import derive_seed
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat
 from tests.scripted import SAMPLING, PromptedGenerate, ScriptedGenerate
 from tests.tokenizers_for_tests import small_tokenizer
 

@@ -18,7 +18,6 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from oel_ray.chat import ChatFormat
 from oel_ray.config import RunConfig
 from oel_ray.configure import _set_dotted, parse_config, parse_override
 from oel_ray.consolidate import stage
@@ -28,6 +27,7 @@ from oel_ray.engines import transport
 from oel_ray.errors import RunFailed
 from oel_ray.records import Generation, KnowledgeText, Prefix, Sampling
 from oel_ray.resources import ray_cluster
+from oel_ray.text.chat import ChatFormat
 
 STEPS, PER_STEP = 6, 3
 SETTINGS: dict[str, Any] = {

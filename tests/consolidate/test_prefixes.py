@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat
 from oel_ray.config import ConsolidateConfig
 from oel_ray.consolidate.batches import Sample
 from oel_ray.consolidate.prefixes import Plan, prefixes, step_batches
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import Prefix
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat
 from tests.tokenizers_for_tests import small_tokenizer
 from tests.trajectories_for_tests import make_trajectory
 

@@ -8,7 +8,6 @@ import orjson
 import pytest
 import ray
 
-from oel_ray.chat import ChatFormat
 from oel_ray.config import RunConfig
 from oel_ray.configure import parse_config
 from oel_ray.consolidate.job import Job
@@ -18,6 +17,7 @@ from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.models import SMOLLM2, resolve_model
 from oel_ray.records import KnowledgeText, Prefix
 from oel_ray.resources import ray_cluster
+from oel_ray.text.chat import ChatFormat
 
 LEARNING_RATE = 3e-6
 STEPS = 20

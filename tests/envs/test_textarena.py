@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import textarena
 
-from oel_ray import prompts
 from oel_ray.envs import make
 from oel_ray.envs.textarena import read_action, single_player_ids
+from oel_ray.text import prompts
 
 LAKE = ("FrozenLake-v0", {"size": 3, "num_holes": 2})
 ROOM = ("Sokoban-v0", {"num_boxes": 1})

@@ -16,12 +16,12 @@ from examples.micro_model.evaluate import PARAMS, knowledge, renamed
 from examples.micro_model.tokenizer import END, START, build_tokenizer
 from examples.micro_model.train import FIRST_LESSONS, LESSONS, Progress
 from examples.micro_model.worlds import CELLS, LETTERS, REAL, STEPS, World, make_move, neighbour, worlds
-from oel_ray.chat import ChatFormat, strip_thinking
 from oel_ray.envs import make
 from oel_ray.envs.solvers import Cell
 from oel_ray.envs.textarena import read_action
 from oel_ray.extract.items import structured_items
-from oel_ray.prompts import GAME_HEAD, game_situation
+from oel_ray.text.chat import ChatFormat, strip_thinking
+from oel_ray.text.prompts import GAME_HEAD, game_situation
 
 WORLDS = st.sampled_from(worlds("train"))
 SEEDS = st.integers(0, 2**32)

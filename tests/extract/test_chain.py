@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oel_ray import prompts
-from oel_ray.chat import ChatFormat
 from oel_ray.config import EnginesConfig, ExtractConfig, RunConfig, SamplingConfig
 from oel_ray.extract.chain import accumulate, extraction_prompt_ids, reading_order
 from oel_ray.extract.items import join, text_after
-from oel_ray.prompts import ITEM_MARKER
 from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
 from oel_ray.seeds import derive_seed
+from oel_ray.text import prompts
+from oel_ray.text.chat import ChatFormat
+from oel_ray.text.prompts import ITEM_MARKER
 from tests.extract.fakes import AllMustAsk
 from tests.scripted import ScriptedGenerate, generation, item
 from tests.tokenizers_for_tests import small_tokenizer

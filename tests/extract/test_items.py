@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oel_ray.extract.items import admit, fit, growth, join, structured_items, unstructured_items
-from oel_ray.prompts import ITEM_MARKER
+from oel_ray.text.prompts import ITEM_MARKER
 from tests import example_run
 
 M = ITEM_MARKER

@@ -13,9 +13,9 @@ Text from games and models is tokenised with special tokens switched off: it can
 from pathlib import Path
 from typing import Any
 
-from oel_ray import prompts
 from oel_ray.errors import UserError
 from oel_ray.records import Frame
+from oel_ray.text import prompts
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _SENTINEL = "OELSENTINELMESSAGE"

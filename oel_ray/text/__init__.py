@@ -1,0 +1,1 @@
+"""Prompts, and the chat format that turns them into token ids."""

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import harness, serving
 from benchmarks.simulated import Reply, Simulation, simulated
 from oel_ray.collect.stage import players
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.extract.stage import ExtractionWorker, extract
 from oel_ray.records import KnowledgeText, Trajectory
 from oel_ray.text import prompts

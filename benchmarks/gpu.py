@@ -21,7 +21,7 @@ from benchmarks import harness, loss_memory, loss_time, step_vs_trl
 from benchmarks.losses import LossCase
 from benchmarks.models import QWEN3_1_7B, qwen3_like, random_model, random_samples
 from benchmarks.step_vs_trl import StepCase, have_trl
-from oel_ray.config import ConsolidateConfig
+from oel_ray.config.schema import ConsolidateConfig
 from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
 from tests.consolidate.naive import divergence
 

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import harness, serving
 from benchmarks.simulated import Simulation, simulated
 from oel_ray.collect.stage import Game, Players, players
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.envs import Environment, make
 from oel_ray.records import Generation, Sampling, Trajectory, Turn
 from oel_ray.seeds import derive_seed

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import harness, serving
 from oel_ray.collect.stage import Game, Players, players
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.records import Sampling, Trajectory
 
 GOAL = ">= 0.95"

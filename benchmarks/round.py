@@ -18,7 +18,7 @@ import orjson
 
 from benchmarks import harness, serving
 from oel_ray import layout, loop
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.prefixes import prefixes
 from oel_ray.extract.chain import extraction_prompt_ids
 from oel_ray.extract.items import text_after

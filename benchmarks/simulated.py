@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any, NamedTuple
 
-from oel_ray.config import EnginesConfig
+from oel_ray.config.schema import EnginesConfig
 from oel_ray.errors import RunFailed
 from oel_ray.records import Generation, Sampling
 

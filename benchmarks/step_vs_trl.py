@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.models import qwen3_like, random_model, random_samples
 from benchmarks.sweep import Benchmark, Case
-from oel_ray.config import ConsolidateConfig
+from oel_ray.config.schema import ConsolidateConfig
 from oel_ray.consolidate.batches import Sample, micro_batches
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from benchmarks import harness, serving
 from benchmarks.counted import CountedEngine
 from oel_ray.checkpoint import checkpoint_tensors
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.engines.sync import WeightSync
 from oel_ray.models import MICRO, resolve_model
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallba
 from trl import DistillationConfig, DistillationTrainer
 
 from benchmarks import harness
-from oel_ray.config import ConsolidateConfig
+from oel_ray.config.schema import ConsolidateConfig
 from oel_ray.consolidate.batches import Sample
 
 

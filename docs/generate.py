@@ -10,15 +10,15 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from oel_ray.config import RunConfig, SamplingConfig
-from oel_ray.configure import preset_names, read_source
+from oel_ray.config.load import preset_names, read_source
+from oel_ray.config.schema import RunConfig, SamplingConfig
 
 TARGET = Path(__file__).with_name("configuration.md")
 
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by docs/generate.py from oel_ray/config.py. -->
+<!-- Written by docs/generate.py from oel_ray/config/schema.py. -->
 
 A configuration is a YAML file, or one of the presets that come with the package:
 

@@ -5,8 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from oel_ray.config import RunConfig
-from oel_ray.configure import load_config
+from oel_ray.config.load import load_config
+from oel_ray.config.schema import RunConfig
 from oel_ray.records import Record
 
 ROUND = 1

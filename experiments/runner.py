@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from experiments import ifeval, measure
 from experiments.records import ROUND, Arm, ArmResult, Experiment, Import, Imported, Point, Recipe, Start
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.durable import write_atomically
 from oel_ray.errors import UserError
 from oel_ray.layout import CONSOLIDATE, EVALUATE, EXTRACT, IMPORT_KNOWLEDGE, IMPORT_OF, RUN_FILE

@@ -17,8 +17,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from oel_ray.config import EnvironmentConfig, RunConfig
-from oel_ray.configure import load_config, parse_config, parse_override, preset_names
+from oel_ray.config.load import load_config, parse_config, parse_override, preset_names
+from oel_ray.config.schema import EnvironmentConfig, RunConfig
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.layout import RUN_FILE
 from oel_ray.progress import Progress
@@ -304,8 +304,8 @@ def verify(
 @app.command("config")
 def show_config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved configuration, and as comments what follows from it."""
+    from oel_ray.config.precision import auto_here
     from oel_ray.plan import explain
-    from oel_ray.precision import auto_here
 
     settings = _load(config, overrides)
     print(settings.to_yaml(), end="")

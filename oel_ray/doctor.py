@@ -17,7 +17,7 @@ from urllib import error, request
 from urllib.parse import urlsplit
 
 from oel_ray import resources
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError, one_line
 from oel_ray.formats import gib
 from oel_ray.preflight import check_model, check_teacher

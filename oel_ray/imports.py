@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.ids import knowledge_id, training_id
 from oel_ray.layout import BAD_LINES, IMPORT_KNOWLEDGE, IMPORT_OF

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.durable import FileEntry
 from oel_ray.records import KnowledgeText, Record, Split, TrainingSplit
 

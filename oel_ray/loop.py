@@ -20,7 +20,8 @@ from typing import Any
 
 from oel_ray import layout
 from oel_ray.collect.stage import Game, Players, play_missing, players
-from oel_ray.config import RunConfig
+from oel_ray.config.precision import precisions
+from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
 from oel_ray.durable import write_json
 from oel_ray.engines.pool import Pool, engine_pool
@@ -31,7 +32,6 @@ from oel_ray.evaluate.stage import evaluated, evaluated_round, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.hang import HANG_FOLDER
 from oel_ray.models import model_files, resolve_model
-from oel_ray.plan import precisions
 from oel_ray.preflight import tell_outlook
 from oel_ray.progress import Progress, StageProgress
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from oel_ray.config import ConsolidateConfig, EnginesConfig, RunConfig
+from oel_ray.config.budget import Reading, readings
+from oel_ray.config.precision import Auto, precisions
+from oel_ray.config.schema import ConsolidateConfig, EnginesConfig, RunConfig
 from oel_ray.formats import gib
 from oel_ray.layout import planned_stages
-from oel_ray.precision import Auto
 
 Nodes = Mapping[str, Mapping[str, float]]
 """What Ray says that each node has: `CPU`, `GPU`, `memory` in bytes, resources of the user's own."""
@@ -163,53 +164,6 @@ def _bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-class Reading(NamedTuple):
-    """What stands in a context besides the prompt itself, at most, and the `keys` that say so."""
-
-    name: str
-    knowledge: int
-    response: int
-    response_key: str
-    by_engine: bool = True
-    """Else by the trainer, where the model's own context counts, not `engines.max_model_len`."""
-
-    @property
-    def keys(self) -> list[str]:
-        return ["extract.max_tokens"] * (self.knowledge > 0) + [self.response_key]
-
-    @property
-    def tokens(self) -> int:
-        return self.knowledge + self.response
-
-
-def play_response(config: RunConfig) -> tuple[str, int]:
-    """The longest response of a game, the one bound of all games of a player: the key that says so, and its tokens."""
-    samplings = {
-        "collect.sampling": config.collect.sampling,
-        "collect.extraction_sampling": config.collect.sampling_for("extraction"),
-        "evaluate.sampling": config.evaluate.sampling,
-    }
-    key, longest = max(samplings.items(), key=lambda item: item[1].max_tokens)
-    return f"{key}.max_tokens", longest.max_tokens
-
-
-def readings(config: RunConfig) -> list[Reading]:
-    """The ways in which a model reads a prompt in a run, those that it makes use of."""
-    extract, evaluate = config.extract, config.evaluate
-    key, response = play_response(config)
-    found = [Reading("play", 0, response, key)]
-    if evaluate.enabled and evaluate.in_context:
-        found.append(Reading("in context", extract.max_tokens, response, key))
-    if extract.format != "raw":
-        known = extract.max_tokens if extract.show_previous else 0
-        found.append(Reading("extraction", known, extract.sampling.max_tokens, "extract.sampling.max_tokens"))
-    key, written = "consolidate.sampling.max_tokens", config.consolidate.sampling.max_tokens
-    if config.consolidate.responses == "teacher":
-        found.append(Reading("off-policy", extract.max_tokens, written, key))
-    found.append(Reading("teacher", extract.max_tokens, written, key, by_engine=False))
-    return found
-
-
 class Sizes(NamedTuple):
     """How much a run does. Samples are at most: games may end early."""
 
@@ -233,15 +187,6 @@ class Sizes(NamedTuple):
             policy_games=policy_games,
             in_context_games=policy_games * len({*evaluate.accumulation_steps, games}) if evaluate.in_context else 0,
         )
-
-
-def precisions(config: RunConfig) -> dict[str, str]:
-    """What engines and trainer compute in and policies are written in, by the key that says so."""
-    return {
-        "engines.dtype": config.engines.dtype,
-        "consolidate.precision": config.consolidate.precision,
-        "policy_dtype": config.policy_dtype,
-    }
 
 
 def headline(config: RunConfig) -> str:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oel_ray import layout
-from oel_ray.config import RunConfig
+from oel_ray.config.budget import Reading, readings
+from oel_ray.config.precision import Auto, precisions
+from oel_ray.config.schema import RunConfig
 from oel_ray.envs.base import Environment
 from oel_ray.envs.registry import make
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import UserError, one_line
 from oel_ray.extract.chain import extraction_prompt
 from oel_ray.models import resolve_model
-from oel_ray.plan import Reading, outlook, precisions, readings
-from oel_ray.precision import Auto
+from oel_ray.plan import outlook
 from oel_ray.resources import alive_nodes, check_resources
 from oel_ray.runs import RunFolder
 from oel_ray.schedule import PLAYED, check_imports, unfinished

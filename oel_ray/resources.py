@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from oel_ray.config import RunConfig
+from oel_ray.config.precision import Auto, auto_here, auto_on_nodes, bfloat16_units
+from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.hang import HANG_FOLDER
 from oel_ray.plan import GPU_MEMORY, Nodes, amounts, demands, place, placement, ray_options, total
-from oel_ray.precision import Auto, auto_here, auto_on_nodes, bfloat16_units
 
 CLUSTER_ANSWER_S = 25.0
 """How long a cluster may take to say what it has."""

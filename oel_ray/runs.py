@@ -21,8 +21,9 @@ import yaml
 from pydantic import ValidationError
 
 from oel_ray import layout
-from oel_ray.config import RunConfig
-from oel_ray.configure import parse_config
+from oel_ray.config.load import parse_config
+from oel_ray.config.precision import Auto, auto_here
+from oel_ray.config.schema import RunConfig
 from oel_ray.durable import (
     FileEntry,
     files_below,
@@ -39,7 +40,6 @@ from oel_ray.journal import Journal
 from oel_ray.layout import Manifest, RoundFiles, StageEntry
 from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
 from oel_ray.models import model_files
-from oel_ray.precision import Auto, auto_here
 from oel_ray.records import AnyRecord, Frame, KnowledgeText, Record, content_hash, first_problem
 from oel_ray.schedule import unfinished
 

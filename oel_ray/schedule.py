@@ -6,7 +6,7 @@
 from collections.abc import Collection, Mapping
 
 from oel_ray import layout
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.layout import planned_stages
 

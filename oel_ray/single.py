@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oel_ray import loop
-from oel_ray.config import RunConfig
+from oel_ray.config.precision import Auto
+from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.imports import Imported, put_knowledge, put_trajectories, read_knowledge, read_trajectories
 from oel_ray.layout import IMPORT_KNOWLEDGE, IMPORT_OF, PREPARE, RUN_FILE
-from oel_ray.precision import Auto
 from oel_ray.preflight import preflight, starting_at
 from oel_ray.progress import Progress
 from oel_ray.records import KnowledgeText, TrainingSplit

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 
 Note = Callable[[str], None]
 Write = Callable[[Mapping[str, float], int], None]

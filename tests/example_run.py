@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 
 from oel_ray import layout
-from oel_ray.config import RunConfig
-from oel_ray.configure import parse_config
+from oel_ray.config.load import parse_config
+from oel_ray.config.schema import RunConfig
 from oel_ray.durable import write_json
 from oel_ray.ids import evaluation_ids, training_id
 from oel_ray.models import model_files

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oel_ray import doctor
-from oel_ray.configure import load_config
+from oel_ray.config.load import load_config
 from oel_ray.errors import UserError
 from oel_ray.resources import check_resources
 from tests.raylets import raylets

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oel_ray.configure import load_config, parse_config
+from oel_ray.config.load import load_config, parse_config
 from oel_ray.errors import UserError
 
 GOOD = "engines:\n  max_model_len: 20000\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from oel_ray import doctor, resources, submit
-from oel_ray.config import RunConfig
-from oel_ray.configure import load_config
+from oel_ray.config.load import load_config
+from oel_ray.config.schema import RunConfig
 from oel_ray.doctor import Finding, examine, is_open, look, versions
 
 CONFIG = load_config("quickstart")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from oel_ray import layout, loop
 from oel_ray.collect.stage import Game
-from oel_ray.config import GateConfig
+from oel_ray.config.schema import GateConfig
 from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import passed_gate
 from oel_ray.preflight import starting_at

@@ -22,7 +22,7 @@ import yaml
 
 from oel_ray import resources
 from oel_ray.cli import main
-from oel_ray.configure import parse_config
+from oel_ray.config.load import parse_config
 from oel_ray.runs import RunFolder
 from tests import example_run
 from tests.tokenizers_for_tests import CHAT_TEMPLATE, small_tokenizer

@@ -2,21 +2,10 @@
 
 from collections import Counter
 
-from oel_ray.configure import load_config
-from oel_ray.plan import (
-    GPU_MEMORY,
-    ModelSize,
-    Nodes,
-    demands,
-    explain,
-    headline,
-    outlook,
-    place,
-    placement,
-    readings,
-    total,
-)
-from oel_ray.precision import Auto
+from oel_ray.config.budget import readings
+from oel_ray.config.load import load_config
+from oel_ray.config.precision import Auto
+from oel_ray.plan import GPU_MEMORY, ModelSize, Nodes, demands, explain, headline, outlook, place, placement, total
 
 AUTO = Auto(precision="float32", because="of this")
 

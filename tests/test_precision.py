@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import precision, resources
-from oel_ray.config import RunConfig
+from oel_ray import resources
+from oel_ray.config.precision import Auto, auto_here, auto_on_nodes, bfloat16_units, precisions
+from oel_ray.config.schema import RunConfig, precision
 from oel_ray.durable import read_json, write_json
-from oel_ray.plan import precisions
-from oel_ray.precision import Auto, auto_here, auto_on_nodes, bfloat16_units
 from oel_ray.runs import RunFolder
 from tests import example_run
 

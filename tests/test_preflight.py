@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from oel_ray import preflight, resources
-from oel_ray.config import RunConfig
-from oel_ray.configure import parse_config
+from oel_ray.config.load import parse_config
+from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.models import resolve_model
 from oel_ray.runs import RunFolder

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from oel_ray.config import RunConfig
-from oel_ray.configure import load_config, preset_names
+from oel_ray.config.load import load_config, preset_names
+from oel_ray.config.schema import RunConfig
 
 # model, thinking, environment, format, previous knowledge shown, n, L_max, steps, learning rate
 EXPERIMENTS: dict[str, tuple[Any, ...]] = {

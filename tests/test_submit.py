@@ -12,7 +12,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from oel_ray import resources, submit
-from oel_ray.configure import parse_config
+from oel_ray.config.load import parse_config
 from oel_ray.errors import RunFailed, UserError
 from tests.job_server import job_server
 

@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from oel_ray import tracking
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 
 
 def written(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -13,9 +13,9 @@ import typer
 
 from examples.micro_model.demonstrations import INSTRUCTIONS, item, turn
 from examples.micro_model.worlds import LETTERS, LIMIT, REAL, SIZE, World, worlds
+from oel_ray.config.precision import bfloat16_units
 from oel_ray.envs import make
 from oel_ray.extract.items import structured_items
-from oel_ray.precision import bfloat16_units
 from oel_ray.records import Turn
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat, strip_thinking

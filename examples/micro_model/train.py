@@ -21,7 +21,7 @@ from torch import nn
 from examples.micro_model.demonstrations import extractor_sample, player_samples
 from examples.micro_model.tokenizer import END, PAD, build_tokenizer
 from examples.micro_model.worlds import LETTERS, World, worlds
-from oel_ray.precision import bfloat16_units
+from oel_ray.config.precision import bfloat16_units
 from oel_ray.text.chat import ChatFormat
 
 STATE = "training.pt"

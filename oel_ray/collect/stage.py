@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from oel_ray.collect.player import player_actor
-from oel_ray.config import CollectConfig, RunConfig
+from oel_ray.config.schema import CollectConfig, RunConfig
 from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
 from oel_ray.hang import WATCH, dump_stacks

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.prefixes import Plan
 from oel_ray.records import Frame, Generate, KnowledgeText, Prefix
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, utils
 
-from oel_ray.config import LoraConfig
+from oel_ray.config.schema import LoraConfig
 from oel_ray.consolidate.lora import layers_to_adapt
 from oel_ray.plan import ModelSize
 

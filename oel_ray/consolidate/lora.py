@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from oel_ray.config import LoraConfig
+from oel_ray.config.schema import LoraConfig
 from oel_ray.errors import UserError
 
 ADAPTERS_FILE = "adapters.safetensors"

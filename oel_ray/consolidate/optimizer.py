@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 
-from oel_ray.config import ConsolidateConfig
+from oel_ray.config.schema import ConsolidateConfig
 from oel_ray.consolidate.batches import MicroBatch, filler, pass_shape
 from oel_ray.consolidate.distiller import Distiller, Objective, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
-from oel_ray.config import ConsolidateConfig
+from oel_ray.config.schema import ConsolidateConfig
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import Prefix, Trajectory
 from oel_ray.seeds import derive_seed

@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, R
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from oel_ray.config import EnginesConfig
+from oel_ray.config.schema import EnginesConfig
 from oel_ray.engines.engine import Engine
 from oel_ray.engines.router import REMEMBERED, Replica, Router
 from oel_ray.errors import EngineUnavailable, RunFailed, one_line

@@ -11,7 +11,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from oel_ray.config import EnvironmentConfig
+from oel_ray.config.schema import EnvironmentConfig
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.registry import known_ids, make, parameters, registered
 from oel_ray.envs.splits import episode

@@ -7,7 +7,7 @@ the seeds are the official code's, and maps may repeat within a split and betwee
 from collections.abc import Iterator, Set
 from itertools import count as count_up
 
-from oel_ray.config import EnvironmentConfig
+from oel_ray.config.schema import EnvironmentConfig
 from oel_ray.envs.registry import make
 from oel_ray.errors import UserError
 from oel_ray.ids import held_out_id, training_id

@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from oel_ray.config import GateConfig
+from oel_ray.config.schema import GateConfig
 from oel_ray.records import EvaluationGame, Record
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from oel_ray.collect.stage import Game
-from oel_ray.config import EvaluateConfig, GateConfig
+from oel_ray.config.schema import EvaluateConfig, GateConfig
 from oel_ray.evaluate.metrics import Evaluation, evaluation, passed_gate
 from oel_ray.ids import evaluation_ids
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory, read_jsonl

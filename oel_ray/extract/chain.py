@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from oel_ray.config import ExtractConfig, RunConfig
+from oel_ray.config.schema import ExtractConfig, RunConfig
 from oel_ray.extract.items import admit, fit, items_after, join, screen, structured_items, unstructured_items
 from oel_ray.ids import knowledge_id
 from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory

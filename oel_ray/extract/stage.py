@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
 from oel_ray.hang import WATCH, Named

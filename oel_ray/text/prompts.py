@@ -1,8 +1,8 @@
 """Every text that a model reads, in one place. Any process; pure functions of text.
 
 A game prompt is one user message in two parts, `GAME_HEAD` and `game_situation(...)`. The student sees the two; the
-teacher sees the same two with `knowledge_section(...)` between them. The parts are tokenised apart (`oel_ray.text.chat`),
-so each ends with a line break and the next starts with a letter.
+teacher sees the same two with `knowledge_section(...)` between them. The parts are tokenised apart
+(`oel_ray.text.chat`), so each ends with a line break and the next starts with a letter.
 """
 
 from collections.abc import Sequence

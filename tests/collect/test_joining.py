@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from oel_ray.collect.stage import Game, players
-from oel_ray.config import CollectConfig, RunConfig
+from oel_ray.config.schema import CollectConfig, RunConfig
 from oel_ray.records import Episode, Generation, Sampling
 from tests.collect import shaky_games
 from tests.envs.installed import installed

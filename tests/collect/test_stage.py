@@ -14,7 +14,7 @@ import ray  # isort: skip
 
 from oel_ray.collect.player import player_actor
 from oel_ray.collect.stage import Game, Players, players
-from oel_ray.config import CollectConfig, EnvironmentConfig, RunConfig
+from oel_ray.config.schema import CollectConfig, EnvironmentConfig, RunConfig
 from oel_ray.envs.splits import training_episodes
 from oel_ray.errors import RunFailed
 from oel_ray.hang import HANG_FOLDER

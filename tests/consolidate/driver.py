@@ -18,8 +18,8 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from oel_ray.config import RunConfig
-from oel_ray.configure import _set_dotted, parse_config, parse_override
+from oel_ray.config.load import _set_dotted, parse_config, parse_override
+from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate import stage
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.prefixes import Draw

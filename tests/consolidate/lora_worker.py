@@ -20,7 +20,7 @@ TOKENS = [[5, 6, 7, 8, 9]]
 
 
 def settings(stage: int, precision: str, world_size: int) -> Any:
-    from oel_ray.config import ConsolidateConfig
+    from oel_ray.config.schema import ConsolidateConfig
 
     return ConsolidateConfig.model_validate(
         {

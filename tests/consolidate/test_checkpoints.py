@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from oel_ray.configure import parse_config
+from oel_ray.config.load import parse_config
 from oel_ray.consolidate import checkpoints
 from oel_ray.consolidate.checkpoints import Checkpoint, Spread, State
 from oel_ray.consolidate.job import Job

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensors
-from oel_ray.config import LoraConfig
+from oel_ray.config.schema import LoraConfig
 from oel_ray.consolidate.loading import load_model, use_flash_attention
 from oel_ray.consolidate.lora import add_adapters
 from oel_ray.consolidate.reading import attention_of, can_pack, lay_out, reads_packed, response_hidden

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oel_ray.config import LoraConfig
+from oel_ray.config.schema import LoraConfig
 from oel_ray.consolidate.loading import load_model, model_size
 from oel_ray.consolidate.lora import add_adapters
 

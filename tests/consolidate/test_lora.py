@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from oel_ray.checkpoint import checkpoint_shapes
-from oel_ray.config import LoraConfig
+from oel_ray.config.schema import LoraConfig
 from oel_ray.consolidate.batches import token_weights
 from oel_ray.consolidate.loading import load_model, model_without_weights
 from oel_ray.consolidate.lora import add_adapters, layers_to_adapt, sharing_weights

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from oel_ray.config import ConsolidateConfig, LoraConfig
-from oel_ray.configure import parse_config
+from oel_ray.config.load import parse_config
+from oel_ray.config.schema import ConsolidateConfig, LoraConfig
 from oel_ray.consolidate.batches import MicroBatch
 from oel_ray.consolidate.lora import add_adapters, sharing_weights
 from oel_ray.consolidate.optimizer import account, ran_out

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oel_ray.config import ConsolidateConfig
+from oel_ray.config.schema import ConsolidateConfig
 from oel_ray.consolidate.batches import Sample
 from oel_ray.consolidate.prefixes import Plan, prefixes, step_batches
 from oel_ray.errors import RunFailed, UserError

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from oel_ray.config import RunConfig
-from oel_ray.configure import parse_config
+from oel_ray.config.load import parse_config
+from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.prefixes import Draw
 from oel_ray.consolidate.responses import Responses

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from oel_ray.config import LoraConfig
+from oel_ray.config.schema import LoraConfig
 from oel_ray.consolidate.loading import load_model
 from oel_ray.consolidate.lora import add_adapters, load_adapters
 from oel_ray.consolidate.optimizer import deepspeed_config

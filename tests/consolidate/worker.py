@@ -26,7 +26,7 @@ SAMPLES = 7
 
 
 def settings(stage: int, precision: str, world_size: int, divergence: str = "full") -> Any:
-    from oel_ray.config import ConsolidateConfig
+    from oel_ray.config.schema import ConsolidateConfig
 
     return ConsolidateConfig.model_validate(
         {
@@ -113,7 +113,7 @@ def prepare(
 
     With `packing` the student attends in another way than the teacher does by itself, as with flash attention.
     """
-    from oel_ray.config import LoraConfig
+    from oel_ray.config.schema import LoraConfig
     from oel_ray.consolidate.batches import micro_batches
     from oel_ray.consolidate.lora import add_adapters, sharing_weights
     from oel_ray.consolidate.optimizer import DistillStep

@@ -8,8 +8,8 @@ import orjson
 import pytest
 import ray
 
-from oel_ray.config import RunConfig
-from oel_ray.configure import parse_config
+from oel_ray.config.load import parse_config
+from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.prefixes import Draw
 from oel_ray.consolidate.stage import consolidate

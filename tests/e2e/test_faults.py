@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from oel_ray.collect.stage import Game, Players, players
-from oel_ray.config import RunConfig
-from oel_ray.configure import parse_config
+from oel_ray.config.load import parse_config
+from oel_ray.config.schema import RunConfig
 from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.envs.splits import training_episodes
 from oel_ray.records import Trajectory

@@ -17,7 +17,7 @@ import oel_ray.resources  # noqa: F401 - sets what Ray reads when it is imported
 import ray  # isort: skip
 
 from oel_ray import loop
-from oel_ray.configure import load_config
+from oel_ray.config.load import load_config
 from oel_ray.metrics import Series
 from oel_ray.progress import Progress
 from oel_ray.runs import RunFolder

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray.config import RunConfig
-from oel_ray.configure import load_config
+from oel_ray.config.load import load_config
+from oel_ray.config.schema import RunConfig
 from oel_ray.layout import RoundFiles
 from tests.e2e.test_run import oel
 from tests.tiny_models import save_tiny_model

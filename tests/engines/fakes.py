@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from oel_ray.config import EnginesConfig
+from oel_ray.config.schema import EnginesConfig
 from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
 

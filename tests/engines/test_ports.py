@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from oel_ray.config import EnginesConfig
+from oel_ray.config.schema import EnginesConfig
 from oel_ray.engines.engine import Engine
 from oel_ray.errors import RunFailed
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from oel_ray.config import EnginesConfig
+from oel_ray.config.schema import EnginesConfig
 from oel_ray.consolidate.weights import FullWeights, export_policy, weights_of
 from oel_ray.durable import read_json
 from oel_ray.models import resolve_model

@@ -1,6 +1,6 @@
 """Random and oracle players on real games."""
 
-from oel_ray.config import EnvironmentConfig
+from oel_ray.config.schema import EnvironmentConfig
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes
 

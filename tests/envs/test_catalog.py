@@ -8,7 +8,7 @@ import nltk
 import pytest
 from rich.console import Console, RenderableType
 
-from oel_ray.config import EnvironmentConfig
+from oel_ray.config.schema import EnvironmentConfig
 from oel_ray.envs import catalog as catalog_module
 from oel_ray.envs.catalog import catalog, catalog_table, description, facts
 from oel_ray.envs.registry import known_ids

@@ -2,7 +2,7 @@
 
 import pytest
 
-from oel_ray.config import EnvironmentConfig
+from oel_ray.config.schema import EnvironmentConfig
 from oel_ray.envs import make
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import UserError

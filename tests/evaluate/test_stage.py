@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from oel_ray.config import EvaluateConfig
+from oel_ray.config.schema import EvaluateConfig
 from oel_ray.evaluate.stage import evaluated, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.ids import held_out_id

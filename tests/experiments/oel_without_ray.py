@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 
 from oel_ray import cli, layout, loop
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.models import MICRO, resolve_model
 from oel_ray.progress import Progress
 from oel_ray.runs import RunFolder, Stage

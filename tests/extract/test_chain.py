@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oel_ray.config import EnginesConfig, ExtractConfig, RunConfig, SamplingConfig
+from oel_ray.config.schema import EnginesConfig, ExtractConfig, RunConfig, SamplingConfig
 from oel_ray.extract.chain import accumulate, extraction_prompt_ids, reading_order
 from oel_ray.extract.items import join, text_after
 from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import ray
 
-from oel_ray.config import ExtractConfig, RunConfig, SamplingConfig
+from oel_ray.config.schema import ExtractConfig, RunConfig, SamplingConfig
 from oel_ray.errors import RunFailed
 from oel_ray.extract.stage import extract
 from oel_ray.journal import Journal

@@ -1,6 +1,6 @@
 """The configuration of a run: typed, strict, small. Any process; imports no Ray, torch or vLLM.
 
-`oel_ray.configure` makes one from presets, files and overrides; it is saved as `config.yaml` in the run folder.
+`oel_ray.config.load` makes one from presets, files and overrides; it is saved as `config.yaml` in the run folder.
 """
 
 import math

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from oel_ray.config.schema import RunConfig
 from oel_ray.records import Record
 
 BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16")
@@ -54,3 +55,12 @@ def auto_on_nodes(lacking: Sequence[str], nodes: int) -> Auto:
             because=f"{len(lacking)} of {nodes} nodes have neither {' nor '.join(BFLOAT16_UNITS)}, e.g. {lacking[0]}",
         )
     return Auto(precision="bfloat16", because=f"the processors of all {nodes} nodes have instructions for it")
+
+
+def precisions(config: RunConfig) -> dict[str, str]:
+    """What engines and trainer compute in and policies are written in, by the key that says so."""
+    return {
+        "engines.dtype": config.engines.dtype,
+        "consolidate.precision": config.consolidate.precision,
+        "policy_dtype": config.policy_dtype,
+    }

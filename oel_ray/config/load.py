@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from oel_ray.config import RunConfig
+from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 
 Values = dict[str, Any]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.measure import Measured
-from oel_ray.durable import write_json
 from oel_ray.errors import UserError
+from oel_ray.runs.files import write_json
 
 TASK, METRIC = "ifeval", "prompt_level_strict_acc"
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}

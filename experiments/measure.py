@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.records import Condition, Point
-from oel_ray.durable import fingerprint, read_json
 from oel_ray.evaluate.metrics import Evaluation, Score
-from oel_ray.layout import POLICY_REFERENCE
 from oel_ray.records import KnowledgeText, Record, content_hash
-from oel_ray.runs import RunFolder
+from oel_ray.runs.files import fingerprint, read_json
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import POLICY_REFERENCE
 
 _GROWTH = 0.9
 """How far into a round its knowledge has grown; the rest is left to consolidation."""

@@ -17,14 +17,14 @@ from typing import NamedTuple
 from experiments import ifeval, measure
 from experiments.records import ROUND, Arm, ArmResult, Experiment, Import, Imported, Point, Recipe, Start
 from oel_ray.config.schema import RunConfig
-from oel_ray.durable import write_atomically
 from oel_ray.errors import UserError
-from oel_ray.layout import CONSOLIDATE, EVALUATE, EXTRACT, IMPORT_KNOWLEDGE, IMPORT_OF, RUN_FILE
 from oel_ray.models import MICRO
 from oel_ray.plan import Sizes
 from oel_ray.records import KnowledgeText, Trajectory, content_hash, read_jsonl
-from oel_ray.runs import RunFolder
-from oel_ray.schedule import Committed, is_done, unfinished
+from oel_ray.runs.files import write_atomically
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import CONSOLIDATE, EVALUATE, EXTRACT, IMPORT_KNOWLEDGE, IMPORT_OF, RUN_FILE
+from oel_ray.runs.schedule import Committed, is_done, unfinished
 
 OEL = (sys.executable, "-m", "oel_ray")
 RESULTS = Path("experiments/results")

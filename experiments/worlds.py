@@ -10,7 +10,7 @@ from pathlib import Path
 from examples.micro_model.evaluate import Model, knowledge, play
 from examples.micro_model.worlds import REAL, World, worlds
 from experiments.measure import Measured
-from oel_ray.durable import write_json
+from oel_ray.runs.files import write_json
 
 MAPS = 128
 

@@ -20,10 +20,10 @@ from rich.console import Console
 from oel_ray.config.load import load_config, parse_config, parse_override, preset_names
 from oel_ray.config.schema import EnvironmentConfig, RunConfig
 from oel_ray.errors import RunFailed, UserError
-from oel_ray.layout import RUN_FILE
 from oel_ray.progress import Progress
 from oel_ray.records import TrainingSplit
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import RUN_FILE
 from oel_ray.show import next_steps, plain, remarks, summary_table
 
 app = typer.Typer(
@@ -235,16 +235,17 @@ def knowledge(
     After --drop, 'oel run --resume' does again what learned from that game; the old files stay in the quarantine.
     """
     from oel_ray import knowledge as learned
+    from oel_ray.runs import takeback
 
     lines = learned.difference(RunFolder.open(run_dir), *diff) if diff else learned.listing(RunFolder.open(run_dir))
     if drop:
         from oel_ray.text.chat import ChatFormat
 
-        learned.taught_by(RunFolder.open(run_dir), drop)
+        takeback.taught_by(RunFolder.open(run_dir), drop)
         with RunFolder.resume(run_dir, None) as folder:
             thinking, frame = folder.config.thinking, folder.frame
             chat = ChatFormat.from_pretrained(folder.policy(0), thinking=thinking, frame=frame)
-            lines = [f"to be done again: {stage}" for stage in learned.drop(folder, drop, chat.count)]
+            lines = [f"to be done again: {stage}" for stage in takeback.drop(folder, drop, chat.count)]
     print(*(plain(line).plain for line in lines), sep="\n")
 
 

@@ -21,7 +21,7 @@ from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError, one_line
 from oel_ray.formats import gib
 from oel_ray.preflight import check_model, check_teacher
-from oel_ray.runs import PACKAGES, installed
+from oel_ray.runs.folder import PACKAGES, installed
 
 ANSWER_S = 60.0
 """How long a node may take to answer; it imports transformers meanwhile."""

@@ -21,7 +21,6 @@ from pydantic import Field, ValidationError
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.ids import knowledge_id, training_id
-from oel_ray.layout import BAD_LINES, IMPORT_KNOWLEDGE, IMPORT_OF
 from oel_ray.records import (
     BadLine,
     EndedBy,
@@ -34,9 +33,12 @@ from oel_ray.records import (
     Turn,
     content_hash,
     first_problem,
+    join_items,
     write_jsonl,
 )
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import BAD_LINES, IMPORT_KNOWLEDGE, IMPORT_OF
+from oel_ray.runs.stage import Stage
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat, strip_thinking
 
@@ -85,7 +87,7 @@ class _GivenTrajectory(Record, allow_inf_nan=False):
 
 def put_trajectories(folder: RunFolder, number: int, split: TrainingSplit, imported: Imported) -> None:
     """Put trajectories into a round, as what `extract` or `consolidate` reads, and bad lines into the quarantine."""
-    stage = folder.stage(number, IMPORT_OF[split])
+    stage = Stage(folder, number, IMPORT_OF[split])
     target = stage.begin().trajectories(split)
     counts = {split: write_jsonl(target, imported.trajectories), BAD_LINES: len(imported.bad)}
     if imported.bad:
@@ -96,7 +98,7 @@ def put_trajectories(folder: RunFolder, number: int, split: TrainingSplit, impor
 
 def put_knowledge(folder: RunFolder, number: int, texts: Sequence[KnowledgeText]) -> None:
     """Put knowledge texts into a round, instead of extracted ones."""
-    stage = folder.stage(number, IMPORT_KNOWLEDGE)
+    stage = Stage(folder, number, IMPORT_KNOWLEDGE)
     stage.begin()
     stage.commit_knowledge(texts)
 
@@ -206,7 +208,7 @@ def _knowledge(path: Path, number: int, seed: int, config: RunConfig, chat: Chat
         if not text:
             raise UserError(f"{path} holds no knowledge")
         items, style = [KnowledgeItem(text=text, trajectory_id=ELSEWHERE)], "unstructured"
-    text = "\n".join(item.text for item in items)
+    text = join_items([item.text for item in items])
     if (tokens := chat.count(text)) > config.extract.max_tokens:
         raise UserError(f"{path} has {tokens} tokens of knowledge: shorten it or raise extract.max_tokens")
     return KnowledgeText(

@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from oel_ray import layout
 from oel_ray.collect.stage import Game, Players, play_missing, players
 from oel_ray.config.precision import precisions
 from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
-from oel_ray.durable import write_json
 from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
@@ -31,13 +29,16 @@ from oel_ray.errors import RunFailed
 from oel_ray.evaluate.stage import evaluated, evaluated_round, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.hang import HANG_FOLDER
-from oel_ray.models import model_files, resolve_model
+from oel_ray.models import resolve_model
 from oel_ray.preflight import tell_outlook
 from oel_ray.progress import Progress, StageProgress
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
 from oel_ray.resources import ray_cluster
-from oel_ray.runs import RunFolder, Stage
-from oel_ray.schedule import check_imports, unfinished
+from oel_ray.runs import layout
+from oel_ray.runs.files import model_files, write_json
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.schedule import check_imports, unfinished
+from oel_ray.runs.stage import Stage
 from oel_ray.telemetry import Telemetry
 from oel_ray.text.chat import ChatFormat
 from oel_ray.tracking import tracking
@@ -83,7 +84,7 @@ def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
 
     That it can be used was `oel_ray.preflight`'s to check.
     """
-    stage = folder.stage(0, layout.PREPARE)
+    stage = Stage(folder, 0, layout.PREPARE)
     if stage.is_done:
         return
     model = resolve_model(config.model, progress.note)
@@ -228,7 +229,7 @@ class Rounds:
 
     @contextmanager
     def _stage(self, number: int, name: str, total: int, unit: str) -> Iterator[tuple[Stage, StageProgress]]:
-        stage, rounds = self.folder.stage(number, name), self.config.rounds
+        stage, rounds = Stage(self.folder, number, name), self.config.rounds
         with self.telemetry.stage(stage), self.progress.stage(number, rounds, name, total, unit) as progress:
             yield stage, progress
 

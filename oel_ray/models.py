@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from oel_ray.durable import fingerprint, read_json
 from oel_ray.errors import UserError
+from oel_ray.runs.files import read_json
 
 MICRO = "micro"
 SMOLLM2 = "smollm2-135m"
@@ -19,8 +19,6 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
 _HUB_ANSWER_S = 10.0
-_READ = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin"}
-_SMALL_BYTES = 2**26
 
 
 def cache_folder() -> Path:
@@ -62,15 +60,6 @@ def prefetch(model: str, note: Callable[[str], None]) -> str:
     from_hub = folder.parent.name == "snapshots" and not Path(model).exists()
     pinned = f"{name}@{folder.name} names it for good" if from_hub else "nothing is fetched for it"
     return f"{model} is in {folder}; {pinned}"
-
-
-def model_files(folder: Path) -> dict[str, str]:
-    """What tells a model folder from a changed one: the content of its small files, the sizes of its weights."""
-    sizes = {file: file.stat().st_size for file in sorted(folder.iterdir()) if file.suffix in _READ}
-    return {
-        file.name: fingerprint(file).sha256[:16] if size < _SMALL_BYTES else f"{size} bytes"
-        for file, size in sizes.items()
-    }
 
 
 def _lacking(folder: Path) -> str | None:

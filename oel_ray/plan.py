@@ -12,7 +12,7 @@ from oel_ray.config.budget import Reading, readings
 from oel_ray.config.precision import Auto, precisions
 from oel_ray.config.schema import ConsolidateConfig, EnginesConfig, RunConfig
 from oel_ray.formats import gib
-from oel_ray.layout import planned_stages
+from oel_ray.runs.schedule import planned_stages
 
 Nodes = Mapping[str, Mapping[str, float]]
 """What Ray says that each node has: `CPU`, `GPU`, `memory` in bytes, resources of the user's own."""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oel_ray import layout
 from oel_ray.config.budget import Reading, readings
 from oel_ray.config.precision import Auto, precisions
 from oel_ray.config.schema import RunConfig
@@ -21,8 +20,9 @@ from oel_ray.extract.chain import extraction_prompt
 from oel_ray.models import resolve_model
 from oel_ray.plan import outlook
 from oel_ray.resources import alive_nodes, check_resources
-from oel_ray.runs import RunFolder
-from oel_ray.schedule import PLAYED, check_imports, unfinished
+from oel_ray.runs import layout
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.schedule import PLAYED, check_imports, unfinished
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat
 

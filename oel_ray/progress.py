@@ -10,7 +10,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bars
 
 from oel_ray.formats import duration
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
 
 STATUS_INTERVAL_S = 1.0
 

@@ -223,3 +223,8 @@ def first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ascii(".".join(map(str, first["loc"])))[1:-1]
     return f"{where[:100]}: {first['msg']}".removeprefix(": ")
+
+
+def join_items(items: Sequence[str]) -> str:
+    """Write a knowledge text of its items, a line each."""
+    return "\n".join(items)

@@ -18,13 +18,13 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from oel_ray.durable import read_json
 from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import Gate
 from oel_ray.formats import ABSENT, clock, digits
-from oel_ray.layout import BAD_LINES, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
-from oel_ray.runs import RunFolder
+from oel_ray.runs.files import read_json
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import BAD_LINES, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE
 
 _SHORT = {EVALUATE_IN_CONTEXT: "in context"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -9,12 +9,12 @@ from oel_ray.config.precision import Auto
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.imports import Imported, put_knowledge, put_trajectories, read_knowledge, read_trajectories
-from oel_ray.layout import IMPORT_KNOWLEDGE, IMPORT_OF, PREPARE, RUN_FILE
 from oel_ray.preflight import preflight, starting_at
 from oel_ray.progress import Progress
 from oel_ray.records import KnowledgeText, TrainingSplit
-from oel_ray.runs import RunFolder
-from oel_ray.schedule import PLAYED, check_ready, first_open_round
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import IMPORT_KNOWLEDGE, IMPORT_OF, PREPARE, RUN_FILE
+from oel_ray.runs.schedule import PLAYED, check_ready, first_open_round
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from typing import Any
 
 from oel_ray import metrics
 from oel_ray.collect.stage import Players
-from oel_ray.durable import read_json
 from oel_ray.engines.pool import Pool
-from oel_ray.layout import EVALUATE
 from oel_ray.metrics import Series, report
 from oel_ray.progress import Progress, StageProgress
-from oel_ray.runs import RunFolder, Stage
+from oel_ray.runs.files import read_json
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import EVALUATE
+from oel_ray.runs.stage import Stage
 from oel_ray.tracking import Track
 
 Row = dict[str, Any]

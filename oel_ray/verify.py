@@ -16,15 +16,15 @@ from typing import NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from oel_ray import layout
 from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import Evaluation, Gate, Score, by_step, passed_gate, score
 from oel_ray.extract.items import growth
 from oel_ray.ids import evaluation_ids, training_id
-from oel_ray.layout import RoundFiles, StageEntry, planned_stages
-from oel_ray.records import EvaluationGame, KnowledgeText, TrainingSplit, Trajectory, first_problem
-from oel_ray.runs import RunFolder
-from oel_ray.schedule import is_done
+from oel_ray.records import EvaluationGame, KnowledgeText, TrainingSplit, Trajectory, first_problem, join_items
+from oel_ray.runs import layout
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import RoundFiles, StageEntry
+from oel_ray.runs.schedule import is_done, planned_stages
 
 Replay = Callable[[Trajectory], tuple[bool, str]]
 """Plays a game's actions again: whether it was won, and what differs from the recorded texts ("" for nothing).
@@ -244,7 +244,7 @@ class _Check:
             self._unique(path, 1, text.id)
             if text.round != number:
                 self.found(path, 0, f"{text.id} says round {text.round}")
-            if "\n".join(item.text for item in text.items) != text.text:
+            if join_items([item.text for item in text.items]) != text.text:
                 self.found(path, 0, f"the text of {text.id} is not its items joined")
             if not imported:
                 self._accumulation(path, text, extraction)

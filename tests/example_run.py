@@ -8,12 +8,9 @@ from typing import Any
 
 import orjson
 
-from oel_ray import layout
 from oel_ray.config.load import parse_config
 from oel_ray.config.schema import RunConfig
-from oel_ray.durable import write_json
 from oel_ray.ids import evaluation_ids, training_id
-from oel_ray.models import model_files
 from oel_ray.records import (
     AccumulationStep,
     EvaluationGame,
@@ -24,7 +21,11 @@ from oel_ray.records import (
     Turn,
     write_jsonl,
 )
-from oel_ray.runs import RunFolder, Stage
+from oel_ray.runs import layout
+from oel_ray.runs.files import model_files, write_json
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.schedule import planned_stages
+from oel_ray.runs.stage import Stage
 
 HELD_OUT_SEED = 100
 WON = [True, False, True, True, False, True, True, True]
@@ -210,8 +211,8 @@ def run_stages(folder: RunFolder) -> list[str]:
     """Do whatever is not done yet, as a driver does; returns what was done."""
     done = []
     for number in range(folder.config.rounds + 1):
-        for name in layout.planned_stages(folder.config, number):
-            stage = folder.stage(number, name)
+        for name in planned_stages(folder.config, number):
+            stage = Stage(folder, number, name)
             if not stage.is_done:
                 STAGES[name](stage)
                 done.append(f"{number}:{name}")

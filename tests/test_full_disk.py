@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from oel_ray.errors import RunFailed
-from oel_ray.journal import Journal
 from oel_ray.records import AccumulationStep
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.journal import Journal
+from oel_ray.runs.stage import Stage
 from oel_ray.verify import verify
 from tests import example_run
 
@@ -53,7 +54,7 @@ def fill(disk: Path, but: int) -> Path:
 def test_a_run_ends_with_the_bytes_and_goes_on_once_there_is_room(disk: Path, room: int) -> None:
     path = disk / "run"
     with RunFolder.create(path, example_run.small_config()) as folder:
-        example_run.prepare(folder.stage(0, "prepare"), Path("base-model"))
+        example_run.prepare(Stage(folder, 0, "prepare"), Path("base-model"))
     said = rf"^the disk is full: \d+ bytes are free in {path}$"
     filler = disk / "filler"
     with pytest.raises(RunFailed, match=said), RunFolder.resume(path, None) as folder:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from oel_ray import layout, loop
+from oel_ray import loop
 from oel_ray.collect.stage import Game
 from oel_ray.config.schema import GateConfig
 from oel_ray.errors import UserError
@@ -22,8 +22,10 @@ from oel_ray.preflight import starting_at
 from oel_ray.progress import Progress
 from oel_ray.records import EvaluationGame, Trajectory
 from oel_ray.report.data import read_report
-from oel_ray.runs import RunFolder
-from oel_ray.schedule import check_ready
+from oel_ray.runs import layout
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.schedule import check_ready, planned_stages
+from oel_ray.runs.stage import Stage
 from oel_ray.show import remarks
 from oel_ray.telemetry import Telemetry
 from oel_ray.verify import verify
@@ -115,13 +117,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Engines, str]:
         telemetry = Telemetry(folder, progress, *stand_ins, lambda group, row, step: None)
         rounds = loop.Rounds(config, folder, progress, *stand_ins, telemetry, on_gpu=False)
         for number in range(3):
-            for name in layout.planned_stages(config, number):
+            for name in planned_stages(config, number):
                 if name in (layout.COLLECT, layout.EVALUATE, layout.EVALUATE_IN_CONTEXT):
                     getattr(rounds, name)(number)
                 elif name == layout.CONSOLIDATE:
-                    example_run.consolidate(folder.stage(number, name), folder.deployed(number))
+                    example_run.consolidate(Stage(folder, number, name), folder.deployed(number))
                 elif name == layout.EXTRACT:
-                    example_run.extract(folder.stage(number, name))
+                    example_run.extract(Stage(folder, number, name))
     return folder.path, engines, said.getvalue()
 
 

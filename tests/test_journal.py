@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from oel_ray.errors import RunFailed
-from oel_ray.journal import Journal
 from oel_ray.records import AccumulationStep
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.journal import Journal
 from oel_ray.verify import verify
 from tests import example_run
 

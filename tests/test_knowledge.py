@@ -7,7 +7,8 @@ import pytest
 from oel_ray import knowledge
 from oel_ray.errors import UserError
 from oel_ray.extract.items import growth
-from oel_ray.runs import RunFolder
+from oel_ray.runs import takeback
+from oel_ray.runs.folder import RunFolder
 from oel_ray.verify import verify
 from tests import example_run
 
@@ -48,13 +49,13 @@ def test_two_texts_are_compared_item_by_item(run: Path) -> None:
 def test_what_a_game_taught_is_taken_back_with_all_that_was_made_of_it(run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with RunFolder.resume(run, None) as folder:
-        again = knowledge.drop(folder, LAST, len)
+        again = takeback.drop(folder, LAST, len)
     assert again == [
         *(f"{name} of round 2" for name in ("collect", "extract", "evaluate_in_context", "consolidate", "evaluate")),
         *(f"{name} of round 1" for name in ("evaluate_in_context", "consolidate", "evaluate")),
     ]
     assert verify(run) == []
-    kept = knowledge.texts(folder)
+    kept = folder.knowledge_texts()
     assert {text.id: (text.text, text.items, text.tokens, text.withdrawn) for text in kept.values()} == {
         name: ("", [], 0, [LAST]) for name in ("r001-k00", "r001-k01")
     }
@@ -76,5 +77,5 @@ def test_what_a_game_taught_is_taken_back_with_all_that_was_made_of_it(run: Path
 
 def test_a_game_that_taught_nothing_is_named(run: Path) -> None:
     with RunFolder.resume(run, None) as folder, pytest.raises(UserError, match=r"nothing in .* was learned from 'x'"):
-        knowledge.drop(folder, "x", len)
+        takeback.drop(folder, "x", len)
     assert verify(run) == []

@@ -23,7 +23,8 @@ import yaml
 from oel_ray import resources
 from oel_ray.cli import main
 from oel_ray.config.load import parse_config
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.stage import Stage
 from tests import example_run
 from tests.tokenizers_for_tests import CHAT_TEMPLATE, small_tokenizer
 
@@ -279,7 +280,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     example_run.build(folder / "held")
     begun = GAME | {"model": "/lost/model", "rounds": 1}
     with RunFolder.create(folder / "begun", parse_config({k: v for k, v in begun.items() if k != "switches"})) as run:
-        example_run.prepare(run.stage(0, "prepare"), Path("/lost/model"))
+        example_run.prepare(Stage(run, 0, "prepare"), Path("/lost/model"))
     with RunFolder.resume(folder / "held", None):
         yield folder
 

@@ -7,8 +7,8 @@ import pytest
 from oel_ray import resources
 from oel_ray.config.precision import Auto, auto_here, auto_on_nodes, bfloat16_units, precisions
 from oel_ray.config.schema import RunConfig, precision
-from oel_ray.durable import read_json, write_json
-from oel_ray.runs import RunFolder
+from oel_ray.runs.files import read_json, write_json
+from oel_ray.runs.folder import RunFolder
 from tests import example_run
 
 WITH = "flags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16\n"

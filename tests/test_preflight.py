@@ -11,7 +11,8 @@ from oel_ray.config.load import parse_config
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.models import resolve_model
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.stage import Stage
 from tests import example_run
 from tests.tokenizers_for_tests import small_tokenizer
 
@@ -112,13 +113,13 @@ def test_a_resumed_run_needs_the_policy_that_it_goes_on_with(model: Path, tmp_pa
     with pytest.MonkeyPatch.context() as patch, RunFolder.create(tmp_path, config(model, rounds=1)) as folder:
         patch.setattr(preflight, "preflight", check)
         preflight.preflight_resumed(folder, print)
-        example_run.prepare(folder.stage(0, "prepare"), Path("/recorded"))
+        example_run.prepare(Stage(folder, 0, "prepare"), Path("/recorded"))
         preflight.preflight_resumed(folder, print)
         for number, name in [(0, "evaluate"), (1, "collect"), (1, "extract"), (1, "evaluate_in_context")]:
-            example_run.STAGES[name](folder.stage(number, name))
+            example_run.STAGES[name](Stage(folder, number, name))
         preflight.preflight_resumed(folder, print)
         for name in ("consolidate", "evaluate"):
-            example_run.STAGES[name](folder.stage(1, name))
+            example_run.STAGES[name](Stage(folder, 1, name))
         preflight.preflight_resumed(folder, print)
     assert asked == [str(model), "/recorded", "/recorded"]
 

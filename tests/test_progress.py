@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from oel_ray.durable import read_json
 from oel_ray.formats import duration
 from oel_ray.progress import Progress
-from oel_ray.runs import RunFolder
+from oel_ray.runs.files import read_json
+from oel_ray.runs.folder import RunFolder
 from tests.example_run import small_config
 
 

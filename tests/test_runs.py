@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import durable, lock, runs
-from oel_ray.durable import read_json, write_atomically
 from oel_ray.errors import RunFailed, UserError
-from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, Holder
-from oel_ray.runs import RunFolder
+from oel_ray.runs import files as durable
+from oel_ray.runs import folder as runs
+from oel_ray.runs import lock
+from oel_ray.runs.files import read_json, write_atomically
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.lock import LOCK_FILE, TAKEOVER_FILE, Holder
+from oel_ray.runs.stage import Stage
 from oel_ray.show import remarks
 from oel_ray.verify import verify
 from tests import example_run
@@ -25,7 +28,7 @@ import sys
 from pathlib import Path
 from tests.example_run import run_stages, small_config
 from oel_ray.errors import UserError
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
 path, resume, wait = Path(sys.argv[1]), sys.argv[2] == "resume", sys.argv[3] == "wait"
 try:
     folder = RunFolder.resume(path, None) if resume else RunFolder.create(path, small_config())
@@ -134,7 +137,7 @@ def test_resume_wants_the_model_that_the_run_began_with(tmp_path: Path, name: st
     for file in ("config.json", "tokenizer.json", "model.safetensors"):
         (model / file).write_text("{}")
     with RunFolder.create(path, small_config()) as folder:
-        example_run.prepare(folder.stage(0, "prepare"), model)
+        example_run.prepare(Stage(folder, 0, "prepare"), model)
     (model / "notes.md").write_text("read by nobody")
     with RunFolder.resume(path, None):
         (model / name).write_text("{ }")
@@ -154,7 +157,7 @@ def test_stages_are_done_once(tmp_path: Path) -> None:
         done = example_run.run_stages(folder)
         assert len(done) == 12
         assert example_run.run_stages(folder) == []
-        entry = folder.stage(1, "consolidate").entry
+        entry = Stage(folder, 1, "consolidate").entry
         assert entry is not None
         assert list(entry.files) == [
             "consolidation/metrics.jsonl",
@@ -170,7 +173,7 @@ def test_stages_are_done_once(tmp_path: Path) -> None:
 
 def test_a_stage_goes_on_with_what_an_attempt_of_its_own_key_left(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
-        stage = folder.stage(1, "collect")
+        stage = Stage(folder, 1, "collect")
         stage.begin("a").trajectories("extraction").write_text("half")
         assert stage.begin("a").trajectories("extraction").read_text() == "half"
         assert not stage.begin("b").trajectories("extraction").exists()
@@ -180,7 +183,7 @@ def test_a_stage_goes_on_with_what_an_attempt_of_its_own_key_left(tmp_path: Path
 
 def test_without_a_key_a_stage_starts_with_nothing(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
-        stage = folder.stage(1, "collect")
+        stage = Stage(folder, 1, "collect")
         stage.begin().trajectories("extraction").write_text("half")
         assert not stage.begin().trajectories("extraction").exists()
         with pytest.raises(FileNotFoundError):
@@ -214,7 +217,7 @@ def test_a_killed_run_goes_on_without_doing_a_stage_twice(tmp_path: Path, place:
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     round_number, name, *moved = place.split(":")
-    assert RunFolder.open(path).stage(int(round_number), name).is_done == (not moved)
+    assert Stage(RunFolder.open(path), int(round_number), name).is_done == (not moved)
 
     resumed = driver(path, "resume")
     redone = resumed.communicate(timeout=60)[0].splitlines()[1].split()
@@ -308,8 +311,8 @@ def test_who_lost_the_lock_commits_nothing(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
         leave_lock(tmp_path, "elsewhere", 7, 0)
         with pytest.raises(RunFailed, match=r"the lock of the run folder was lost: .* process 7 on elsewhere"):
-            example_run.collect(folder.stage(1, "collect"))
-        assert not folder.stage(1, "collect").is_done
+            example_run.collect(Stage(folder, 1, "collect"))
+        assert not Stage(folder, 1, "collect").is_done
     assert (tmp_path / LOCK_FILE).exists()
 
 
@@ -331,7 +334,7 @@ def test_a_folder_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 def test_a_change_that_is_allowed_holds_from_the_first_stage_that_is_left(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
         for number, name in ((0, "prepare"), (0, "evaluate"), (1, "collect"), (1, "extract")):
-            example_run.STAGES[name](folder.stage(number, name))
+            example_run.STAGES[name](Stage(folder, number, name))
     fewer = {
         "consolidate": {"steps": 3, "games_per_step": 1, "precision": "float32", "learning_rate": 0.5},
         "evaluate": {"maps": 4, "seeds": 2},
@@ -348,7 +351,7 @@ def test_a_change_that_is_allowed_holds_from_the_first_stage_that_is_left(tmp_pa
         assert change["from"] == "evaluate_in_context of round 1"
         assert change["changes"][:2] == ["rounds: 2 -> 1", "extract.seeds: 2 -> 7"]
     with RunFolder.resume(tmp_path, None) as folder:
-        example_run.consolidate(folder.stage(1, "consolidate"))
+        example_run.consolidate(Stage(folder, 1, "consolidate"))
         assert folder.manifest(1).stages["consolidate"].config == 1
     assert verify(tmp_path) == [], "two knowledge texts were planned when they were written"
     assert remarks(tmp_path)[0].startswith("changed from evaluate_in_context of round 1 on: rounds: 2 -> 1, extract")
@@ -373,7 +376,7 @@ def test_what_committed_stages_depend_on_never_changes(tmp_path: Path, change: d
         pass
     RunFolder.open_to_resume(tmp_path, small_config(**change), allow_change=True)
     with RunFolder.resume(tmp_path, None) as folder:
-        example_run.prepare(folder.stage(0, "prepare"), Path("base-model"))
+        example_run.prepare(Stage(folder, 0, "prepare"), Path("base-model"))
     with pytest.raises(UserError) as error:
         RunFolder.resume(tmp_path, small_config(**change), allow_change=True)
     assert f"depend on {named}: start a new run" in str(error.value).replace(f", {named}", "", 1)
@@ -385,7 +388,7 @@ def test_a_change_that_was_cut_off_is_no_change(
     tmp_path: Path, died_behind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
-        example_run.prepare(folder.stage(0, "prepare"), Path("base-model"))
+        example_run.prepare(Stage(folder, 0, "prepare"), Path("base-model"))
 
     def dies(path: Path, content: bytes) -> None:
         write_atomically(path, content)
@@ -402,7 +405,7 @@ def test_a_change_that_was_cut_off_is_no_change(
     with pytest.raises(UserError, match="rounds: 2 -> 3"):
         RunFolder.resume(tmp_path, new)
     with RunFolder.resume(tmp_path, new, allow_change=True) as folder:
-        example_run.STAGES["evaluate"](folder.stage(0, "evaluate"))
+        example_run.STAGES["evaluate"](Stage(folder, 0, "evaluate"))
         rounds = [folder.config_of(entry).rounds for entry in folder.manifest(0).stages.values()]
     assert (rounds, RunFolder.open(tmp_path).config) == ([2, 3], new)
 
@@ -412,8 +415,8 @@ def test_a_changed_model_is_recorded_anew(tmp_path: Path) -> None:
     model.mkdir()
     (model / "tokenizer.json").write_text("{}")
     with RunFolder.create(path, small_config()) as folder:
-        example_run.prepare(folder.stage(0, "prepare"), model)
-        example_run.STAGES["evaluate"](folder.stage(0, "evaluate"))
+        example_run.prepare(Stage(folder, 0, "prepare"), model)
+        example_run.STAGES["evaluate"](Stage(folder, 0, "evaluate"))
     (model / "tokenizer.json").write_text("[]")
     with pytest.raises(UserError, match="oel run --resume --allow-config-change"):
         RunFolder.resume(path, None)
@@ -421,7 +424,7 @@ def test_a_changed_model_is_recorded_anew(tmp_path: Path) -> None:
         assert folder.committed[0] == {"evaluate"}
         assert (folder.quarantine / "rounds/000/policy/policy.json").exists()
         assert folder.info["changes"][0]["changes"][0].startswith(f"{model}/tokenizer.json: ")
-        example_run.prepare(folder.stage(0, "prepare"), model)
+        example_run.prepare(Stage(folder, 0, "prepare"), model)
     with RunFolder.resume(path, None):
         pass
     assert verify(path) == []

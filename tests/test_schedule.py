@@ -1,7 +1,7 @@
 import pytest
 
 from oel_ray.errors import UserError
-from oel_ray.schedule import check_imports, check_ready, first_open_round, is_done, unfinished
+from oel_ray.runs.schedule import check_imports, check_ready, first_open_round, is_done, unfinished
 from tests.example_run import small_config
 
 ROUND = {"collect", "extract", "evaluate_in_context", "consolidate", "evaluate"}

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from oel_ray.errors import UserError
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.stage import Stage
 from oel_ray.show import next_steps, show, summary_table
 from tests import example_run
 
@@ -53,7 +54,7 @@ def test_a_step_that_was_skipped_is_told_and_has_no_number(tmp_path: Path) -> No
 def test_a_run_that_has_just_begun_has_an_overview(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", example_run.small_config()) as folder:
         assert "running" in rendered(folder.path, None)
-        example_run.prepare(folder.stage(0, "prepare"), Path("m"))
+        example_run.prepare(Stage(folder, 0, "prepare"), Path("m"))
         assert "prepare" in rendered(folder.path, None)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import orjson
 from rich.console import Console
 
-from oel_ray.durable import write_json
-from oel_ray.layout import COLLECT, EVALUATE
 from oel_ray.progress import Progress
-from oel_ray.runs import RunFolder
+from oel_ray.runs.files import write_json
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import COLLECT, EVALUATE
+from oel_ray.runs.stage import Stage
 from oel_ray.telemetry import Telemetry
 from tests.example_run import RATES, small_config
 
@@ -54,7 +55,7 @@ def rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 def test_a_stage_is_told_of_when_it_is_committed(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", small_config()) as folder:
-        told, stage = Told(folder), folder.stage(1, COLLECT)
+        told, stage = Told(folder), Stage(folder, 1, COLLECT)
         with told.telemetry.stage(stage):
             told.counts.update(engine_restarts=1, prompt_tokens=100, cached_tokens=50, requests=7)
             told.failures = {"an environment hung": 3}
@@ -71,7 +72,7 @@ def test_a_stage_is_told_of_when_it_is_committed(tmp_path: Path) -> None:
 def test_a_stage_that_is_not_committed_is_not_told_of(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", small_config()) as folder:
         told = Told(folder)
-        with told.telemetry.stage(folder.stage(1, COLLECT)):
+        with told.telemetry.stage(Stage(folder, 1, COLLECT)):
             told.failures = {"an environment hung": 3}
         assert not (folder.path / "metrics.jsonl").exists()
     assert (told.tracked, told.said.getvalue()) == ([], "")
@@ -79,7 +80,7 @@ def test_a_stage_that_is_not_committed_is_not_told_of(tmp_path: Path) -> None:
 
 def test_an_evaluation_is_tracked_with_its_rates(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", small_config()) as folder:
-        told, stage = Told(folder), folder.stage(2, EVALUATE)
+        told, stage = Told(folder), Stage(folder, 2, EVALUATE)
         with told.telemetry.stage(stage):
             write_json(stage.begin().evaluation, RATES | {"in_context": None})
             stage.commit([stage.out.evaluation], {})

@@ -8,11 +8,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-from oel_ray.durable import fingerprint
 from oel_ray.errors import UserError
-from oel_ray.layout import RoundFiles
 from oel_ray.records import EvaluationGame, Trajectory
-from oel_ray.runs import RunFolder
+from oel_ray.runs.files import fingerprint
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import RoundFiles
 from oel_ray.verify import verify
 from tests import example_run
 from tests.example_run import edit_json

@@ -22,10 +22,10 @@ from oel_ray.config.schema import CollectConfig, RunConfig
 from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
 from oel_ray.hang import WATCH, dump_stacks
-from oel_ray.journal import Journal
 from oel_ray.metrics import Series, report
 from oel_ray.plan import ray_options
 from oel_ray.records import Episode, Frame, Generate, KnowledgeText, Sampling, Trajectory
+from oel_ray.runs.journal import Journal
 from oel_ray.stopping import draining
 
 _POLL_S = 0.5

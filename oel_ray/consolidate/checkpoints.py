@@ -13,8 +13,8 @@ import orjson
 from pydantic import ValidationError
 
 from oel_ray.consolidate.job import Job
-from oel_ray.durable import FileEntry, fingerprint, write_atomically, write_json
 from oel_ray.records import Record, content_hash
+from oel_ray.runs.files import FileEntry, fingerprint, write_atomically, write_json
 
 STATE_FILE, ATTEMPT_FILE, NOTES_FILE = "state.json", "attempt.json", "notes.txt"
 DEEPSPEED, WEIGHTS, OUTPUTS = "deepspeed", "weights", "outputs"

@@ -28,9 +28,9 @@ from oel_ray.consolidate.responses import Responses
 from oel_ray.consolidate.weights import check_names, export_policy, weights_of
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
-from oel_ray.layout import CONSOLIDATE, RoundFiles
 from oel_ray.metrics import at, log
 from oel_ray.records import Generation
+from oel_ray.runs.layout import CONSOLIDATE, RoundFiles
 from oel_ray.seeds import derive_seed
 from oel_ray.text.chat import ChatFormat
 

@@ -7,7 +7,7 @@ from oel_ray.config.schema import EvaluateConfig, GateConfig
 from oel_ray.evaluate.metrics import Evaluation, evaluation, passed_gate
 from oel_ray.ids import evaluation_ids
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory, read_jsonl
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
 
 
 def evaluation_games(

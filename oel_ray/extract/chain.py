@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from oel_ray.config.schema import ExtractConfig, RunConfig
-from oel_ray.extract.items import admit, fit, items_after, join, screen, structured_items, unstructured_items
+from oel_ray.extract.items import admit, fit, items_after, screen, structured_items, unstructured_items
 from oel_ray.ids import knowledge_id
-from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory
+from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory, join_items
 from oel_ray.seeds import derive_seed
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat, strip_thinking
@@ -76,7 +76,7 @@ async def accumulate(
     extract, identity = config.extract, knowledge_id(round_number, seed_index)
     steps, room = list(known), config.engines.max_model_len
     items = items_after(steps)
-    text = join([item.text for item in items])
+    text = join_items([item.text for item in items])
 
     order = reading_order(trajectories, config.seed, round_number, seed_index)
     for index, trajectory in enumerate(order[len(steps) :], start=len(steps)):
@@ -112,7 +112,7 @@ async def accumulate(
         items += [KnowledgeItem(text=item, trajectory_id=trajectory.id) for item in added]
         kept, dropped = fit([item.text for item in items], extract.max_tokens, chat.count)
         items = items[dropped:]
-        text = join(kept)
+        text = join_items(kept)
         steps.append(
             AccumulationStep(
                 index=index,

@@ -1,14 +1,14 @@
 """Experience items: read from an extractor's answer, kept within a token budget. Pure; any process.
 
 An item is the text that it contributes to the knowledge text; a structured item carries its marker. The knowledge
-text is always `join` of its items, for every format.
+text is always `join_items` of its items, for every format.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from oel_ray.records import AccumulationStep, KnowledgeItem, KnowledgeText, Rejection
+from oel_ray.records import AccumulationStep, KnowledgeItem, KnowledgeText, Rejection, join_items
 from oel_ray.text.prompts import ITEM_MARKER
 
 _PATTERNS: dict[Rejection, str] = {
@@ -53,10 +53,6 @@ def screen(
     return kept, Counter(filter(None, verdicts))
 
 
-def join(items: Sequence[str]) -> str:
-    return "\n".join(items)
-
-
 def admit(
     items: Sequence[str], held: Sequence[str], max_tokens: int, count: Callable[[str], int]
 ) -> tuple[list[str], Counter[str]]:
@@ -81,7 +77,7 @@ def fit(items: Sequence[str], max_tokens: int, count: Callable[[str], int]) -> t
     """Drop the oldest items until the joined text has at most `max_tokens` tokens: what is kept, how many went."""
     dropped = 0
     # The joined text is counted, not the sum over items: line breaks cost tokens and may merge with what they touch.
-    while dropped < len(items) and count(join(items[dropped:])) > max_tokens:
+    while dropped < len(items) and count(join_items(items[dropped:])) > max_tokens:
         dropped += 1
     return list(items[dropped:]), dropped
 
@@ -99,7 +95,7 @@ def text_after(knowledge: KnowledgeText, steps: int) -> KnowledgeText:
     """A knowledge text as it was after the first `steps` trajectories that its accumulation read."""
     done = knowledge.steps[:steps]
     items = [item for item in items_after(done) if item.trajectory_id not in knowledge.withdrawn]
-    text, tokens = join([item.text for item in items]), done[-1].knowledge_tokens if done else 0
+    text, tokens = join_items([item.text for item in items]), done[-1].knowledge_tokens if done else 0
     return knowledge.model_copy(update={"text": text, "tokens": tokens, "items": items, "steps": done})
 
 

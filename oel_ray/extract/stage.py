@@ -12,11 +12,11 @@ from oel_ray.config.schema import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
 from oel_ray.hang import WATCH, Named
-from oel_ray.journal import Journal
-from oel_ray.layout import EXTRACT
 from oel_ray.metrics import Series, at, log, report
 from oel_ray.plan import ray_options
 from oel_ray.records import AccumulationStep, Frame, Generate, KnowledgeText, Trajectory
+from oel_ray.runs.journal import Journal
+from oel_ray.runs.layout import EXTRACT
 from oel_ray.stopping import draining
 from oel_ray.text.chat import ChatFormat
 

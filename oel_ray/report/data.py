@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from oel_ray import layout
-from oel_ray.durable import read_json
 from oel_ray.evaluate.metrics import Evaluation, Score, by_step, score
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, read_jsonl
-from oel_ray.runs import RunFolder
+from oel_ray.runs import layout
+from oel_ray.runs.files import read_json
+from oel_ray.runs.folder import RunFolder
 from oel_ray.show import remarks, state_of, training_steps
 from oel_ray.text.prompts import ITEM_MARKER
 

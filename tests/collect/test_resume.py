@@ -11,8 +11,8 @@ import ray
 
 from oel_ray.collect.stage import Game, Players, play_missing
 from oel_ray.errors import RunFailed
-from oel_ray.journal import Journal
 from oel_ray.records import Episode, Trajectory
+from oel_ray.runs.journal import Journal
 from tests.scripted import SAMPLING
 
 SEATS = 2

@@ -11,8 +11,8 @@ from oel_ray.consolidate import checkpoints
 from oel_ray.consolidate.checkpoints import Checkpoint, Spread, State
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.prefixes import Draw
-from oel_ray.durable import files_below, fingerprint, write_json
 from oel_ray.records import KnowledgeText, Prefix
+from oel_ray.runs.files import files_below, fingerprint, write_json
 
 
 async def nobody(*_: Any, **__: Any) -> Any:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from oel_ray.layout import RoundFiles
+from oel_ray.runs.layout import RoundFiles
 from tests.consolidate.driver import PER_STEP, STEPS
 from tests.tiny_models import save_tiny_model
 

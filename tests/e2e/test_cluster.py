@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
 from tests.machines import BIN, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

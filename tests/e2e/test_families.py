@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oel_ray.checkpoint import checkpoint_shapes
 from oel_ray.consolidate.loading import load_model
-from oel_ray.layout import RoundFiles
 from oel_ray.records import EvaluationGame, KnowledgeText, read_jsonl
+from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_run import SMALL, oel
 from tests.tiny_models import save_tiny_model
 

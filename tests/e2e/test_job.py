@@ -16,7 +16,7 @@ import pytest
 import requests
 import yaml
 
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
 from oel_ray.verify import verify
 from tests.e2e.test_run import SMALL
 from tests.tiny_models import save_tiny_model

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray.layout import RoundFiles
 from oel_ray.records import KnowledgeText, Trajectory, read_jsonl
+from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_run import oel
 
 SMALLER = [

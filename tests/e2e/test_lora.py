@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from oel_ray.checkpoint import checkpoint_shapes
-from oel_ray.layout import RoundFiles
+from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_families import assert_wrote
 from tests.e2e.test_run import SMALL, oel
 from tests.tiny_models import save_tiny_model

@@ -7,7 +7,7 @@ import pytest
 
 from oel_ray.config.load import load_config
 from oel_ray.config.schema import RunConfig
-from oel_ray.layout import RoundFiles
+from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_run import oel
 from tests.tiny_models import save_tiny_model
 

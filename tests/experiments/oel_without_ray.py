@@ -3,11 +3,13 @@
 import shutil
 from collections.abc import Sequence
 
-from oel_ray import cli, layout, loop
+from oel_ray import cli, loop
 from oel_ray.config.schema import RunConfig
 from oel_ray.models import MICRO, resolve_model
 from oel_ray.progress import Progress
-from oel_ray.runs import RunFolder, Stage
+from oel_ray.runs import layout
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.stage import Stage
 from tests import example_run
 
 
@@ -23,7 +25,7 @@ def consolidate(stage: Stage, kept: Sequence[int]) -> None:
 
 def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequence[tuple[int, str]]) -> None:
     for number, name in todo:
-        stage = folder.stage(number, name)
+        stage = Stage(folder, number, name)
         if name == layout.CONSOLIDATE:
             consolidate(stage, config.consolidate.keep_steps)
         else:

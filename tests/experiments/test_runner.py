@@ -14,10 +14,11 @@ from experiments.report import EXPERIMENTS
 from oel_ray.envs import make
 from oel_ray.errors import UserError
 from oel_ray.imports import Imported, put_trajectories
-from oel_ray.layout import POLICY_REFERENCE, planned_stages
 from oel_ray.preflight import check_context, check_model
 from oel_ray.records import Trajectory, read_jsonl
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import POLICY_REFERENCE
+from oel_ray.runs.schedule import planned_stages
 from tests import example_run
 
 MICRO = "experiments/micro.yaml"

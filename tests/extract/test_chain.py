@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from oel_ray.config.schema import EnginesConfig, ExtractConfig, RunConfig, SamplingConfig
 from oel_ray.extract.chain import accumulate, extraction_prompt_ids, reading_order
-from oel_ray.extract.items import join, text_after
-from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory
+from oel_ray.extract.items import text_after
+from oel_ray.records import AccumulationStep, Generate, KnowledgeText, Trajectory, join_items
 from oel_ray.seeds import derive_seed
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat
@@ -61,7 +61,7 @@ def test_a_chain_accumulates_with_provenance(chat: ChatFormat) -> None:
     text = asyncio.run(chain(chat, fake, config(), on_step=seen.append))
     assert (text.id, text.round, text.seed, text.format) == ("r001-k00", 1, 0, "structured")
     assert text.text == "\n".join(f"- EXPERIENCE ITEM: fact {number} of r001-k00" for number in range(5))
-    assert text.text == join([item.text for item in text.items])
+    assert text.text == join_items([item.text for item in text.items])
     assert text.tokens == chat.count(text.text) == text.steps[-1].knowledge_tokens
     assert [item.trajectory_id for item in text.items] == [game.id for game in GAMES]
     assert [(step.index, step.trajectory_id, step.status) for step in text.steps] == [
@@ -190,7 +190,7 @@ def test_what_is_not_taken_is_counted(chat: ChatFormat, keep: bool) -> None:
         {"over_long": 1},
         rejected,
     ]
-    assert text.text == join([good] * (3 if keep else 1))
+    assert text.text == join_items([good] * (3 if keep else 1))
 
 
 @pytest.mark.parametrize("form", ["structured", "unstructured"])
@@ -204,7 +204,7 @@ def test_a_chain_whose_thoughts_never_end_gives_an_empty_text(form: str) -> None
 
 
 def test_the_oldest_items_leave_and_their_provenance_with_them(chat: ChatFormat) -> None:
-    budget = chat.count(join([item("r001-k00", 0)] * 3))
+    budget = chat.count(join_items([item("r001-k00", 0)] * 3))
     text = asyncio.run(chain(chat, ScriptedGenerate(), config(max_tokens=budget)))
     assert [item.trajectory_id for item in text.items] == ["game-2", "game-3", "game-4"]
     assert [step.dropped for step in text.steps] == [0, 0, 0, 1, 1]
@@ -250,10 +250,10 @@ def test_a_game_whose_last_turn_does_not_fit_is_passed_over(chat: ChatFormat) ->
 def test_raw_keeps_the_newest_transcripts_without_a_model(chat: ChatFormat) -> None:
     fake = ScriptedGenerate()
     records = [prompts.transcript(game.instructions, game.turns, game.outcome) for game in GAMES]
-    budget = chat.count(join(records[3:]))
+    budget = chat.count(join_items(records[3:]))
     text = asyncio.run(chain(chat, fake, config(format="raw", max_tokens=budget)))
     assert fake.requests == []
-    assert text.text == join(records[3:])
+    assert text.text == join_items(records[3:])
     assert [item.trajectory_id for item in text.items] == ["game-3", "game-4"]
     assert {(step.status, step.response_tokens, step.weight_version) for step in text.steps} == {("added", 0, "")}
 

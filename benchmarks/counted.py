@@ -3,8 +3,8 @@
 import time
 from typing import Any
 
-from oel_ray.checkpoint import checkpoint_tensors
 from oel_ray.engines.engine import Engine
+from oel_ray.models.folder import checkpoint_tensors
 
 
 class WorkerLoad:

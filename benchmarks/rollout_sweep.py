@@ -25,7 +25,7 @@ from benchmarks.simulated import Simulation, simulated
 from oel_ray.collect.stage import Game, Players, players
 from oel_ray.engines.router import Replica, Router
 from oel_ray.envs import make
-from oel_ray.models import resolve_model
+from oel_ray.models.resolve import resolve_model
 from oel_ray.records import KnowledgeText, Trajectory
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat

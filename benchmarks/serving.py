@@ -30,7 +30,7 @@ from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.engines.router import Router
 from oel_ray.envs import make
 from oel_ray.envs.splits import training_episodes
-from oel_ray.models import resolve_model
+from oel_ray.models.resolve import resolve_model
 from oel_ray.records import Generation, Sampling, Trajectory
 from oel_ray.seeds import derive_seed
 from oel_ray.text.chat import THINK_CLOSE, ChatFormat

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import harness, serving
 from benchmarks.counted import CountedEngine
-from oel_ray.checkpoint import checkpoint_tensors
 from oel_ray.config.schema import RunConfig
 from oel_ray.engines.sync import WeightSync
-from oel_ray.models import MICRO, resolve_model
+from oel_ray.models.folder import checkpoint_tensors
+from oel_ray.models.resolve import MICRO, resolve_model
 
 import ray  # isort: skip - behind what sets its environment
 

@@ -9,7 +9,7 @@ from functools import partial
 from experiments import recipes, runner
 from experiments.records import Arm, Arms, Claim, Experiment, Recipe, Start
 from oel_ray.errors import UserError
-from oel_ray.models import MICRO
+from oel_ray.models.resolve import MICRO
 
 SMALL, BASE, LARGE = "small", "base", "large"
 MODELS = {SMALL: "./build/micro-small", LARGE: "./build/micro-large"}

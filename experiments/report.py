@@ -51,7 +51,7 @@ repetitions than there should be has their number behind it. Minutes are those o
 starts and without what was measured of its policies afterwards. In figures bars are intervals, hollow marks are the
 policy of the round before with knowledge in its prompt, and arms are drawn a little aside of each other. The micro
 model is a proving ground and no language model, and much that it does is built into it: see
-[its card](../oel_ray/micro/README.md).
+[its card](../oel_ray/models/micro/README.md).
 """
 NOTHING = """
 **No results are committed yet.** Nothing on this page has been tried. The commands are below; what they write into

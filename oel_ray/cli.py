@@ -342,7 +342,7 @@ def prefetch(config: Config, overrides: Overrides = None) -> None:
 
     Runs find them there and need no network.
     """
-    from oel_ray.models import prefetch as fetch
+    from oel_ray.models.resolve import prefetch as fetch
 
     settings = _load(config, overrides)
     for model in filter(None, [settings.model, settings.consolidate.teacher]):

@@ -20,7 +20,7 @@ from oel_ray import resources
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError, one_line
 from oel_ray.formats import gib
-from oel_ray.preflight import check_model, check_teacher
+from oel_ray.models.policy import check_model, check_teacher
 from oel_ray.runs.folder import PACKAGES, installed
 
 ANSWER_S = 60.0

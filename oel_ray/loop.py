@@ -29,7 +29,7 @@ from oel_ray.errors import RunFailed
 from oel_ray.evaluate.stage import evaluated, evaluated_round, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.hang import HANG_FOLDER
-from oel_ray.models import resolve_model
+from oel_ray.models.resolve import resolve_model
 from oel_ray.preflight import tell_outlook
 from oel_ray.progress import Progress, StageProgress
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl

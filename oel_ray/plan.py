@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from oel_ray.config.budget import Reading, readings
 from oel_ray.config.precision import Auto, precisions
 from oel_ray.config.schema import ConsolidateConfig, EnginesConfig, RunConfig
+from oel_ray.consolidate.memory import ModelSize, _bytes, rank_memory
 from oel_ray.formats import gib
 from oel_ray.runs.schedule import planned_stages
 
@@ -110,30 +111,6 @@ def ray_options(resources: Mapping[str, float]) -> dict[str, Any]:
     return {"num_cpus": resources.get("CPU", 1), "num_gpus": resources.get("GPU", 0), "resources": own}
 
 
-class ModelSize(NamedTuple):
-    """Numbers that a model's memory follows from."""
-
-    parameters: int
-    values_per_token: int
-    """What a key/value cache keeps of a token."""
-    own: int
-    """Parameters that the student does not share with its teacher."""
-    trained: int
-    teacher: int
-
-
-def rank_memory(config: ConsolidateConfig, own: int, trained: int, ranks: int) -> dict[str, float]:
-    """Bytes that always lie in a rank's memory, for so many parameters beside the teacher's and so many trained."""
-    size = _bytes(config.precision)
-    states = 8 if (size == 4 and config.zero_stage == 0) else 12  # float32 parameters are their own masters
-    where = " (on the host)" if config.offload_optimizer else ""
-    return {
-        "parameters": own * size / (ranks if config.zero_stage == 3 else 1),
-        "gradients": trained * 4 / (ranks if config.zero_stage >= 2 else 1),
-        f"masters and optimizer{where}": trained * states / (ranks if config.zero_stage >= 1 or size == 2 else 1),
-    }
-
-
 def outlook(config: RunConfig, size: ModelSize, nodes: Nodes, *, on_gpu: bool) -> list[str]:
     """What can run where, and what of the memory there engines and ranks keep, beside what comes and goes."""
     engines, consolidate = config.engines, config.consolidate
@@ -158,10 +135,6 @@ def outlook(config: RunConfig, size: ModelSize, nodes: Nodes, *, on_gpu: bool) -
         f"an engine's {one}{room}: weights {gib(weights)}, {cached}{few}",
         f"a training rank's {one}{room}: {parts}, {gib(lying)} in all{tight}",
     ]
-
-
-def _bytes(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
 
 
 class Sizes(NamedTuple):

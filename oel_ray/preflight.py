@@ -7,7 +7,7 @@ on games that were played elsewhere has a model and a context, and no environmen
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from oel_ray.config.budget import Reading, readings
 from oel_ray.config.precision import Auto, precisions
@@ -15,27 +15,16 @@ from oel_ray.config.schema import RunConfig
 from oel_ray.envs.base import Environment
 from oel_ray.envs.registry import make
 from oel_ray.envs.splits import held_out_episodes, training_episodes
-from oel_ray.errors import UserError, one_line
+from oel_ray.errors import UserError
 from oel_ray.extract.chain import extraction_prompt
-from oel_ray.models import resolve_model
+from oel_ray.models.policy import Model, check_model, check_teacher
+from oel_ray.models.resolve import resolve_model
 from oel_ray.plan import outlook
 from oel_ray.resources import alive_nodes, check_resources
 from oel_ray.runs import layout
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.schedule import PLAYED, check_imports, unfinished
 from oel_ray.text import prompts
-from oel_ray.text.chat import ChatFormat
-
-
-class Model(NamedTuple):
-    """A policy as far as it is known without its weights."""
-
-    folder: Path
-    chat: ChatFormat
-    context: int | None
-    """Tokens that it was made for; None if it does not say."""
-    words: int
-    """Size of its output vocabulary."""
 
 
 class Ready(NamedTuple):
@@ -75,7 +64,7 @@ def preflight_resumed(folder: RunFolder, note: Callable[[str], None]) -> None:
 
 def tell_outlook(config: RunConfig, policy: Path, note: Callable[[str], None], *, on_gpu: bool) -> None:
     """Say what can run where in the Ray that was joined, and what it takes of the memory there."""
-    from oel_ray.consolidate.loading import model_size
+    from oel_ray.consolidate.memory import model_size
 
     teacher = resolve_model(config.consolidate.teacher, note) if config.consolidate.teacher else policy
     size = model_size(policy, teacher, config.consolidate.lora)
@@ -103,57 +92,6 @@ def check_environment(config: RunConfig) -> Environment:
     return environment
 
 
-def check_model(config: RunConfig, note: Callable[[str], None]) -> Model:
-    """The model, its chat format and its context.
-
-    Raises:
-        UserError: the model cannot be found, is incomplete or no chat model, or does not think as `thinking` says.
-    """
-    folder = resolve_model(config.model, note)
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # what is wrong is said here, in one line
-    try:
-        model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - any content of the file can raise anything
-        raise UserError(
-            f"{folder}/config.json cannot be used: {one_line(error, 0)}: give a model that transformers knows by itself"
-        ) from None
-    _check_architecture(folder, model)
-    try:
-        chat = ChatFormat.from_pretrained(folder, thinking=config.thinking)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - tokenizers and templates can raise anything
-        raise UserError(
-            f"the tokenizer in {folder} cannot be used: {one_line(error, 0)}: "
-            "copy its files there from the original model"
-        ) from None
-    chat.check_thinking()
-    text_model = model.get_text_config()
-    return Model(folder, chat, _context(text_model), text_model.vocab_size)
-
-
-def check_teacher(config: RunConfig, model: Model, note: Callable[[str], None]) -> Model:
-    """What the student is held against: the model itself, unless another is configured.
-
-    Raises:
-        UserError: it cannot be used, or reads and writes other tokens than the model.
-    """
-    if config.consolidate.teacher is None:
-        return model
-    teacher = check_model(config.model_copy(update={"model": config.consolidate.teacher}), note)
-    ours, theirs = model.chat.tokenizer, teacher.chat.tokenizer
-    framed = [(chat.before_ids, chat.after_ids) for chat in (model.chat, teacher.chat)]
-    if ours.get_vocab() != theirs.get_vocab() or framed[0] != framed[1] or model.words != teacher.words:
-        raise UserError(
-            f"consolidate.teacher: {teacher.folder} has another tokenizer, chat template or size of vocabulary than "
-            f"the model {model.folder}: teacher and student must read and write the same tokens"
-        )
-    return teacher
-
-
 def check_student(config: RunConfig, model: Model) -> None:
     """That the layers which are to get adapters exist, with the package that adds them, and that samples can be packed.
 
@@ -169,9 +107,9 @@ def check_student(config: RunConfig, model: Model) -> None:
     named = lora and lora.target_modules != "all-linear"
     if not named and packing != "always":
         return
-    from oel_ray.consolidate.loading import model_without_weights
     from oel_ray.consolidate.lora import layers_to_adapt
-    from oel_ray.consolidate.reading import reads_packed
+    from oel_ray.models.capabilities import reads_packed
+    from oel_ray.models.load import model_without_weights
 
     student = model_without_weights(model.folder)
     reads_packed(student, packing)
@@ -215,22 +153,3 @@ def _check_fits(reading: Reading, prompt: int, room: int, limit: str, remedy: st
             f"{reading.name}: a prompt of {prompt} tokens with {knowledge}{reading.response} of response makes "
             f"{prompt + reading.tokens}, more than {limit}={room}: {remedy}, or lower {' or '.join(reading.keys)}"
         )
-
-
-def _check_architecture(folder: Path, model: Any) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
-
-    names = model.architectures or [KNOWN.get(model.model_type, "")]
-    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) or name == KNOWN.get(model.model_type) for name in names)
-    if model.is_encoder_decoder or model.model_type not in KNOWN or not causal:
-        kind = ", ".join(filter(None, names)) or model.model_type
-        raise UserError(f"the model {folder} ({kind}) is no decoder-only language model: give a ...ForCausalLM model")
-
-
-def _context(model: Any) -> int | None:
-    """The longest text that vLLM serves with this configuration of a text model."""
-    longest: int | None = getattr(model, "max_position_embeddings", None)
-    rope = getattr(model, "rope_parameters", None) or {}
-    if longest and rope.get("rope_type") in ("linear", "dynamic"):
-        longest = int(longest * rope.get("factor", 1))  # all other kinds of scaling are counted in it already
-    return longest

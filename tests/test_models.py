@@ -6,7 +6,7 @@ import huggingface_hub.constants
 import pytest
 
 from oel_ray.errors import UserError
-from oel_ray.models import prefetch, resolve_model
+from oel_ray.models.resolve import prefetch, resolve_model
 
 OLD, NEW = "a" * 40, "b" * 40
 

@@ -10,7 +10,8 @@ from oel_ray import preflight, resources
 from oel_ray.config.load import parse_config
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
-from oel_ray.models import resolve_model
+from oel_ray.models import policy
+from oel_ray.models.resolve import resolve_model
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.stage import Stage
 from tests import example_run
@@ -75,7 +76,7 @@ def test_the_context_is_what_the_engines_can_serve(
 ) -> None:
     write_config(model, **changes)
     try:
-        assert preflight.check_model(config(model), pytest.fail).context == context
+        assert policy.check_model(config(model), pytest.fail).context == context
     finally:
         write_config(model)
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from oel_ray.models import SMOLLM2, resolve_model
+from oel_ray.models.resolve import SMOLLM2, resolve_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

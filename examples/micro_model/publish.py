@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-PACKAGE = Path(__file__).resolve().parents[2] / "oel_ray" / "micro"
+PACKAGE = Path(__file__).resolve().parents[2] / "oel_ray" / "models" / "micro"
 FIGURES, CARD = "abilities.json", "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")
 
@@ -15,7 +15,7 @@ def publish(
     folder: Annotated[Path, typer.Argument(help="Folder of the trained model.")],
     figures: Annotated[Path, typer.Argument(help="What `evaluate --out` wrote about it.")],
 ) -> None:
-    """Write weights (bfloat16), tokenizer and model card to oel_ray/micro."""
+    """Write weights (bfloat16), tokenizer and model card to oel_ray/models/micro."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

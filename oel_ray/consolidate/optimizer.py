@@ -19,12 +19,13 @@ from oel_ray.config.schema import ConsolidateConfig
 from oel_ray.consolidate.batches import MicroBatch, filler, pass_shape
 from oel_ray.consolidate.distiller import Distiller, Objective, check_linear_head, logit_soft_cap
 from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
-from oel_ray.consolidate.reading import attention_of, can_pack, lay_out, reads_packed
+from oel_ray.consolidate.memory import rank_memory
+from oel_ray.consolidate.reading import attention_of, lay_out
 from oel_ray.consolidate.teacher import Teacher
 from oel_ray.consolidate.weights import FullWeights
 from oel_ray.errors import RunFailed
 from oel_ray.formats import gib
-from oel_ray.plan import rank_memory
+from oel_ray.models.capabilities import can_pack, reads_packed
 
 _GIB = 2**30
 _TAG = "state"

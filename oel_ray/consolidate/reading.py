@@ -8,16 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-from oel_ray.errors import UserError
-
-_FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,47 +70,6 @@ def response_hidden(model: Any, texts: LaidOut) -> Tensor:
     output = model.base_model(input_ids=texts.tokens_BS, attention_mask=texts.mask_BS, use_cache=False, **told)
     hidden_BSD: Tensor = output.last_hidden_state
     return hidden_BSD.flatten(0, 1).index_select(0, texts.rows_T)
-
-
-def has_fixed_rotations(model: Any) -> bool:
-    """Whether the model is told its positions, and turns keys by the same angle however long the prompt is."""
-    config = model.config.get_text_config()
-    ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]  # one for every kind of layer
-    fixed = all(kind.get("rope_type") in _FIXED_ROTATIONS for kind in kinds)
-    return fixed and not getattr(config, "alibi", False)
-
-
-def can_pack(model: Any) -> bool:
-    """Whether the model reads samples that stand in one row as it reads each alone.
-
-    It takes positions that are told, and layers that look back at a sample's own tokens: all of them or a window, no
-    chunks that are counted from the start of the row, and no state that is carried on from token to token.
-    """
-    config = model.config.get_text_config()
-    layers = DynamicCache(config=config).layers
-    return (
-        has_fixed_rotations(model)
-        and not model._is_stateful
-        and not getattr(config, "attention_chunk_size", None)
-        and len(layers) == config.num_hidden_layers
-        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    )
-
-
-def reads_packed(model: Any, packing: Literal["auto", "always", "never"]) -> bool:
-    """Whether the student's samples are one row (`consolidate.packing`).
-
-    Raises:
-        UserError: they are to be packed in any case, and the model cannot read them so.
-    """
-    if packing == "always" and not can_pack(model):
-        raise UserError(
-            f"consolidate.packing=always: {type(model).__name__} cannot keep samples apart that stand in one row: set "
-            "consolidate.packing=auto"
-        )
-    flash = "flash" in model.config._attn_implementation
-    return packing == "always" or (packing == "auto" and flash and can_pack(model))
 
 
 @contextmanager

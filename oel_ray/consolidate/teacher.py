@@ -9,35 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from oel_ray.buckets import buckets
 from oel_ray.consolidate.batches import Sample, length_groups
 from oel_ray.consolidate.caches import Text, TextCache, TextCaches
-from oel_ray.consolidate.reading import has_fixed_rotations, lay_out, response_hidden
+from oel_ray.consolidate.reading import lay_out, response_hidden
+from oel_ray.models.capabilities import can_keep_texts
 
 PASS_TOKENS = 1280
 """Tokens of one forward pass: enough to keep a device busy. More of them would mostly look at masked positions of each
 other."""
-
-_PAIRWISE_MASKS = ("eager", "sdpa")
-
-
-def can_keep_texts(model: Any) -> bool:
-    """Whether samples can be packed into one row behind a kept text. A teacher that cannot reads all of it every time.
-
-    It takes full attention in every layer, since a window would count the other samples of the row; an attention
-    that is told for each pair of positions whether one sees the other; and positions that are told as well and turn
-    keys by the same angle however long the prompt is.
-    """
-    config = model.config.get_text_config()
-    layers = DynamicCache(config=config).layers
-    return (
-        len(layers) == config.num_hidden_layers
-        and all(type(layer) is DynamicLayer for layer in layers)
-        and model.config._attn_implementation in _PAIRWISE_MASKS
-        and has_fixed_rotations(model)
-    )
 
 
 class Teacher:

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oel_ray.buckets import buckets
-from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensor, wider_tensors
 from oel_ray.consolidate.lora import ADAPTERS_FILE
 from oel_ray.errors import UserError
+from oel_ray.models.folder import checkpoint_shapes, checkpoint_tensor, wider_tensors
 
 WeightMeta = tuple[str, torch.dtype, torch.Size]
 

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from oel_ray.consolidate.attempts import Attempt
 from oel_ray.consolidate.batches import Sample, micro_batches
 from oel_ray.consolidate.job import Job
-from oel_ray.consolidate.loading import load_model, use_flash_attention
 from oel_ray.consolidate.lora import add_adapters, load_adapters, sharing_weights
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
 from oel_ray.consolidate.prefixes import Draw
@@ -29,6 +28,7 @@ from oel_ray.consolidate.weights import check_names, export_policy, weights_of
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
 from oel_ray.metrics import at, log
+from oel_ray.models.load import load_model, use_flash_attention
 from oel_ray.records import Generation
 from oel_ray.runs.layout import CONSOLIDATE, RoundFiles
 from oel_ray.seeds import derive_seed

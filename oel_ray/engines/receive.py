@@ -17,8 +17,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from oel_ray.checkpoint import Shapes, checkpoint_shapes, checkpoint_tensors
 from oel_ray.engines import transport
+from oel_ray.models.folder import Shapes, checkpoint_shapes, checkpoint_tensors
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import rollout_sweep, serving
 from oel_ray.engines.router import Replica
-from oel_ray.models import MICRO, resolve_model
+from oel_ray.models.resolve import MICRO, resolve_model
 from oel_ray.seeds import derive_seed
 from tests.benchmarks.commands import ROOT, check
 from tests.example_run import trajectory

@@ -40,9 +40,9 @@ def main(store: str, rank: int, world_size: int, output: Path) -> None:
 
 
 def begin(case: Any, world_size: int, source: Path) -> Any:
-    from oel_ray.consolidate.loading import load_model
     from oel_ray.consolidate.lora import add_adapters, sharing_weights
     from oel_ray.consolidate.optimizer import DistillStep
+    from oel_ray.models.load import load_model
     from tests.consolidate.lora_worker import SEED, settings
 
     what, stage, precision, offloaded = case

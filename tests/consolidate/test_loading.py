@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from oel_ray.config.schema import LoraConfig
-from oel_ray.consolidate.loading import load_model, model_size
 from oel_ray.consolidate.lora import add_adapters
+from oel_ray.consolidate.memory import model_size
+from oel_ray.models.load import load_model
 
-MICRO = Path(__file__).parents[2] / "oel_ray" / "micro"
+MICRO = Path(__file__).parents[2] / "oel_ray" / "models" / "micro"
 
 
 def test_a_model_and_its_cache_have_the_size_that_is_told() -> None:

@@ -10,14 +10,14 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from oel_ray.checkpoint import checkpoint_shapes
 from oel_ray.config.schema import LoraConfig
 from oel_ray.consolidate.batches import token_weights
-from oel_ray.consolidate.loading import load_model, model_without_weights
 from oel_ray.consolidate.lora import add_adapters, layers_to_adapt, sharing_weights
 from oel_ray.consolidate.loss import Logits, reverse_kl
 from oel_ray.consolidate.weights import check_names, weights_of
 from oel_ray.errors import UserError
+from oel_ray.models.folder import checkpoint_shapes
+from oel_ray.models.load import load_model, model_without_weights
 from tests.consolidate.lora_worker import ALPHA, CASES, RANK, SEED, STEPS, TOKENS, settings, step_samples
 from tests.consolidate.test_training import Runs, launch, sum_of_kl
 from tests.consolidate.tiny import tiny_model

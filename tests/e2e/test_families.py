@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oel_ray.checkpoint import checkpoint_shapes
-from oel_ray.consolidate.loading import load_model
+from oel_ray.models.folder import checkpoint_shapes
+from oel_ray.models.load import load_model
 from oel_ray.records import EvaluationGame, KnowledgeText, read_jsonl
 from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_run import SMALL, oel

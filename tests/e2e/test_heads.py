@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from oel_ray.checkpoint import checkpoint_shapes
-from oel_ray.consolidate.loading import load_model
-from oel_ray.models import resolve_model
+from oel_ray.models.folder import checkpoint_shapes
+from oel_ray.models.load import load_model
+from oel_ray.models.resolve import resolve_model
 from oel_ray.records import EvaluationGame, Trajectory, read_jsonl
 from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_run import SMALL, oel

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from oel_ray.checkpoint import checkpoint_shapes
+from oel_ray.models.folder import checkpoint_shapes
 from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_families import assert_wrote
 from tests.e2e.test_run import SMALL, oel

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-from oel_ray.checkpoint import checkpoint_shapes, checkpoint_tensors
 from oel_ray.engines import transport
 from oel_ray.engines.receive import CheckedReceiver, NcclReceiver, UpdateInfo
 from oel_ray.engines.send import NamedTensors, _alongside
 from oel_ray.engines.startup import StartLog
 from oel_ray.engines.transport import TensorSpec, gloo_group, receive_stream, send_stream
+from oel_ray.models.folder import checkpoint_shapes, checkpoint_tensors
 
 Named = list[tuple[str, torch.Tensor]]
 

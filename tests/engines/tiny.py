@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from oel_ray.config.schema import EnginesConfig
 from oel_ray.consolidate.weights import FullWeights, export_policy, weights_of
-from oel_ray.models import resolve_model
+from oel_ray.models.resolve import resolve_model
 from oel_ray.runs.files import read_json
 from tests.tiny_models import store_head, tiny_model
 from tests.tokenizers_for_tests import small_tokenizer

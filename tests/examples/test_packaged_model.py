@@ -11,7 +11,7 @@ from examples.micro_model import evaluate
 from examples.micro_model.publish import CARD, FIGURES, PACKAGE, card
 from examples.micro_model.tokenizer import build_tokenizer
 from examples.micro_model.worlds import REAL, World, worlds
-from oel_ray.models import MICRO, resolve_model
+from oel_ray.models.resolve import MICRO, resolve_model
 from oel_ray.text.chat import ChatFormat
 
 MAPS = 32

@@ -11,7 +11,7 @@ from examples.micro_model.worlds import worlds as trained_on
 from experiments import ifeval, worlds
 from experiments.measure import Measured
 from oel_ray.errors import UserError
-from oel_ray.models import MICRO, resolve_model
+from oel_ray.models.resolve import MICRO, resolve_model
 
 # Of the shape that lm-evaluation-harness 0.4.13 returns, what is not read left out.
 ANSWER = {

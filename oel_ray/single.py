@@ -8,7 +8,8 @@ from oel_ray import loop
 from oel_ray.config.precision import Auto
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
-from oel_ray.imports import Imported, put_knowledge, put_trajectories, read_knowledge, read_trajectories
+from oel_ray.imports.games import Imported, put_trajectories, read_trajectories
+from oel_ray.imports.knowledge import put_knowledge, read_knowledge
 from oel_ray.preflight import preflight, starting_at
 from oel_ray.progress import Progress
 from oel_ray.records import KnowledgeText, TrainingSplit

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oel_ray.errors import UserError
-from oel_ray.imports import read_trajectories
+from oel_ray.imports.games import read_trajectories
 from oel_ray.records import Trajectory, Turn
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat

@@ -8,7 +8,8 @@ import pytest
 
 from oel_ray.consolidate.prefixes import prefixes
 from oel_ray.errors import UserError
-from oel_ray.imports import ELSEWHERE, put_knowledge, put_trajectories, read_knowledge, read_trajectories
+from oel_ray.imports.games import put_trajectories, read_trajectories
+from oel_ray.imports.knowledge import ELSEWHERE, put_knowledge, read_knowledge
 from oel_ray.runs.folder import RunFolder
 from oel_ray.show import remarks
 from oel_ray.text.chat import ChatFormat

@@ -13,7 +13,7 @@ from experiments.records import Arm, Import, Recipe, Start
 from experiments.report import EXPERIMENTS
 from oel_ray.envs import make
 from oel_ray.errors import UserError
-from oel_ray.imports import Imported, put_trajectories
+from oel_ray.imports.games import Imported, put_trajectories
 from oel_ray.models.policy import check_model
 from oel_ray.preflight import check_context
 from oel_ray.records import Trajectory, read_jsonl

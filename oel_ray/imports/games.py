@@ -1,4 +1,4 @@
-"""Trajectories and knowledge from elsewhere: read, checked line by line, put into a round. Runs in the driver.
+"""Trajectories from elsewhere: read, checked line by line, put into a round. Runs in the driver.
 
 A few bad lines of many do not make the others useless: they are left out, and kept in the quarantine with the reasons.
 
@@ -11,7 +11,7 @@ Token ids and weight versions are never taken over: they belong to the tokenizer
 
 import codecs
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,12 +20,10 @@ from pydantic import Field, ValidationError
 
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
-from oel_ray.ids import knowledge_id, training_id
+from oel_ray.ids import training_id
 from oel_ray.records import (
     BadLine,
     EndedBy,
-    KnowledgeItem,
-    KnowledgeText,
     Params,
     Record,
     TrainingSplit,
@@ -33,17 +31,13 @@ from oel_ray.records import (
     Turn,
     content_hash,
     first_problem,
-    join_items,
     write_jsonl,
 )
 from oel_ray.runs.folder import RunFolder
-from oel_ray.runs.layout import BAD_LINES, IMPORT_KNOWLEDGE, IMPORT_OF
+from oel_ray.runs.layout import BAD_LINES, IMPORT_OF
 from oel_ray.runs.stage import Stage
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat, strip_thinking
-
-ELSEWHERE = "elsewhere"
-"""The trajectory that an imported knowledge item names if nobody knows a better one."""
 
 _UNKNOWN = {"prompt_ids": [], "response_ids": [], "weight_version": ""}
 _NAMED = 5
@@ -96,22 +90,6 @@ def put_trajectories(folder: RunFolder, number: int, split: TrainingSplit, impor
     stage.commit([target], counts)
 
 
-def put_knowledge(folder: RunFolder, number: int, texts: Sequence[KnowledgeText]) -> None:
-    """Put knowledge texts into a round, instead of extracted ones."""
-    stage = Stage(folder, number, IMPORT_KNOWLEDGE)
-    stage.begin()
-    stage.commit_knowledge(texts)
-
-
-def read_knowledge(paths: Sequence[Path], number: int, config: RunConfig, chat: ChatFormat) -> list[KnowledgeText]:
-    """Knowledge texts, as those of a round: `.json` files of a run folder's `knowledge/`, or plain text.
-
-    Raises:
-        UserError: a file cannot be read or is too long; names it.
-    """
-    return [_knowledge(path, number, seed, config, chat) for seed, path in enumerate(paths)]
-
-
 def read_trajectories(
     path: Path, number: int, split: TrainingSplit, config: RunConfig, chat: ChatFormat, max_bad: float = 0.01
 ) -> Imported:
@@ -123,7 +101,7 @@ def read_trajectories(
     trajectories: list[Trajectory] = []
     bad: list[BadLine] = []
     ids: set[str] = set()
-    for line, text in enumerate(_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+    for line, text in enumerate(content_of(path).removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not text.strip():
             continue
         try:
@@ -195,29 +173,7 @@ def _problems(trajectory: Trajectory, ids: set[str], config: RunConfig, chat: Ch
             yield f"its last prompt has {tokens} tokens, {room} fit beside a response in engines.max_model_len"
 
 
-def _knowledge(path: Path, number: int, seed: int, config: RunConfig, chat: ChatFormat) -> KnowledgeText:
-    content = _bytes(path)
-    if path.suffix == ".json":
-        try:
-            given = KnowledgeText.from_json(content)
-        except ValidationError as error:
-            raise UserError(f"{path} is no knowledge file of a run: {first_problem(error)}") from None
-        items, style = given.items, given.format
-    else:
-        text = content.decode(errors="replace").strip()
-        if not text:
-            raise UserError(f"{path} holds no knowledge")
-        items, style = [KnowledgeItem(text=text, trajectory_id=ELSEWHERE)], "unstructured"
-    text = join_items([item.text for item in items])
-    if (tokens := chat.count(text)) > config.extract.max_tokens:
-        raise UserError(f"{path} has {tokens} tokens of knowledge: shorten it or raise extract.max_tokens")
-    return KnowledgeText(
-        id=knowledge_id(number, seed), round=number, seed=seed, format=style, text=text, tokens=tokens,
-        items=items, steps=[],
-    )  # fmt: skip
-
-
-def _bytes(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

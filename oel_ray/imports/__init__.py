@@ -1,0 +1,1 @@
+"""Games and knowledge from elsewhere, checked line by line."""

@@ -20,11 +20,11 @@ from rich.console import Console
 from oel_ray.config.load import load_config, parse_config, parse_override, preset_names
 from oel_ray.config.schema import EnvironmentConfig, RunConfig
 from oel_ray.errors import RunFailed, UserError
-from oel_ray.progress import Progress
 from oel_ray.records import TrainingSplit
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import RUN_FILE
 from oel_ray.show import next_steps, plain, remarks, summary_table
+from oel_ray.telemetry.progress import Progress
 
 app = typer.Typer(
     name="oel",

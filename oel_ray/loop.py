@@ -31,7 +31,6 @@ from oel_ray.extract.items import growth
 from oel_ray.hang import HANG_FOLDER
 from oel_ray.models.resolve import resolve_model
 from oel_ray.preflight import tell_outlook
-from oel_ray.progress import Progress, StageProgress
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
 from oel_ray.resources import ray_cluster
 from oel_ray.runs import layout
@@ -39,9 +38,10 @@ from oel_ray.runs.files import model_files, write_json
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.schedule import check_imports, unfinished
 from oel_ray.runs.stage import Stage
-from oel_ray.telemetry import Telemetry
+from oel_ray.telemetry.progress import Progress, StageProgress
+from oel_ray.telemetry.run import Telemetry
+from oel_ray.telemetry.trackers import tracking
 from oel_ray.text.chat import ChatFormat
-from oel_ray.tracking import tracking
 
 
 def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:

@@ -11,11 +11,11 @@ from oel_ray.errors import UserError
 from oel_ray.imports.games import Imported, put_trajectories, read_trajectories
 from oel_ray.imports.knowledge import put_knowledge, read_knowledge
 from oel_ray.preflight import preflight, starting_at
-from oel_ray.progress import Progress
 from oel_ray.records import KnowledgeText, TrainingSplit
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import IMPORT_KNOWLEDGE, IMPORT_OF, PREPARE, RUN_FILE
 from oel_ray.runs.schedule import PLAYED, check_ready, first_open_round
+from oel_ray.telemetry.progress import Progress
 
 
 @dataclass(frozen=True)

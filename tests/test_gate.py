@@ -5,7 +5,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from oel_ray.config.schema import GateConfig
 from oel_ray.errors import UserError
 from oel_ray.evaluate.metrics import passed_gate
 from oel_ray.preflight import starting_at
-from oel_ray.progress import Progress
 from oel_ray.records import EvaluationGame, Trajectory
 from oel_ray.report.data import read_report
 from oel_ray.runs import layout
@@ -27,7 +25,8 @@ from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.schedule import check_ready, planned_stages
 from oel_ray.runs.stage import Stage
 from oel_ray.show import remarks
-from oel_ray.telemetry import Telemetry
+from oel_ray.telemetry.progress import Progress
+from oel_ray.telemetry.run import Telemetry
 from oel_ray.verify import verify
 from tests import example_run
 
@@ -71,7 +70,9 @@ class Engines:
     """Takes the place of the pool: which policies were deployed, in order."""
 
     client = engines = None
-    actor = SimpleNamespace(at=SimpleNamespace(remote=lambda round_number, stage: None))
+
+    def enter(self, round_number: int, stage: str) -> None:
+        pass
 
     def __init__(self) -> None:
         self.deployed: list[tuple[Path, str]] = []
@@ -101,7 +102,7 @@ class Players:
             trajectory = Trajectory(**game.episode.model_dump(), **told, turns=example_run.turns(version))
             on_played(game, trajectory, version != "r001")
 
-    def take_failures(self) -> dict[str, int]:
+    def pop_failures(self) -> dict[str, int]:
         return {}
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from oel_ray import metrics
-from oel_ray.metrics import Series, Spec
+from oel_ray.telemetry import series as metrics
+from oel_ray.telemetry.series import Series, Spec
 
 DASHBOARD = Path(__file__).parents[1] / "cluster/grafana/oel.json"
 ENDS = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}
@@ -92,18 +92,18 @@ def test_panels_group_by_tags_that_their_metrics_have() -> None:
 
 @pytest.mark.parametrize("series", [Series.TURNS, Series.STAGE_ETA, Series.TURN_LATENCY])
 def test_without_ray_nobody_is_told(series: Series) -> None:
-    metrics.at(1, "collect")
+    metrics.enter(1, "collect")
     metrics.report(series, 3)
     metrics.report(series, None)
 
 
 def test_declaring_metrics_needs_no_ray() -> None:
-    code = "import sys, oel_ray.metrics, oel_ray.progress; sys.exit('ray' in sys.modules)"
+    code = "import sys, oel_ray.telemetry.series, oel_ray.telemetry.progress; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_records_say_where_the_run_is(caplog: pytest.LogCaptureFixture) -> None:
-    metrics.at(2, "extract")
+    metrics.enter(2, "extract")
     with caplog.at_level("INFO", "oel_ray"):
         metrics.log.info("so it is")
     (record,) = caplog.records

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from oel_ray.formats import duration
-from oel_ray.progress import Progress
 from oel_ray.runs.files import read_json
 from oel_ray.runs.folder import RunFolder
+from oel_ray.telemetry.progress import Progress
 from tests.example_run import small_config
 
 

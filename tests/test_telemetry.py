@@ -9,12 +9,12 @@ from typing import Any
 import orjson
 from rich.console import Console
 
-from oel_ray.progress import Progress
 from oel_ray.runs.files import write_json
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import COLLECT, EVALUATE
 from oel_ray.runs.stage import Stage
-from oel_ray.telemetry import Telemetry
+from oel_ray.telemetry.progress import Progress
+from oel_ray.telemetry.run import Telemetry
 from tests.example_run import RATES, small_config
 
 STEP = {
@@ -40,10 +40,10 @@ class Told:
         self.tracked: list[tuple[str, dict[str, Any], int]] = []
         self.said = io.StringIO()
         pool = SimpleNamespace(
-            actor=SimpleNamespace(at=SimpleNamespace(remote=lambda *where: self.at.append(where))),
+            enter=lambda *where: self.at.append(where),
             counts=self.counts.copy,
         )
-        players = SimpleNamespace(take_failures=lambda: self.failures)
+        players = SimpleNamespace(pop_failures=lambda: self.failures)
         progress = Progress(console=Console(file=self.said))
         track: Any = lambda group, row, step: self.tracked.append((group, dict(row), step))  # noqa: E731
         self.telemetry = Telemetry(folder, progress, pool, players, track)  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ from typing import Literal
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from oel_ray import tracking
 from oel_ray.config.schema import RunConfig
+from oel_ray.telemetry import trackers as tracking
 
 
 def written(folder: Path) -> dict[str, list[tuple[int, float]]]:

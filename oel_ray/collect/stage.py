@@ -22,11 +22,11 @@ from oel_ray.config.schema import CollectConfig, RunConfig
 from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
 from oel_ray.hang import WATCH, dump_stacks
-from oel_ray.metrics import Series, report
 from oel_ray.plan import ray_options
 from oel_ray.records import Episode, Frame, Generate, KnowledgeText, Sampling, Trajectory
 from oel_ray.runs.journal import Journal
 from oel_ray.stopping import draining
+from oel_ray.telemetry.series import Series, report
 
 _POLL_S = 0.5
 _ATTEMPTS = 3
@@ -98,7 +98,7 @@ class Players:
                 ray.kill(actor)
         return [result for result in playing.results if result is not None]
 
-    def take_failures(self) -> dict[str, int]:
+    def pop_failures(self) -> dict[str, int]:
         """How often each kind of failure has happened since this was asked last."""
         kinds = Counter(map(_kind, self.failures))
         self.failures.clear()

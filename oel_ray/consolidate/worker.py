@@ -27,11 +27,11 @@ from oel_ray.consolidate.responses import Responses
 from oel_ray.consolidate.weights import check_names, export_policy, weights_of
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
-from oel_ray.metrics import at, log
 from oel_ray.models.load import load_model, use_flash_attention
 from oel_ray.records import Generation
 from oel_ray.runs.layout import CONSOLIDATE, RoundFiles
 from oel_ray.seeds import derive_seed
+from oel_ray.telemetry.series import enter, log
 from oel_ray.text.chat import ChatFormat
 
 
@@ -46,7 +46,7 @@ def train(job: Job) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = _take_device(job, context.get_local_rank())
-    at(job.round, CONSOLIDATE)
+    enter(job.round, CONSOLIDATE)
     attempt = Attempt(job, rank, world_size)
     step = _distill_step(job, device, attempt)
     weights = weights_of(step.student, getattr(torch, job.config.policy_dtype), job.policy)

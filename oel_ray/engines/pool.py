@@ -25,9 +25,9 @@ from oel_ray.engines.engine import Engine
 from oel_ray.engines.router import REMEMBERED, Replica, Router
 from oel_ray.errors import EngineUnavailable, RunFailed, one_line
 from oel_ray.hang import WATCH, Named, dump_stacks
-from oel_ray.metrics import Series, at, log, report
 from oel_ray.plan import engine_takes, ray_options
 from oel_ray.records import Generation, Sampling
+from oel_ray.telemetry.series import Series, enter, log, report
 
 POOL_NAME = "engine-pool"
 DIED = (RayActorError, OutOfMemoryError, ObjectLostError)
@@ -73,7 +73,7 @@ class EnginePool(Named):
             RunFailed: a replica did not start; says why.
         """
         self._policy = policy
-        self.at(0, "start")
+        self.enter(0, "start")
         replicas = [Replica(index, self._new_engine(index, 1)) for index in range(self._config.count)]
         self._router.replicas = replicas  # before they run, so that `shutdown` reaches those that do
         await self._on_all(replicas, "start", self._version, deadline_s=self._config.start_deadline_s)
@@ -149,8 +149,9 @@ class EnginePool(Named):
         """See `Pool.counts`."""
         return dict(self._counts)
 
-    at = staticmethod(at)
-    """What happens from now on belongs to this stage."""
+    def enter(self, round_number: int, stage: str) -> None:
+        """Label what happens from now on with a round and a stage."""
+        enter(round_number, stage)
 
     async def shutdown(self) -> None:
         for task in filter(None, [self._watching, *self._replacements()]):
@@ -363,6 +364,10 @@ class Pool:
             EngineUnavailable: one died and could not be replaced.
         """
         return list(_wait(self.actor.engines.remote(), _healing_s(self.config)))
+
+    def enter(self, round_number: int, stage: str) -> None:
+        """Label what the pool reports from now on; waits for nothing."""
+        self.actor.enter.remote(round_number, stage)
 
     def counts(self) -> Counter[str]:
         """What has happened since the pool started.

@@ -12,12 +12,12 @@ from oel_ray.config.schema import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
 from oel_ray.hang import WATCH, Named
-from oel_ray.metrics import Series, at, log, report
 from oel_ray.plan import ray_options
 from oel_ray.records import AccumulationStep, Frame, Generate, KnowledgeText, Trajectory
 from oel_ray.runs.journal import Journal
 from oel_ray.runs.layout import EXTRACT
 from oel_ray.stopping import draining
+from oel_ray.telemetry.series import Series, enter, log, report
 from oel_ray.text.chat import ChatFormat
 
 _POLL_S = 0.5
@@ -50,7 +50,7 @@ class ExtractionWorker(Named):
         known = list(journal.records) if journal else []
         self._finished_steps += len(known)
 
-        at(round_number, EXTRACT)
+        enter(round_number, EXTRACT)
 
         def on_step(step: AccumulationStep) -> None:
             for outcome, count in {"accepted": len(step.added), **step.rejected}.items():

@@ -76,7 +76,7 @@ def test_a_node_that_joins_takes_games_and_one_that_dies_loses_none(policy: Path
 
         with players(RunConfig(collect=limits), policy, Slow(log)) as gamers:
             played = gamers.play(games(tmp_path / "marks", total), disturb)
-            failures = gamers.take_failures()
+            failures = gamers.pop_failures()
     assert [game.id for game, _ in played] == [f"g{n}" for n in range(total)]
     asked = set(log.read_text().split())
     assert len(asked) == 2 and joined.keys() < asked  # on collectors alone, though another node had four CPUs

@@ -96,7 +96,7 @@ def test_the_same_seeds_give_the_same_boards_on_many_players_as_on_one(
     boards: list[list[list[str]]] = []
     for some in (Players(gamers.actors[:1], 1), Players([*gamers.actors, *more], SEATS)):
         played = some.play(games, lambda _: None)
-        assert some.take_failures() == {}
+        assert some.pop_failures() == {}
         boards.append([[turn.observation for turn in game.turns] for game, _ in played])
     for actor in more:
         ray.kill(actor)
@@ -107,7 +107,7 @@ def test_the_same_seeds_give_the_same_boards_on_many_players_as_on_one(
 def test_a_game_that_always_fails_ends_the_run_with_its_name(gamers: Players, tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"^game g3 failed 3 times: an environment raised ValueError: no road at 3$"):
         gamers.play(shaky(tmp_path, 8, raises=[3], times=9), lambda _: None)
-    assert gamers.take_failures() == {"an environment raised ValueError": 2}
+    assert gamers.pop_failures() == {"an environment raised ValueError": 2}
 
 
 def test_too_many_failures_end_the_run_with_the_most_frequent_one(gamers: Players, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_every_game_is_played_once_whatever_goes_wrong(
     played = gamers.play(games, reports.append)
     assert ids(played) == [f"g{n}" for n in range(20)]
     assert reports == sorted(reports) and reports[-1] == 20
-    failures = gamers.take_failures()
+    failures = gamers.pop_failures()
     # What raised in a player just before that was killed may not have been told, and the game is played again all the
     # same.
     assert failures.pop("an environment raised ValueError") in (1, 2)
@@ -140,4 +140,4 @@ def test_every_game_is_played_once_whatever_goes_wrong(
     stacks = {file.stem: file.read_text() for file in tmp_path.glob("hang/*/*.txt")}
     assert {"player-0", "player-1"} <= stacks.keys()
     assert ["shaky_games.py" in text and "in _fail" in text for text in stacks.values()].count(True) == 1
-    assert gamers.take_failures() == {}
+    assert gamers.pop_failures() == {}

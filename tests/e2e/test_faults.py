@@ -58,7 +58,7 @@ class Stage:
         happened = self.pool.counts()
         happened.subtract(before)
         counts = {name: happened[name] for name in ("engine_restarts", "requests_moved")}
-        failures = self.players.take_failures()
+        failures = self.players.pop_failures()
         print(f"{seconds:.1f} s, {counts}, {failures}, slowest answer of the pool {slowest:.3f} s")
         assert seconds < BOUND_S and slowest < 1
         assert [game.id for game, _ in played] == [episode.id for episode in episodes]

@@ -18,9 +18,9 @@ import ray  # isort: skip
 
 from oel_ray import loop
 from oel_ray.config.load import load_config
-from oel_ray.metrics import Series
-from oel_ray.progress import Progress
 from oel_ray.runs.folder import RunFolder
+from oel_ray.telemetry.progress import Progress
+from oel_ray.telemetry.series import Series
 from tests.e2e.test_run import SMALL
 from tests.test_metrics import exported
 from tests.test_tracking import written

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from oel_ray import cli, loop
 from oel_ray.config.schema import RunConfig
 from oel_ray.models.resolve import MICRO, resolve_model
-from oel_ray.progress import Progress
 from oel_ray.runs import layout
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.stage import Stage
+from oel_ray.telemetry.progress import Progress
 from tests import example_run
 
 

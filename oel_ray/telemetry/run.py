@@ -1,25 +1,36 @@
 """What a run tells of its stages and training steps: its own files, Ray's metrics, what tracks it. Runs in the driver.
 
-Each number is told once, where it is recorded; which metrics there are says `oel_ray.metrics`.
+Each number is told once, where it is recorded; which metrics there are says `oel_ray.telemetry.series`.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from oel_ray import metrics
-from oel_ray.collect.stage import Players
-from oel_ray.engines.pool import Pool
-from oel_ray.metrics import Series, report
-from oel_ray.progress import Progress, StageProgress
 from oel_ray.runs.files import read_json
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import EVALUATE
 from oel_ray.runs.stage import Stage
-from oel_ray.tracking import Track
+from oel_ray.telemetry.progress import Progress, StageProgress
+from oel_ray.telemetry.series import Series, enter, report
+from oel_ray.telemetry.trackers import Track
 
 Row = dict[str, Any]
+
+
+class CountsRequests(Protocol):
+    """The engine pool, as far as telemetry asks it; see `oel_ray.engines.pool.Pool`."""
+
+    def enter(self, round_number: int, stage: str) -> None: ...
+    def counts(self) -> Counter[str]: ...
+
+
+class CountsFailures(Protocol):
+    """The players, as far as telemetry asks them; see `oel_ray.collect.stage.Players`."""
+
+    def pop_failures(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -28,21 +39,21 @@ class Telemetry:
 
     folder: RunFolder
     progress: Progress
-    pool: Pool
-    players: Players
+    pool: CountsRequests
+    players: CountsFailures
     track: Track
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
         """For the time of a stage. If it is committed then, its metrics are written and what went wrong is told."""
         self.progress.on_status = progressed
-        metrics.at(stage.round, stage.name)
-        self.pool.actor.at.remote(stage.round, stage.name)
+        enter(stage.round, stage.name)
+        self.pool.enter(stage.round, stage.name)
         before = self.pool.counts()
         yield
         if not (entry := stage.entry):
             return
-        counts, failures = self.pool.counts(), self.players.take_failures()
+        counts, failures = self.pool.counts(), self.players.pop_failures()
         counts.subtract(before)
         engines = {"engines replaced": counts["engine_restarts"], "requests moved": counts["requests_moved"]}
         if told := [f"{times} x {what}" for what, times in (engines | failures).items() if times]:

@@ -56,8 +56,8 @@ class Series(Enum):
     PASS_RATE = Spec("oel_pass_rate", "Gauge", "ratio", "Held-out games that the round's policy won")
 
 
-def at(round_number: int, stage: str) -> None:
-    """What this process reports from now on belongs to this stage."""
+def enter(round_number: int, stage: str) -> None:
+    """Label all that this process reports from now on with a round and a stage."""
     import ray
 
     run = ray.get_runtime_context().namespace.removeprefix("oel-") if ray.is_initialized() else ""

@@ -18,12 +18,12 @@ import orjson
 
 from benchmarks import harness, serving
 from oel_ray import loop
+from oel_ray.cluster.session import ray_cluster
 from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.prefixes import prefixes
 from oel_ray.extract.chain import extraction_prompt_ids
 from oel_ray.extract.items import text_after
 from oel_ray.records import EvaluationGame, KnowledgeText, Sampling, Trajectory, read_jsonl
-from oel_ray.resources import ray_cluster
 from oel_ray.runs import layout
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import RoundFiles

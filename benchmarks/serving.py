@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import oel_ray.resources  # sets what Ray reads when it is imported
+import oel_ray.cluster.session  # sets what Ray reads when it is imported
 
 import ray  # isort: skip
 
@@ -68,7 +68,7 @@ class Serving:
 @contextmanager
 def serving(config: RunConfig, *, engine: type = Engine, router: type[Router] = Router) -> Iterator[Serving]:
     policy = resolve_model(config.model, tell)
-    with oel_ray.resources.ray_cluster(config, "benchmark", tell) as on_gpu, ExitStack() as stack:
+    with oel_ray.cluster.session.ray_cluster(config, "benchmark", tell) as on_gpu, ExitStack() as stack:
         pool = stack.enter_context(engine_pool(config.engines, policy, on_gpu=on_gpu, engine=engine, router=router))
         served = Serving(config, policy, pool, on_gpu)
         served.fresh()

@@ -18,8 +18,8 @@ from experiments import ifeval, measure
 from experiments.records import ROUND, Arm, ArmResult, Experiment, Import, Imported, Point, Recipe, Start
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
+from oel_ray.explain import Sizes
 from oel_ray.models.resolve import MICRO
-from oel_ray.plan import Sizes
 from oel_ray.records import KnowledgeText, Trajectory, content_hash, read_jsonl
 from oel_ray.runs.files import write_atomically
 from oel_ray.runs.folder import RunFolder

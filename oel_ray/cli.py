@@ -67,7 +67,7 @@ def run(
     A round collects games, extracts knowledge, consolidates it into the policy and evaluates. Stages that are done
     are never done again.
     """
-    from oel_ray.plan import headline
+    from oel_ray.explain import headline
     from oel_ray.preflight import preflight, preflight_resumed
 
     if allow_config_change and not resume:
@@ -116,7 +116,7 @@ def submit(
 
     A YAML file's folder goes with the job. Ends with the job's exit code; Ctrl-C ends the following alone.
     """
-    from oel_ray import submit as jobs
+    from oel_ray.cluster import submit as jobs
 
     _load(config, overrides)
     job = jobs.plan_job(name, config, overrides or [], runs, os.environ)
@@ -306,7 +306,7 @@ def verify(
 def show_config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved configuration, and as comments what follows from it."""
     from oel_ray.config.precision import auto_here
-    from oel_ray.plan import explain
+    from oel_ray.explain import explain
 
     settings = _load(config, overrides)
     print(settings.to_yaml(), end="")
@@ -325,7 +325,7 @@ def doctor(
     """
     from rich.table import Table
 
-    from oel_ray.doctor import examine, package
+    from oel_ray.cluster.doctor import examine, package
 
     found = [*examine(_load(config, overrides), run_dir, Progress().note), *package(config)]
     table = Table("where", "", "what is wrong, and what to do", box=None)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+from oel_ray.cluster.session import ray_cluster
+from oel_ray.cluster.stacks import HANG_FOLDER
 from oel_ray.collect.stage import Game, Players, play_missing, players
 from oel_ray.config.precision import precisions
 from oel_ray.config.schema import RunConfig
@@ -28,11 +30,9 @@ from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import RunFailed
 from oel_ray.evaluate.stage import evaluated, evaluated_round, evaluation_games
 from oel_ray.extract.items import growth
-from oel_ray.hang import HANG_FOLDER
 from oel_ray.models.resolve import resolve_model
 from oel_ray.preflight import tell_outlook
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
-from oel_ray.resources import ray_cluster
 from oel_ray.runs import layout
 from oel_ray.runs.files import model_files, write_json
 from oel_ray.runs.folder import RunFolder

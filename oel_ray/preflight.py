@@ -9,18 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from oel_ray.cluster.demand import GPU_MEMORY, Nodes, demands, placement
+from oel_ray.cluster.session import alive_nodes, check_resources
 from oel_ray.config.budget import Reading, readings
 from oel_ray.config.precision import Auto, precisions
 from oel_ray.config.schema import RunConfig
+from oel_ray.consolidate.memory import ModelSize, _bytes, rank_memory
 from oel_ray.envs.base import Environment
 from oel_ray.envs.registry import make
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import UserError
 from oel_ray.extract.chain import extraction_prompt
+from oel_ray.formats import gib
 from oel_ray.models.policy import Model, check_model, check_teacher
 from oel_ray.models.resolve import resolve_model
-from oel_ray.plan import outlook
-from oel_ray.resources import alive_nodes, check_resources
 from oel_ray.runs import layout
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.schedule import PLAYED, check_imports, unfinished
@@ -153,3 +155,29 @@ def _check_fits(reading: Reading, prompt: int, room: int, limit: str, remedy: st
             f"{reading.name}: a prompt of {prompt} tokens with {knowledge}{reading.response} of response makes "
             f"{prompt + reading.tokens}, more than {limit}={room}: {remedy}, or lower {' or '.join(reading.keys)}"
         )
+
+
+def outlook(config: RunConfig, size: ModelSize, nodes: Nodes, *, on_gpu: bool) -> list[str]:
+    """What can run where, and what of the memory there engines and ranks keep, beside what comes and goes."""
+    engines, consolidate = config.engines, config.consolidate
+    of, kind = ("GPU", GPU_MEMORY) if on_gpu else ("CPU", "memory")
+    there = min((node[kind] for node in nodes.values() if node.get(of) and node.get(kind)), default=0)
+    one, room = ("GPU" if on_gpu else "process"), (f" ({gib(there)})" if there else "")
+    weights, token = (
+        n * _bytes(engines.dtype) / engines.tensor_parallel for n in (size.parameters, size.values_per_token)
+    )
+    cache = there * engines.gpu_memory_utilization - weights if on_gpu else engines.cpu_kv_cache_gib * 2**30
+    rank = rank_memory(consolidate, size.own, size.trained, consolidate.workers) | {
+        "teacher": size.teacher * _bytes(consolidate.precision),
+        "its kept texts at most": consolidate.teacher_cache_gib * 2**30,
+    }
+    lying = sum(count for name, count in rank.items() if "host" not in name)
+    cached = f"caches {gib(cache)} for {cache / token:,.0f} tokens" if there or not on_gpu else "caches in what is left"
+    few = ": too little, raise engines.tensor_parallel" * (cache <= 0 < there)
+    tight = ": tight, lower consolidate.teacher_cache_gib, or raise zero_stage or workers" * (lying > 0.85 * there > 0)
+    parts = ", ".join(f"{name} {gib(count)}" for name, count in rank.items())
+    return [
+        f"nodes: {placement(demands(config, on_gpu=on_gpu), nodes)}",
+        f"an engine's {one}{room}: weights {gib(weights)}, {cached}{few}",
+        f"a training rank's {one}{room}: {parts}, {gib(lying)} in all{tight}",
+    ]

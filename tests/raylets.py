@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import oel_ray.resources  # noqa: F401 - sets what Ray reads when it is imported
+import oel_ray.cluster.session  # noqa: F401 - sets what Ray reads when it is imported
 
 import ray  # isort: skip
 from ray.cluster_utils import Cluster

@@ -204,7 +204,7 @@ def test_config_prints_what_it_resolves_to(folder: Path) -> None:
 
 def test_what_only_prints_is_light() -> None:
     heavy = "{'ray', 'torch', 'vllm', 'transformers', 'deepspeed', 'textarena', 'matplotlib', 'jinja2'}"
-    modules = "oel_ray.cli, oel_ray.plan, oel_ray.resources, oel_ray.runs.folder, oel_ray.report.page"
+    modules = "oel_ray.cli, oel_ray.cluster.demand, oel_ray.cluster.session, oel_ray.runs.folder, oel_ray.report.page"
     modules += ", oel_ray.verify, oel_ray.show"
     code = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

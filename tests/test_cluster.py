@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import doctor
+from oel_ray.cluster import doctor
+from oel_ray.cluster.session import check_resources
 from oel_ray.config.load import load_config
 from oel_ray.errors import UserError
-from oel_ray.resources import check_resources
 from tests.raylets import raylets
 
 pytestmark = pytest.mark.slow

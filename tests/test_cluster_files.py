@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
-from oel_ray.submit import EXCLUDED
+from oel_ray.cluster.submit import EXCLUDED
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"

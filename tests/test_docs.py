@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 from ray.dashboard.modules.job.cli import submit as ray_job_submit
 
+from oel_ray.cluster.submit import plan_job
 from oel_ray.config.schema import RunConfig, SamplingConfig
-from oel_ray.submit import plan_job
 from tests.named_tests import PAGE, named_tests
 
 ROOT = Path(__file__).parents[1]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import doctor, resources, submit
+from oel_ray.cluster import doctor, session, submit
+from oel_ray.cluster.doctor import Finding, examine, is_open, look, versions
 from oel_ray.config.load import load_config
 from oel_ray.config.schema import RunConfig
-from oel_ray.doctor import Finding, examine, is_open, look, versions
 
 CONFIG = load_config("quickstart")
 
@@ -21,7 +21,7 @@ CONFIG = load_config("quickstart")
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(resources, "gpu_memory", list)
+    monkeypatch.setattr(session, "gpu_memory", list)
 
 
 def errors(found: list[Finding]) -> str:

@@ -20,8 +20,8 @@ import pytest
 import ray
 import yaml
 
-from oel_ray import resources
 from oel_ray.cli import main
+from oel_ray.cluster import session
 from oel_ray.config.load import parse_config
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.stage import Stage
@@ -228,9 +228,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert resources.CLUSTER_ANSWER_S < 30
+    assert session.CLUSTER_ANSWER_S < 30
     if "{deaf}" in command:
-        monkeypatch.setattr(resources, "CLUSTER_ANSWER_S", 5.0)
+        monkeypatch.setattr(session, "CLUSTER_ANSWER_S", 5.0)
     if "{cluster}" in command:
         ports |= {"cluster": request.getfixturevalue("cluster")}
     arguments = shlex.split(re.sub(r"{(closed|deaf|cluster)}", lambda match: ports[match[1]], command))
@@ -329,7 +329,7 @@ def make_models(folder: Path) -> None:
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without GPUs, a hub out of reach, and no cluster to join."""
-    monkeypatch.setattr(resources, "_gpus_here", lambda: 0)
+    monkeypatch.setattr(session, "_gpus_here", lambda: 0)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)

@@ -2,11 +2,13 @@
 
 from collections import Counter
 
+from oel_ray.cluster.demand import GPU_MEMORY, Nodes, demands, place, placement, total
 from oel_ray.config.budget import readings
 from oel_ray.config.load import load_config
 from oel_ray.config.precision import Auto
 from oel_ray.consolidate.memory import ModelSize
-from oel_ray.plan import GPU_MEMORY, Nodes, demands, explain, headline, outlook, place, placement, total
+from oel_ray.explain import explain, headline
+from oel_ray.preflight import outlook
 
 AUTO = Auto(precision="float32", because="of this")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import resources
+from oel_ray.cluster import session
 from oel_ray.config.precision import Auto, auto_here, auto_on_nodes, bfloat16_units, precisions
 from oel_ray.config.schema import RunConfig, precision
 from oel_ray.runs.files import read_json, write_json
@@ -67,9 +67,9 @@ def test_one_node_without_instructions_decides_for_a_cluster() -> None:
 def test_a_cluster_is_looked_at_node_by_node(
     nodes: dict[str, dict[str, float]], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "nodes_at", lambda _: nodes)
+    monkeypatch.setattr(session, "nodes_at", lambda _: nodes)
     config = RunConfig.model_validate({"cluster": {"address": "somewhere:6379"}})
-    assert resources.check_resources(config).precision == expected
+    assert session.check_resources(config).precision == expected
 
 
 def test_only_what_is_auto_is_settled() -> None:

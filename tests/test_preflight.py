@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import preflight, resources
+from oel_ray import preflight
+from oel_ray.cluster import session
 from oel_ray.config.load import parse_config
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
@@ -127,8 +128,8 @@ def test_a_resumed_run_needs_the_policy_that_it_goes_on_with(model: Path, tmp_pa
 
 def test_a_cluster_that_is_joined_is_asked_what_it_has(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = {"cpus:1": {"a": {"CPU": 64.0}}, "gpus:1": {"a": {"CPU": 32.0, "GPU": 4.0}, "b": {"CPU": 32.0, "GPU": 4.0}}}
-    monkeypatch.setattr(resources, "nodes_at", nodes.__getitem__)
-    monkeypatch.setattr(resources, "_check_cores", lambda config: pytest.fail("this machine does not matter"))
+    monkeypatch.setattr(session, "nodes_at", nodes.__getitem__)
+    monkeypatch.setattr(session, "_check_cores", lambda config: pytest.fail("this machine does not matter"))
     monkeypatch.setenv("RAY_ADDRESS", "gpus:1")
     many = config(model, engines={"count": 5, "device": "auto"}, consolidate={"workers": 4})
     short = (
@@ -136,9 +137,9 @@ def test_a_cluster_that_is_joined_is_asked_what_it_has(model: Path, monkeypatch:
         r"\(1 CPU \+ 1 GPU\), players .*; supply: 1 x \(32 CPU \+ 4 GPU\) for 4 engines.*1 x \(32 CPU"
     )
     with pytest.raises(UserError, match=short):
-        resources.check_resources(many)
+        session.check_resources(many)
     wide = config(model, engines={"tensor_parallel": 6, "device": "auto"})
     with pytest.raises(UserError, match=r"has enough in all, but no node with room left for 1 engines: take larger"):
-        resources.check_resources(wide)
+        session.check_resources(wide)
     monkeypatch.setenv("RAY_ADDRESS", "cpus:1")
-    resources.check_resources(many)
+    session.check_resources(many)

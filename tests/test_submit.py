@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from ray.job_submission import JobStatus
 
-from oel_ray import resources, submit
+from oel_ray.cluster import session, submit
 from oel_ray.config.load import parse_config
 from oel_ray.errors import RunFailed, UserError
 from tests.job_server import job_server
@@ -110,12 +110,12 @@ def test_a_job_joins_the_cluster_that_it_was_submitted_to(monkeypatch: pytest.Mo
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     asked: list[str] = []
-    monkeypatch.setattr(resources, "nodes_at", lambda address: asked.append(address) or {"a": {"CPU": 64.0}})
-    resources.check_resources(parse_config({}))
+    monkeypatch.setattr(session, "nodes_at", lambda address: asked.append(address) or {"a": {"CPU": 64.0}})
+    session.check_resources(parse_config({}))
     assert asked == ["10.0.0.1:6379"]
     for elsewhere in ("local", "10.0.0.2:6379"):
         with pytest.raises(UserError, match=f"cluster.address={elsewhere}, and this job runs on .*: leave it out"):
-            resources.check_resources(parse_config({"cluster": {"address": elsewhere}}))
+            session.check_resources(parse_config({"cluster": {"address": elsewhere}}))
 
 
 class EndedJob:

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from oel_ray.cluster.actors import WATCH, Named
 from oel_ray.config.budget import play_response
 from oel_ray.config.schema import RunConfig
 from oel_ray.envs import make
 from oel_ray.errors import EnvironmentFailed, RunFailed, one_line
-from oel_ray.hang import WATCH, Named
 from oel_ray.records import EndedBy, Episode, Frame, Generate, Sampling, Trajectory, Turn
 from oel_ray.seeds import derive_seed
 from oel_ray.text import prompts

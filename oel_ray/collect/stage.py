@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
+from oel_ray.cluster.actors import DIED, WATCH
+from oel_ray.cluster.demand import ray_options
+from oel_ray.cluster.stacks import dump_stacks
 from oel_ray.collect.player import player_actor
 from oel_ray.config.schema import CollectConfig, RunConfig
-from oel_ray.engines.pool import DIED
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
-from oel_ray.hang import WATCH, dump_stacks
-from oel_ray.plan import ray_options
 from oel_ray.records import Episode, Frame, Generate, KnowledgeText, Sampling, Trajectory
 from oel_ray.runs.journal import Journal
 from oel_ray.stopping import draining

@@ -10,13 +10,13 @@ import orjson
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from oel_ray.cluster.demand import rank_takes
+from oel_ray.cluster.stacks import dump_stacks
 from oel_ray.consolidate.checkpoints import NOTES_FILE, prepare
 from oel_ray.consolidate.job import Job
 from oel_ray.errors import EngineUnavailable, RunFailed, UserError, one_line
 from oel_ray.faults import fault_point
 from oel_ray.formats import as_text
-from oel_ray.hang import dump_stacks
-from oel_ray.plan import rank_takes
 
 _POLL_S = 0.5
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from oel_ray.cluster.actors import Named
 from oel_ray.config.schema import EnginesConfig
 from oel_ray.engines.startup import StartLog
 from oel_ray.errors import EngineUnavailable, RunFailed
-from oel_ray.hang import Named
 from oel_ray.records import Generation, Sampling
 
 CANARY_DEADLINE_S = 30.0

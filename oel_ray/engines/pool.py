@@ -16,22 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from oel_ray.cluster.actors import DIED, WATCH, Named, plain
+from oel_ray.cluster.demand import engine_takes, ray_options
+from oel_ray.cluster.stacks import dump_stacks
 from oel_ray.config.schema import EnginesConfig
 from oel_ray.engines.engine import Engine
 from oel_ray.engines.router import REMEMBERED, Replica, Router
 from oel_ray.errors import EngineUnavailable, RunFailed, one_line
-from oel_ray.hang import WATCH, Named, dump_stacks
-from oel_ray.plan import engine_takes, ray_options
 from oel_ray.records import Generation, Sampling
 from oel_ray.telemetry.series import Series, enter, log, report
 
 POOL_NAME = "engine-pool"
-DIED = (RayActorError, OutOfMemoryError, ObjectLostError)
-"""How a call ends whose actor is gone; if Ray ended it to save the machine; if its answer went with its node."""
 _CONTROL_DEADLINE_S = 60.0
 
 
@@ -420,14 +419,3 @@ def _wait(reference: Any, timeout_s: float) -> Any:
         raise plain(error) from error
     except DIED as error:
         raise EngineUnavailable(f"the engine pool died: {one_line(error, 0)}") from error
-
-
-def plain(error: BaseException) -> RunFailed:
-    """What went wrong in an actor, without Ray's account of how it got here."""
-    if isinstance(error, RayTaskError):
-        return plain(error.cause)
-    if isinstance(error, RunFailed):
-        return error
-    if isinstance(error, DIED):
-        return EngineUnavailable(f"an engine died: {one_line(error, 0)}")
-    return RunFailed(f"engines: {one_line(error)}")

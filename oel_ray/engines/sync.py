@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from oel_ray.cluster.actors import plain
 from oel_ray.config.schema import EnginesConfig
-from oel_ray.engines.pool import plain
 from oel_ray.errors import EngineUnavailable
 from oel_ray.faults import fault_point
 

@@ -8,11 +8,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from oel_ray.cluster.actors import WATCH, Named
+from oel_ray.cluster.demand import ray_options
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
-from oel_ray.hang import WATCH, Named
-from oel_ray.plan import ray_options
 from oel_ray.records import AccumulationStep, Frame, Generate, KnowledgeText, Trajectory
 from oel_ray.runs.journal import Journal
 from oel_ray.runs.layout import EXTRACT

@@ -141,7 +141,7 @@ def test_it_keeps_the_contract_of_engines(loop: asyncio.AbstractEventLoop) -> No
 
 
 def test_the_pool_serves_simulated_engines(tmp_path: Path) -> None:
-    import oel_ray.resources  # noqa: F401 - sets what Ray reads when it is imported
+    import oel_ray.cluster.session  # noqa: F401 - sets what Ray reads when it is imported
 
     import ray  # isort: skip
 

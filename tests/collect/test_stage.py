@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-import oel_ray.resources  # noqa: F401 - sets what Ray reads when it is imported
+import oel_ray.cluster.session  # noqa: F401 - sets what Ray reads when it is imported
 
 import ray  # isort: skip
 
+from oel_ray.cluster.stacks import HANG_FOLDER
 from oel_ray.collect.player import player_actor
 from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config.schema import CollectConfig, EnvironmentConfig, RunConfig
 from oel_ray.envs.splits import training_episodes
 from oel_ray.errors import RunFailed
-from oel_ray.hang import HANG_FOLDER
 from oel_ray.records import Episode, Trajectory
 from tests.collect import shaky_games
 from tests.envs.installed import installed

@@ -18,6 +18,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from oel_ray.cluster.session import ray_cluster
 from oel_ray.config.load import _set_dotted, parse_config, parse_override
 from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate import stage
@@ -26,7 +27,6 @@ from oel_ray.consolidate.prefixes import Draw
 from oel_ray.engines import transport
 from oel_ray.errors import RunFailed
 from oel_ray.records import Generation, KnowledgeText, Prefix, Sampling
-from oel_ray.resources import ray_cluster
 from oel_ray.text.chat import ChatFormat
 
 STEPS, PER_STEP = 6, 3

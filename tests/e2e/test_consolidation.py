@@ -8,6 +8,7 @@ import orjson
 import pytest
 import ray
 
+from oel_ray.cluster.session import ray_cluster
 from oel_ray.config.load import parse_config
 from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.job import Job
@@ -16,7 +17,6 @@ from oel_ray.consolidate.stage import consolidate
 from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.models.resolve import SMOLLM2, resolve_model
 from oel_ray.records import KnowledgeText, Prefix
-from oel_ray.resources import ray_cluster
 from oel_ray.text.chat import ChatFormat
 
 LEARNING_RATE = 3e-6

@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
+from oel_ray.cluster.session import ray_cluster
 from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config.load import parse_config
 from oel_ray.config.schema import RunConfig
 from oel_ray.engines.pool import Pool, engine_pool
 from oel_ray.envs.splits import training_episodes
 from oel_ray.records import Trajectory
-from oel_ray.resources import ray_cluster
 from tests.engines.served import assert_gone, children
 from tests.tiny_models import save_tiny_model
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import oel_ray.resources  # noqa: F401 - sets what Ray reads when it is imported
+import oel_ray.cluster.session  # noqa: F401 - sets what Ray reads when it is imported
 
 import ray  # isort: skip
 

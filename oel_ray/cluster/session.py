@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from oel_ray.cluster.demand import GPU_MEMORY, Nodes, amounts, demands, place, placement, ray_options, total
+from oel_ray.cluster.stacks import HANG_FOLDER
 from oel_ray.config.precision import Auto, auto_here, auto_on_nodes, bfloat16_units
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
-from oel_ray.hang import HANG_FOLDER
-from oel_ray.plan import GPU_MEMORY, Nodes, amounts, demands, place, placement, ray_options, total
 
 CLUSTER_ANSWER_S = 25.0
 """How long a cluster may take to say what it has."""
@@ -28,7 +28,7 @@ _BFLOAT16 = "bfloat16"
 
 _ASK = """
 import json, sys
-from oel_ray.resources import alive_nodes
+from oel_ray.cluster.session import alive_nodes
 import ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 print(json.dumps(alive_nodes(processors=True)))

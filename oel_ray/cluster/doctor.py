@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib import error, request
 from urllib.parse import urlsplit
 
-from oel_ray import resources
+from oel_ray.cluster import session
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError, one_line
 from oel_ray.formats import gib
@@ -46,11 +46,11 @@ def examine(config: RunConfig, run_dir: Path, note: Callable[[str], None]) -> li
     config = config.model_copy(update={"model": str(check_model(config, note).folder)})
     above = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".oel-doctor-", dir=above) as name:
-        folder, address = Path(name), resources.cluster_address(config)
+        folder, address = Path(name), session.cluster_address(config)
         if address:
             answers, faults = _ask_cluster(address, config, folder)
         else:
-            faults = [_fault(lambda: resources.check_resources(config))]
+            faults = [_fault(lambda: session.check_resources(config))]
             answers = {"here": look(config, folder, "here", {}, None)}
         unseen = [node for node, found in answers.items() if isinstance(found, list) and not (folder / node).exists()]
     found = [Finding("the cluster" if address else "here", fault) for fault in faults if fault]
@@ -83,7 +83,7 @@ def look(config: RunConfig, folder: Path, node: str, others: Mapping[str, str], 
     other = [f"{name} {ours.get(name)} (driver: {there})" for name, there in others.items() if ours.get(name) != there]
     plugins = [point.value for point in metadata.entry_points(group="vllm.general_plugins")]
     disk, shm = (shutil.disk_usage(path).free for path in (folder if folder.exists() else "/", "/dev/shm"))  # noqa: S108
-    memory, seen = psutil.virtual_memory().available, len(resources.gpu_memory())
+    memory, seen = psutil.virtual_memory().available, len(session.gpu_memory())
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     devices = (os.environ if gpus is None else psutil.Process().parent().environ()).get("CUDA_VISIBLE_DEVICES")
     model = _fault(lambda: check_teacher(config, check_model(config, _silent), _silent))
@@ -116,21 +116,21 @@ def is_open(dashboard: str) -> bool:
 
 def _ask_cluster(address: str, config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """What all nodes that are alive say, and what is wrong with the cluster."""
-    resources.nodes_at(address)  # `ray.init` would wait for a dead one
+    session.nodes_at(address)  # `ray.init` would wait for a dead one
     import ray
 
     offline = {"env_vars": {"HF_HUB_OFFLINE": "1"}}
     with ray.init(address=address, runtime_env=offline, log_to_driver=False, logging_level="ERROR") as context:
-        dashboard, nodes = context.dashboard_url or "", resources.alive_nodes()
+        dashboard, nodes = context.dashboard_url or "", session.alive_nodes()
         exposed = f"the dashboard at {dashboard} takes jobs from anybody: start Ray with RAY_AUTH_MODE=token"
         asked = {node: (config, folder, node, versions(), there.get("GPU", 0)) for node, there in nodes.items()}
-        faults = [_fault(lambda: resources.check_nodes(config, nodes, "it")), exposed * is_open(dashboard)]
-        return resources.ask_nodes(look, asked, ANSWER_S), faults
+        faults = [_fault(lambda: session.check_nodes(config, nodes, "it")), exposed * is_open(dashboard)]
+        return session.ask_nodes(look, asked, ANSWER_S), faults
 
 
 def package(config: str) -> list[Finding]:
     """What would keep a configuration from being submitted as a job: the size of the folder that goes with a file."""
-    from oel_ray.submit import check_size, packed
+    from oel_ray.cluster.submit import check_size, packed
 
     folder = Path(config).resolve().parent
     fault = _fault(lambda: check_size(folder, packed(folder))) if Path(config).is_file() else ""

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from benchmarks import harness, serving
 from benchmarks.counted import CountedEngine
 from oel_ray.config.schema import RunConfig
-from oel_ray.engines.sync import WeightSync
 from oel_ray.models.folder import checkpoint_tensors
 from oel_ray.models.resolve import MICRO, resolve_model
+from oel_ray.weights.sync import WeightSync
 
 import ray  # isort: skip - behind what sets its environment
 

@@ -90,7 +90,7 @@ def look(config: RunConfig, folder: Path, node: str, others: Mapping[str, str], 
     ports = _fault(lambda: socket.create_server(("", 0)).close())
     checks: list[tuple[object, bool, str]] = [
         (lacking, True, f"lacks {', '.join(sorted(lacking))}: install oel-ray from its lock file or image"),
-        ("oel_ray.engines.plugin:register" not in plugins, True, "lacks our plug-in for vLLM: install oel-ray there"),
+        ("oel_ray.weights.plugin:register" not in plugins, True, "lacks our plug-in for vLLM: install oel-ray there"),
         (other, True, f"has {', '.join(other)}: install the same everywhere"),
         (model, True, f"{model} (have the model under the same path on every node: oel prefetch)"),
         (ports, True, f"cannot listen on a port ({ports}): see what the container or a firewall forbids"),

@@ -15,10 +15,11 @@ from oel_ray.consolidate import checkpoints
 from oel_ray.consolidate.checkpoints import Checkpoint, Spread, State
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.optimizer import DistillStep
-from oel_ray.consolidate.weights import FullWeights, export_policy, save_adapters
-from oel_ray.engines.sync import WeightSync
+from oel_ray.consolidate.weights import FullWeights, save_adapters
 from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.runs.files import FileEntry, files_below, seal, sync_folder, write_json
+from oel_ray.weights.export import export_policy
+from oel_ray.weights.sync import WeightSync
 
 
 class Attempt:

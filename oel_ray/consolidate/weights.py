@@ -4,9 +4,6 @@ Training workers (Ray Train group); needs no Ray itself. Both ways read the floa
 round them once, with the same conversion, so that an engine that got the weights and one that loads the folder agree.
 """
 
-import json
-import shutil
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,8 +21,6 @@ from oel_ray.errors import UserError
 from oel_ray.models.folder import checkpoint_shapes, checkpoint_tensor, wider_tensors
 
 WeightMeta = tuple[str, torch.dtype, torch.Size]
-
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 
 
 class FullWeights:
@@ -186,44 +180,3 @@ def check_names(weights: FullWeights, folder: Path) -> None:
             f"{name} cannot be trained: its tensors have other names in transformers than in the checkpoint "
             f"({len(differing)} differ; {differing[0]} is one of {where} alone)"
         )
-
-
-def export_policy(
-    weights: FullWeights, source_folder: Path, target_folder: Path, *, max_shard_bytes: int = 5 * 10**9
-) -> None:
-    """Write an ordinary Hugging Face folder: these weights, and everything else as it is in `source_folder`.
-
-    Collective: all ranks take part, rank 0 writes, and none returns before the folder is complete.
-    """
-    shards = split_torch_state_dict_into_shards(
-        {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in weights.metadata()},
-        max_shard_size=max_shard_bytes,
-    )
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    if writes:
-        _copy_companions(source_folder, target_folder, weights.dtype)
-        if shards.is_sharded:
-            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            (target_folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    contents: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in weights:
-        if not writes:
-            continue
-        file = shards.tensor_to_filename[name]
-        there = tensor.detach().to("cpu").contiguous()
-        is_alias = any(there.data_ptr() == other.data_ptr() for other in contents[file].values())
-        contents[file][name] = there.clone() if is_alias else there  # a file holds no tensor twice
-        if len(contents[file]) == len(shards.filename_to_tensors[file]):
-            save_file(contents.pop(file), target_folder / file, metadata={"format": "pt"})
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Tokenizer, chat template, generation config, configuration: all but the weights. The dtype is set to ours."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, ".*"), dirs_exist_ok=True)
-    path = target / "config.json"
-    config = json.loads(path.read_text())
-    config.pop("torch_dtype", None)  # the older name of the same field
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -24,7 +24,7 @@ from oel_ray.consolidate.lora import add_adapters, load_adapters, sharing_weight
 from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
 from oel_ray.consolidate.prefixes import Draw
 from oel_ray.consolidate.responses import Responses
-from oel_ray.consolidate.weights import check_names, export_policy, weights_of
+from oel_ray.consolidate.weights import check_names, weights_of
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
 from oel_ray.models.load import load_model, use_flash_attention
@@ -33,6 +33,7 @@ from oel_ray.runs.layout import CONSOLIDATE, RoundFiles
 from oel_ray.seeds import derive_seed
 from oel_ray.telemetry.series import enter, log
 from oel_ray.text.chat import ChatFormat
+from oel_ray.weights.export import export_policy
 
 
 def train(job: Job) -> None:

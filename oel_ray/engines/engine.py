@@ -212,7 +212,7 @@ def engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str
     """What vLLM is started with."""
     from vllm.config import WeightTransferConfig
 
-    from oel_ray.engines.plugin import GLOO, NCCL
+    from oel_ray.weights.plugin import GLOO, NCCL
 
     if config.dtype == "auto":  # vLLM would take it for the precision of the folder
         raise ValueError("engines.dtype is auto: see RunConfig.settled")

@@ -24,10 +24,10 @@ from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate import stage
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.prefixes import Draw
-from oel_ray.engines import transport
 from oel_ray.errors import RunFailed
 from oel_ray.records import Generation, KnowledgeText, Prefix, Sampling
 from oel_ray.text.chat import ChatFormat
+from oel_ray.weights import gloo
 
 STEPS, PER_STEP = 6, 3
 SETTINGS: dict[str, Any] = {
@@ -64,7 +64,7 @@ class Engine:
         return Generation(token_ids=token_ids, text=str(token_ids), finish_reason="stop", weight_version=self._version)
 
     def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
-        self._group = transport.gloo_group(
+        self._group = gloo.gloo_group(
             info["address"], info["port"], info["rank_offset"], info["world_size"], info["timeout_s"]
         )
 
@@ -73,11 +73,11 @@ class Engine:
 
     def update_weights(self, info: dict[str, Any]) -> None:
         if "checksums" in info:
-            assert info["checksums"] == {name: transport.checksum(self._received[name]) for name in info["checksums"]}
+            assert info["checksums"] == {name: gloo.checksum(self._received[name]) for name in info["checksums"]}
             return
         rows = zip(info["names"], info["dtype_names"], info["shapes"], strict=True)
-        specs = [transport.TensorSpec(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
-        for tensors in transport.receive_stream(self._group, specs):
+        specs = [gloo.TensorSpec(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
+        for tensors in gloo.receive_stream(self._group, specs):
             self._received |= dict(tensors)
 
     def finish_weight_update(self, version: str) -> None:

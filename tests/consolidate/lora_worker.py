@@ -56,8 +56,9 @@ def run_case(kind: str, stage: int, precision: str, rank: int, world_size: int, 
     from oel_ray.consolidate.batches import micro_batches
     from oel_ray.consolidate.lora import add_adapters, sharing_weights
     from oel_ray.consolidate.optimizer import DistillStep
-    from oel_ray.consolidate.weights import export_policy, weights_of
+    from oel_ray.consolidate.weights import weights_of
     from oel_ray.models.load import load_model
+    from oel_ray.weights.export import export_policy
     from tests.consolidate.tiny import tiny_model
 
     config = settings(stage, precision, world_size)

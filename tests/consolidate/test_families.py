@@ -25,11 +25,12 @@ from transformers import (
 from oel_ray.config.schema import LoraConfig
 from oel_ray.consolidate.lora import add_adapters
 from oel_ray.consolidate.reading import attention_of, lay_out, response_hidden
-from oel_ray.consolidate.weights import FullWeights, check_names, export_policy, weights_of
+from oel_ray.consolidate.weights import FullWeights, check_names, weights_of
 from oel_ray.errors import UserError
 from oel_ray.models.capabilities import can_pack, reads_packed
 from oel_ray.models.folder import checkpoint_shapes, checkpoint_tensors
 from oel_ray.models.load import load_model, use_flash_attention
+from oel_ray.weights.export import export_policy
 from tests.tiny_models import FAMILIES, store_head, tiny_model
 
 PROMPT, SHORT = [(7 * i) % 120 + 3 for i in range(100)], [5, 6, 7]

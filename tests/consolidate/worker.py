@@ -137,7 +137,8 @@ def prepare(
 
 def run_case(kind: Any, stage: int, precision: str, rank: int, world_size: int, output: Path) -> dict[Any, Any]:
     from oel_ray.consolidate.batches import MicroBatch
-    from oel_ray.consolidate.weights import FullWeights, export_policy
+    from oel_ray.consolidate.weights import FullWeights
+    from oel_ray.weights.export import export_policy
     from tests.consolidate.tiny import tiny_model
 
     step, batches = prepare(kind, stage, precision, rank, world_size)

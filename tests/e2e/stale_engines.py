@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-ENGINE, SYNC = "oel_ray.engines.engine", "oel_ray.engines.sync"
+ENGINE, SYNC = "oel_ray.engines.engine", "oel_ray.weights.sync"
 
 
 class Patcher(importlib.abc.MetaPathFinder):

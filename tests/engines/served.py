@@ -13,8 +13,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.utils.network_utils import get_open_port
 
 from oel_ray.engines.engine import Engine
-from oel_ray.engines.plugin import register
-from oel_ray.engines.send import GlooTrainerInitInfo, NamedTensors
+from oel_ray.weights.plugin import register
+from oel_ray.weights.send import GlooTrainerInitInfo, NamedTensors
 from tests.engines.tiny import PROMPTS, plain_logprobs
 
 DEADLINE_S = 120.0

@@ -17,9 +17,9 @@ import oel_ray.cluster.session  # noqa: F401 - sets what Ray reads when it is im
 import ray  # isort: skip
 
 from oel_ray.engines.pool import POOL_NAME, Pool, engine_pool
-from oel_ray.engines.sync import EngineSyncClient, WeightSync
 from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
+from oel_ray.weights.sync import EngineSyncClient, WeightSync
 from tests.engines import fakes
 from tests.engines.probed import BreakableEngine
 from tests.engines.served import OnRay, assert_gone, children, sampled_error, warm

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-from oel_ray.engines import transport
-from oel_ray.engines.receive import CheckedReceiver, NcclReceiver, UpdateInfo
-from oel_ray.engines.send import NamedTensors, _alongside
 from oel_ray.engines.startup import StartLog
-from oel_ray.engines.transport import TensorSpec, gloo_group, receive_stream, send_stream
 from oel_ray.models.folder import checkpoint_shapes, checkpoint_tensors
+from oel_ray.weights import gloo
+from oel_ray.weights.gloo import TensorSpec, gloo_group, receive_stream, send_stream
+from oel_ray.weights.receive import CheckedReceiver, NcclReceiver, UpdateInfo
+from oel_ray.weights.send import NamedTensors, _alongside
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -69,7 +69,7 @@ def test_two_receivers_get_every_bit(bucket_bytes: int) -> None:
 
 
 def test_a_stream_that_differs_from_what_was_announced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "broadcast", lambda group, flat: None)
+    monkeypatch.setattr(gloo, "broadcast", lambda group, flat: None)
     a, b = ("a", torch.zeros(2)), ("b", torch.zeros(2))
     announced = specs([a, b])
     for stream in ([b, a], [a], [], [a, ("b", torch.zeros(3))], [a, ("b", torch.zeros(2).bfloat16())]):
@@ -152,7 +152,7 @@ def test_what_a_model_holds_is_compared_with_what_was_sent(broken: str) -> None:
     receiver.model = model
     receiver._received = {name: tuple(tensor.shape) for name, tensor in sent.items()}
     receiver._dtypes = {name: tensor.dtype for name, tensor in sent.items()}
-    receiver.receive_weights(UpdateInfo(checksums={name: transport.checksum(tensor) for name, tensor in sent.items()}))
+    receiver.receive_weights(UpdateInfo(checksums={name: gloo.checksum(tensor) for name, tensor in sent.items()}))
     if broken:
         model.get_parameter(broken).data[0].add_(1.0)
         with pytest.raises(RuntimeError, match=f"does not hold what was sent: {broken} differs"):
@@ -162,7 +162,7 @@ def test_what_a_model_holds_is_compared_with_what_was_sent(broken: str) -> None:
 
 
 def test_a_group_meets_at_the_address_that_the_peer_can_reach() -> None:
-    assert transport._own_address("127.0.0.1") == "127.0.0.1"
+    assert gloo._own_address("127.0.0.1") == "127.0.0.1"
 
 
 def test_the_tensors_of_a_checkpoint_folder(tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ class WeightSync:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.utils.network_utils import get_open_port
 
-        from oel_ray.engines.plugin import register
-        from oel_ray.engines.send import GlooTrainerInitInfo, NamedTensors, NcclTrainerInitInfo
+        from oel_ray.weights.plugin import register
+        from oel_ray.weights.send import GlooTrainerInitInfo, NamedTensors, NcclTrainerInitInfo
 
         register()
         source = NamedTensors(weights, config.check_weights)

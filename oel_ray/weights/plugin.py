@@ -10,7 +10,7 @@ def register() -> None:
     """Register the worker side and the trainer side of `oel_gloo` and `oel_nccl`; calling it again does nothing."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
-    worker, trainer = "oel_ray.engines.receive", "oel_ray.engines.send"
+    worker, trainer = "oel_ray.weights.receive", "oel_ray.weights.send"
     if GLOO in WeightTransferEngineFactory._registry:
         return
     WeightTransferEngineFactory.register_engine(GLOO, worker, "GlooReceiver")

@@ -21,8 +21,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-from oel_ray.engines import transport
-from oel_ray.engines.plugin import GLOO, NCCL
+from oel_ray.weights import gloo
+from oel_ray.weights.plugin import GLOO, NCCL
 
 _FEW = 8
 """Tensors whose checksums are told in every sync."""
@@ -57,7 +57,7 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         rank = meeting.pop("rank")
         # Workers block until the sender joins and the other way round, so the two must overlap.
         with _alongside(client.init_weight_transfer_engine, {**meeting, "rank_offset": rank + 1}):
-            sender._group = transport.gloo_group(**meeting, rank=rank)
+            sender._group = gloo.gloo_group(**meeting, rank=rank)
         return sender
 
     def send_weights(self) -> None:
@@ -75,10 +75,10 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             return
         if self._group is None:
             raise RuntimeError("no weight-transfer group: the sender was shut down")
-        specs = [transport.TensorSpec(meta.name, meta.dtype, tuple(meta.shape)) for meta in self.source.metadata()]
+        specs = [gloo.TensorSpec(meta.name, meta.dtype, tuple(meta.shape)) for meta in self.source.metadata()]
         self.client.start_weight_update()
         with _alongside(self.client.update_weights, _update_info(specs)):
-            transport.send_stream(self._group, specs, self.source)
+            gloo.send_stream(self._group, specs, self.source)
         self.client.finish_weight_update()
 
     def shutdown(self) -> None:
@@ -117,11 +117,11 @@ class NamedTensors(WeightSource):
         self.checksums.clear()
         for name, tensor in self._weights:
             if name in checked:
-                self.checksums[name] = transport.checksum(tensor)
+                self.checksums[name] = gloo.checksum(tensor)
             yield name, tensor
 
 
-def _update_info(specs: list[transport.TensorSpec]) -> dict[str, Any]:
+def _update_info(specs: list[gloo.TensorSpec]) -> dict[str, Any]:
     return {
         "names": [spec.name for spec in specs],
         "dtype_names": [str(spec.dtype).removeprefix("torch.") for spec in specs],

@@ -17,8 +17,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from oel_ray.engines import transport
 from oel_ray.models.folder import Shapes, checkpoint_shapes, checkpoint_tensors
+from oel_ray.weights import gloo
 
 
 @dataclass
@@ -31,9 +31,9 @@ class UpdateInfo(WeightTransferUpdateInfo):
     folder: str | None = None
     checksums: dict[str, int] = field(default_factory=dict)
 
-    def specs(self) -> list[transport.TensorSpec]:
+    def specs(self) -> list[gloo.TensorSpec]:
         rows = zip(self.names, self.dtype_names, self.shapes, strict=True)
-        return [transport.TensorSpec(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
+        return [gloo.TensorSpec(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
 
 
 class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
@@ -101,7 +101,7 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
             shape = torch.Size(self._received[name])
             tensor = held[name][: shape[0]] if shape else held[name]  # a vocabulary may be padded
             is_comparable = tensor.shape == shape and tensor.dtype == self._dtypes[name]
-            if is_comparable and transport.checksum(tensor) != self._checksums[name]:
+            if is_comparable and gloo.checksum(tensor) != self._checksums[name]:
                 raise RuntimeError(f"the engine does not hold what was sent: {name} differs")
 
     def repack_tied_head(self) -> None:
@@ -135,14 +135,14 @@ class GlooReceiver(CheckedReceiver):
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         rank = init_info.rank_offset + self.parallel_config.rank
-        self._group = transport.gloo_group(
+        self._group = gloo.gloo_group(
             init_info.address, init_info.port, rank, init_info.world_size, init_info.timeout_s
         )
 
     def receive_stream(self, update_info: UpdateInfo) -> None:
         if self._group is None:
             raise RuntimeError("no weight-transfer group: init_transfer_engine comes first")
-        for tensors in transport.receive_stream(self._group, update_info.specs()):
+        for tensors in gloo.receive_stream(self._group, update_info.specs()):
             self.model.load_weights(tensors)
 
     def shutdown(self) -> None:

@@ -22,7 +22,7 @@ from benchmarks.losses import LossCase
 from benchmarks.models import QWEN3_1_7B, qwen3_like, random_model, random_samples
 from benchmarks.step_vs_trl import StepCase, have_trl
 from oel_ray.config.schema import ConsolidateConfig
-from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
+from oel_ray.distill.loss import Logits, forward_kl, reverse_kl
 from tests.consolidate.naive import divergence
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
@@ -113,8 +113,8 @@ def exactness(size: Sizes, dtype: torch.dtype, *, forward: bool) -> dict[str, An
 
 def optimizer_step(size: Sizes) -> dict[str, Any]:
     """Seconds and memory of `DistillStep` on one rank, after one step that does not count."""
-    from oel_ray.consolidate.batches import micro_batches
-    from oel_ray.consolidate.optimizer import DistillStep
+    from oel_ray.distill.batches import micro_batches
+    from oel_ray.distill.step import DistillStep
 
     device = size.loss.device
     config = ConsolidateConfig(workers=1, precision="bfloat16", kl_temperature=_TEMPERATURE)

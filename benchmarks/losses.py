@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sweep import Case
-from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
+from oel_ray.distill.loss import Logits, forward_kl, reverse_kl
 
 Way = Literal["ours", "naive"]
 AXES = {"tokens": (0.125, 0.25, 0.5, 1), "vocabulary": (0.125, 0.25, 0.5, 1), "width": (0.25, 0.5, 1, 2)}

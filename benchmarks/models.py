@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from oel_ray.consolidate.batches import Sample
+from oel_ray.distill.batches import Sample
 
 HEAD = 20
 """Tokens of a prompt that stand before the knowledge."""

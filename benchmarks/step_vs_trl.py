@@ -26,8 +26,8 @@ from benchmarks import harness
 from benchmarks.models import qwen3_like, random_model, random_samples
 from benchmarks.sweep import Benchmark, Case
 from oel_ray.config.schema import ConsolidateConfig
-from oel_ray.consolidate.batches import Sample, micro_batches
-from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
+from oel_ray.distill.batches import Sample, micro_batches
+from oel_ray.distill.step import DistillStep, StepMetrics
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """How far loss and gradient norm may lie apart, as a part of TRL's. The order of sums differs, and in bfloat16 where

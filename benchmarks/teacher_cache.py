@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.models import qwen3_like, random_model, random_samples
 from benchmarks.sweep import Benchmark, Case
-from oel_ray.consolidate.teacher import Teacher
+from oel_ray.distill.teacher import Teacher
 
 _ROOM = 2**40
 

@@ -17,7 +17,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from benchmarks import harness
 from oel_ray.config.schema import ConsolidateConfig
-from oel_ray.consolidate.batches import Sample
+from oel_ray.distill.batches import Sample
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from oel_ray.cluster.session import alive_nodes, check_resources
 from oel_ray.config.budget import Reading, readings
 from oel_ray.config.precision import Auto, precisions
 from oel_ray.config.schema import RunConfig
-from oel_ray.consolidate.memory import ModelSize, _bytes, rank_memory
+from oel_ray.distill.memory import ModelSize, _bytes, rank_memory
 from oel_ray.envs.base import Environment
 from oel_ray.envs.registry import make
 from oel_ray.envs.splits import held_out_episodes, training_episodes
@@ -66,7 +66,7 @@ def preflight_resumed(folder: RunFolder, note: Callable[[str], None]) -> None:
 
 def tell_outlook(config: RunConfig, policy: Path, note: Callable[[str], None], *, on_gpu: bool) -> None:
     """Say what can run where in the Ray that was joined, and what it takes of the memory there."""
-    from oel_ray.consolidate.memory import model_size
+    from oel_ray.distill.memory import model_size
 
     teacher = resolve_model(config.consolidate.teacher, note) if config.consolidate.teacher else policy
     size = model_size(policy, teacher, config.consolidate.lora)
@@ -109,7 +109,7 @@ def check_student(config: RunConfig, model: Model) -> None:
     named = lora and lora.target_modules != "all-linear"
     if not named and packing != "always":
         return
-    from oel_ray.consolidate.lora import layers_to_adapt
+    from oel_ray.distill.lora import layers_to_adapt
     from oel_ray.models.capabilities import reads_packed
     from oel_ray.models.load import model_without_weights
 

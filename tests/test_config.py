@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from oel_ray.config.load import load_config, parse_config
+from oel_ray.distill.step import scheduled_rate
 from oel_ray.errors import UserError
 
 GOOD = "engines:\n  max_model_len: 20000\n"
@@ -136,4 +137,6 @@ def test_a_mistake_in_layers_is_named(tmp_path: Path, text: str, overrides: list
 def test_the_learning_rate_warms_up_and_goes_down_by_the_end_of_a_round(schedule: str, rates: list[float]) -> None:
     settings = {"steps": 6, "warmup_steps": 2, "learning_rate": 2.0, "schedule": schedule}
     config = parse_config({"consolidate": settings}).consolidate
-    assert [config.rate(update) for update in range(6)] == pytest.approx([2 * rate for rate in rates], rel=1e-5)
+    assert [scheduled_rate(config, update) for update in range(6)] == pytest.approx(
+        [2 * rate for rate in rates], rel=1e-5
+    )

@@ -6,7 +6,7 @@ from oel_ray.cluster.demand import GPU_MEMORY, Nodes, demands, place, placement,
 from oel_ray.config.budget import readings
 from oel_ray.config.load import load_config
 from oel_ray.config.precision import Auto
-from oel_ray.consolidate.memory import ModelSize
+from oel_ray.distill.memory import ModelSize
 from oel_ray.explain import explain, headline
 from oel_ray.preflight import outlook
 

@@ -3,7 +3,6 @@
 `oel_ray.config.load` makes one from presets, files and overrides; it is saved as `config.yaml` in the run folder.
 """
 
-import math
 from typing import Annotated, Literal, Self
 
 import yaml
@@ -234,14 +233,6 @@ class ConsolidateConfig(Section):
                 "named: leave it out, or raise consolidate.steps"
             )
         return self
-
-    def rate(self, update: int) -> float:
-        """The learning rate of an update of the weights, counted from 0 in every round."""
-        if update < self.warmup_steps:
-            return self.learning_rate * (update + 1) / self.warmup_steps
-        gone = (update - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        left = {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}
-        return self.learning_rate * left[self.schedule]
 
     @property
     def games(self) -> int:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from oel_ray.consolidate import checkpoints
 from oel_ray.consolidate.checkpoints import Checkpoint, Spread, State
 from oel_ray.consolidate.job import Job
-from oel_ray.consolidate.optimizer import DistillStep
-from oel_ray.consolidate.weights import FullWeights, save_adapters
+from oel_ray.distill.gather import FullWeights, save_adapters
+from oel_ray.distill.step import DistillStep
 from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.runs.files import FileEntry, files_below, seal, sync_folder, write_json
 from oel_ray.weights.export import export_policy

@@ -18,16 +18,15 @@ import torch
 import torch.distributed as dist
 
 from oel_ray.consolidate.attempts import Attempt
-from oel_ray.consolidate.batches import Sample, micro_batches
 from oel_ray.consolidate.job import Job
-from oel_ray.consolidate.lora import add_adapters, load_adapters, sharing_weights
-from oel_ray.consolidate.optimizer import DistillStep, StepMetrics
 from oel_ray.consolidate.prefixes import Draw
 from oel_ray.consolidate.responses import Responses
-from oel_ray.consolidate.weights import check_names, weights_of
+from oel_ray.distill.batches import Sample, micro_batches
+from oel_ray.distill.build import build_step
+from oel_ray.distill.gather import check_names, weights_of
+from oel_ray.distill.step import DistillStep, StepMetrics
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
-from oel_ray.models.load import load_model, use_flash_attention
 from oel_ray.records import Generation
 from oel_ray.runs.layout import CONSOLIDATE, RoundFiles
 from oel_ray.seeds import derive_seed
@@ -46,10 +45,18 @@ def train(job: Job) -> None:
     """
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = _take_device(job, context.get_local_rank())
+    device = _claim_device(job, context.get_local_rank())
     enter(job.round, CONSOLIDATE)
     attempt = Attempt(job, rank, world_size)
-    step = _distill_step(job, device, attempt)
+    step = build_step(
+        job.config.consolidate,
+        job.policy,
+        job.teacher,
+        device,
+        trained=attempt.weights,
+        adapter_seed=derive_seed(job.config.seed, "lora", job.round),
+    )
+    attempt.restore(step)
     weights = weights_of(step.student, getattr(torch, job.config.policy_dtype), job.policy)
     check_names(weights, job.policy)
     sync = attempt.weight_sync(weights)
@@ -153,7 +160,7 @@ def _profiler(job: Job, step: int, rank: int) -> AbstractContextManager[Any]:
     return torch.profiler.profile(on_trace_ready=done)
 
 
-def _take_device(job: Job, local_rank: int) -> torch.device:
+def _claim_device(job: Job, local_rank: int) -> torch.device:
     """The rank's GPU, or a core of its own: two ranks on one core halve each other."""
     if job.on_gpu:
         device: torch.device = ray.train.torch.get_device()
@@ -162,26 +169,6 @@ def _take_device(job: Job, local_rank: int) -> torch.device:
     os.sched_setaffinity(0, {cores[local_rank % len(cores)]})
     torch.set_num_threads(1)
     return torch.device("cpu")
-
-
-def _distill_step(job: Job, device: torch.device, attempt: Attempt) -> DistillStep:
-    consolidate, lora = job.config.consolidate, job.config.consolidate.lora
-    precision = getattr(torch, consolidate.precision)
-    # The masters come from these weights, or from the optimizer state of a checkpoint.
-    if lora is None:
-        student = load_model(attempt.weights or job.policy, torch.float32)
-        teacher = load_model(job.teacher, precision)
-    else:
-        student = load_model(job.policy, precision)
-        teacher = sharing_weights(student) if job.teacher == job.policy else load_model(job.teacher, precision)
-        add_adapters(student, lora, derive_seed(job.config.seed, "lora", job.round))
-        if attempt.weights:
-            load_adapters(student, attempt.weights)
-    if job.on_gpu and precision == torch.bfloat16 and consolidate.packing != "never":
-        use_flash_attention(student)
-    step = DistillStep(student, teacher, consolidate, device)
-    attempt.restore(step)
-    return step
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

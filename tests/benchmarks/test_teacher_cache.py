@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.models import qwen3_like, random_model, random_samples
-from oel_ray.consolidate.teacher import Teacher
+from oel_ray.distill.teacher import Teacher
 from tests.benchmarks.commands import check, last_line, options
 
 SIZES = {"samples": 4, "knowledge": 256, "prompt": 30, "response": 10, "width": 64, "layers": 2, "vocabulary": 100}

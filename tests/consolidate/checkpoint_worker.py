@@ -40,8 +40,8 @@ def main(store: str, rank: int, world_size: int, output: Path) -> None:
 
 
 def begin(case: Any, world_size: int, source: Path) -> Any:
-    from oel_ray.consolidate.lora import add_adapters, sharing_weights
-    from oel_ray.consolidate.optimizer import DistillStep
+    from oel_ray.distill.lora import add_adapters, sharing_weights
+    from oel_ray.distill.step import DistillStep
     from oel_ray.models.load import load_model
     from tests.consolidate.lora_worker import SEED, settings
 
@@ -57,9 +57,8 @@ def begin(case: Any, world_size: int, source: Path) -> Any:
 
 
 def run_case(case: Any, rank: int, world_size: int, output: Path) -> dict[str, Any]:
-    from oel_ray.consolidate.batches import MicroBatch, micro_batches
-    from oel_ray.consolidate.optimizer import account
-    from oel_ray.consolidate.weights import save_adapters, weights_of
+    from oel_ray.distill.batches import MicroBatch, micro_batches
+    from oel_ray.distill.gather import save_adapters, weights_of
     from tests.consolidate.lora_worker import copied, step_samples
 
     folder = output / "-".join(map(str, case))
@@ -83,7 +82,7 @@ def run_case(case: Any, rank: int, world_size: int, output: Path) -> dict[str, A
     result["losses again"] = [again.step(share).loss for _ in range(SAVED, STEPS)]
     result["weights again"] = copied(weights_of(again.student, torch.float32, output / "source"))
     result["teacher"].append(again.teacher.hidden(step_samples()))
-    result["account"] = account(again, share)
+    result["account"] = again.memory_report(share)
     return result
 
 

@@ -53,10 +53,10 @@ def main(store: str, rank: int, world_size: int, output: Path) -> None:
 
 
 def run_case(kind: str, stage: int, precision: str, rank: int, world_size: int, output: Path) -> dict[str, Any]:
-    from oel_ray.consolidate.batches import micro_batches
-    from oel_ray.consolidate.lora import add_adapters, sharing_weights
-    from oel_ray.consolidate.optimizer import DistillStep
-    from oel_ray.consolidate.weights import weights_of
+    from oel_ray.distill.batches import micro_batches
+    from oel_ray.distill.gather import weights_of
+    from oel_ray.distill.lora import add_adapters, sharing_weights
+    from oel_ray.distill.step import DistillStep
     from oel_ray.models.load import load_model
     from oel_ray.weights.export import export_policy
     from tests.consolidate.tiny import tiny_model

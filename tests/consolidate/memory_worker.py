@@ -53,7 +53,7 @@ class Shortage:
 
 
 def main(store: str, rank: int, world_size: int, output: Path) -> None:
-    from oel_ray.consolidate.weights import FullWeights
+    from oel_ray.distill.gather import FullWeights
     from oel_ray.errors import RunFailed
     from tests.consolidate.worker import prepare
 

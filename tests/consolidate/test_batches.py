@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oel_ray.consolidate.batches import LossMean, MicroBatch, Sample, length_groups, micro_batches, token_weights
+from oel_ray.distill.batches import LossMean, MicroBatch, Sample, length_groups, micro_batches, token_weights
 
 HEAD = 2
 

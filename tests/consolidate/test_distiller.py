@@ -20,11 +20,11 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from oel_ray.consolidate.batches import MicroBatch, Sample, micro_batches, token_weights
-from oel_ray.consolidate.distiller import Distiller, Objective, check_linear_head, logit_soft_cap
-from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
-from oel_ray.consolidate.reading import lay_out
-from oel_ray.consolidate.teacher import Teacher
+from oel_ray.distill.batches import MicroBatch, Sample, micro_batches, token_weights
+from oel_ray.distill.inputs import lay_out
+from oel_ray.distill.loss import Logits, forward_kl, reverse_kl
+from oel_ray.distill.module import Distiller, Objective, check_linear_head, logit_soft_cap
+from oel_ray.distill.teacher import Teacher
 from oel_ray.errors import UserError
 from tests.consolidate.naive import divergence, soft_capped
 from tests.consolidate.tiny import VOCABULARY, tiny_model, tiny_samples

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from oel_ray.config.schema import LoraConfig
-from oel_ray.consolidate.lora import add_adapters
-from oel_ray.consolidate.reading import attention_of, lay_out, response_hidden
-from oel_ray.consolidate.weights import FullWeights, check_names, weights_of
+from oel_ray.distill.gather import FullWeights, check_names, weights_of
+from oel_ray.distill.inputs import attention_of, lay_out, response_hidden
+from oel_ray.distill.lora import add_adapters
 from oel_ray.errors import UserError
 from oel_ray.models.capabilities import can_pack, reads_packed
 from oel_ray.models.folder import checkpoint_shapes, checkpoint_tensors

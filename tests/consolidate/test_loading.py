@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from oel_ray.config.schema import LoraConfig
-from oel_ray.consolidate.lora import add_adapters
-from oel_ray.consolidate.memory import model_size
+from oel_ray.distill.lora import add_adapters
+from oel_ray.distill.memory import model_size
 from oel_ray.models.load import load_model
 
 MICRO = Path(__file__).parents[2] / "oel_ray" / "models" / "micro"

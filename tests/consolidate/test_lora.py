@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from oel_ray.config.schema import LoraConfig
-from oel_ray.consolidate.batches import token_weights
-from oel_ray.consolidate.lora import add_adapters, layers_to_adapt, sharing_weights
-from oel_ray.consolidate.loss import Logits, reverse_kl
-from oel_ray.consolidate.weights import check_names, weights_of
+from oel_ray.distill.batches import token_weights
+from oel_ray.distill.gather import check_names, weights_of
+from oel_ray.distill.lora import add_adapters, layers_to_adapt, sharing_weights
+from oel_ray.distill.loss import Logits, reverse_kl
 from oel_ray.errors import UserError
 from oel_ray.models.folder import checkpoint_shapes
 from oel_ray.models.load import load_model, model_without_weights

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
+from oel_ray.distill.loss import Logits, forward_kl, reverse_kl
 from tests.consolidate.naive import divergence, soft_capped
 
 EXACT: list[dict[str, Any]] = [{}, {"forward": True}]

@@ -11,10 +11,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from oel_ray.config.load import parse_config
 from oel_ray.config.schema import ConsolidateConfig, LoraConfig
-from oel_ray.consolidate.batches import MicroBatch
-from oel_ray.consolidate.lora import add_adapters, sharing_weights
-from oel_ray.consolidate.optimizer import account, ran_out
 from oel_ray.consolidate.worker import _train_step
+from oel_ray.distill.lora import add_adapters, sharing_weights
+from oel_ray.distill.shortage import is_out_of_memory, memory_report
 from oel_ray.errors import RunFailed
 from tests.consolidate.memory_worker import KINDS, PLACES, ZERO_3
 from tests.consolidate.test_training import launch
@@ -75,23 +74,22 @@ def test_what_student_and_teacher_share_is_counted_once() -> None:
     shared: Any = SimpleNamespace(model=sharing_weights(student), caches=SimpleNamespace(device_size=0))
     add_adapters(student, LoraConfig(rank=8), seed=0)
     config = ConsolidateConfig(offload_optimizer=True)
-    samples = tiny_samples(2, seed=0)
-    batches = [MicroBatch(tuple(samples), (1.0, 1.0))]
-    step: Any = SimpleNamespace(student=student, config=config, world_size=2, packs=True)
-    said = [account(SimpleNamespace(**vars(step), teacher=teacher), batches) for teacher in (shared, other)]  # type: ignore[arg-type]
+    said = [memory_report(config, student, teacher, 2, (1, 40)) for teacher in (shared, other)]
     beside, whole = (dict(re.findall(r"([a-z ]+?)(?: \(on the host\))? ([\d.]+) GiB", text)) for text in said)
     assert float(beside["parameters"]) < 0.05 < 0.5 < float(beside[" teacher"])
     assert float(whole["parameters"]) == pytest.approx(
         float(beside["parameters"]) + float(beside[" teacher"]), abs=0.02
     )
     assert " masters and optimizer (on the host) 0.0" in said[0]
-    assert f"the largest micro-batch is 1 x {sum(s.student_tokens for s in samples)} tokens of width 2048" in said[0]
+    assert "the largest micro-batch is 1 x 40 tokens of width 2048" in said[0]
 
 
 def test_only_a_lack_of_memory_is_one() -> None:
-    assert ran_out(torch.OutOfMemoryError("CUDA out of memory"))
-    assert ran_out(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"))
-    assert not ran_out(RuntimeError("Connection closed by peer"))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+    )
+    assert not is_out_of_memory(RuntimeError("Connection closed by peer"))
 
 
 class Step:

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oel_ray.config.schema import ConsolidateConfig
-from oel_ray.consolidate.batches import Sample
 from oel_ray.consolidate.prefixes import Plan, prefixes, step_batches
+from oel_ray.distill.batches import Sample
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import Prefix
 from oel_ray.text import prompts

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from oel_ray.config.schema import LoraConfig
-from oel_ray.consolidate.lora import add_adapters, load_adapters
-from oel_ray.consolidate.optimizer import deepspeed_config
-from oel_ray.consolidate.weights import weights_of
+from oel_ray.distill.deepspeed_config import deepspeed_config
+from oel_ray.distill.gather import weights_of
+from oel_ray.distill.lora import add_adapters, load_adapters
 from oel_ray.models.load import load_model
 from tests.consolidate.checkpoint_worker import ADAPTERS, CASES, OFFLOADED
 from tests.consolidate.lora_worker import ALPHA, RANK, settings

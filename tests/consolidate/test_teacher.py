@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from oel_ray.consolidate.batches import Sample
-from oel_ray.consolidate.caches import CacheCounts, TextCache, TextCaches
-from oel_ray.consolidate.distiller import logit_soft_cap
-from oel_ray.consolidate.teacher import Teacher
+from oel_ray.distill.batches import Sample
+from oel_ray.distill.caches import CacheCounts, TextCache, TextCaches
+from oel_ray.distill.module import logit_soft_cap
+from oel_ray.distill.teacher import Teacher
 from oel_ray.models.capabilities import can_keep_texts
 from tests.consolidate.naive import soft_capped
 from tests.consolidate.tiny import HEAD, KNOWLEDGE, VOCABULARY, tiny_model, tiny_samples

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from oel_ray.consolidate.batches import token_weights
+from oel_ray.distill.batches import token_weights
 from tests.consolidate.naive import divergence
 from tests.consolidate.tiny import tiny_model
 from tests.consolidate.worker import (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from oel_ray.consolidate.batches import Sample
+from oel_ray.distill.batches import Sample
 
 VOCABULARY = 128
 

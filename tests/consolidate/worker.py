@@ -84,16 +84,16 @@ def main(store: str, rank: int, world_size: int, output: Path) -> None:
 
 def partition_everything() -> None:
     """ZeRO-3 leaves parameters as small as a tiny model's on every rank, unless told to partition them all."""
-    from oel_ray.consolidate import optimizer
+    from oel_ray.distill import step
 
-    real = optimizer.deepspeed_config
+    real = step.deepspeed_config
 
     def changed(config: Any, world_size: int, device: str) -> dict[str, Any]:
         settings = real(config, world_size, device)
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return settings
 
-    optimizer.deepspeed_config = changed
+    step.deepspeed_config = changed
 
 
 def prepare(
@@ -114,9 +114,9 @@ def prepare(
     With `packing` the student attends in another way than the teacher does by itself, as with flash attention.
     """
     from oel_ray.config.schema import LoraConfig
-    from oel_ray.consolidate.batches import micro_batches
-    from oel_ray.consolidate.lora import add_adapters, sharing_weights
-    from oel_ray.consolidate.optimizer import DistillStep
+    from oel_ray.distill.batches import micro_batches
+    from oel_ray.distill.lora import add_adapters, sharing_weights
+    from oel_ray.distill.step import DistillStep
     from tests.consolidate.tiny import tiny_model
 
     changes = {"packing": packing, "live_teacher": live_teacher}
@@ -136,8 +136,8 @@ def prepare(
 
 
 def run_case(kind: Any, stage: int, precision: str, rank: int, world_size: int, output: Path) -> dict[Any, Any]:
-    from oel_ray.consolidate.batches import MicroBatch
-    from oel_ray.consolidate.weights import FullWeights
+    from oel_ray.distill.batches import MicroBatch
+    from oel_ray.distill.gather import FullWeights
     from oel_ray.weights.export import export_policy
     from tests.consolidate.tiny import tiny_model
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oel_ray.config.schema import EnginesConfig
-from oel_ray.consolidate.weights import FullWeights, weights_of
+from oel_ray.distill.gather import FullWeights, weights_of
 from oel_ray.models.resolve import resolve_model
 from oel_ray.runs.files import read_json
 from oel_ray.weights.export import export_policy

@@ -16,60 +16,20 @@ import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 
 from oel_ray.config.schema import ConsolidateConfig
-from oel_ray.consolidate.batches import MicroBatch, filler, pass_shape
-from oel_ray.consolidate.distiller import Distiller, Objective, check_linear_head, logit_soft_cap
-from oel_ray.consolidate.loss import Logits, forward_kl, reverse_kl
-from oel_ray.consolidate.memory import rank_memory
-from oel_ray.consolidate.reading import attention_of, lay_out
-from oel_ray.consolidate.teacher import Teacher
-from oel_ray.consolidate.weights import FullWeights
+from oel_ray.distill.batches import MicroBatch, filler, pass_shape
+from oel_ray.distill.deepspeed_config import deepspeed_config
+from oel_ray.distill.gather import FullWeights
+from oel_ray.distill.inputs import attention_of, lay_out
+from oel_ray.distill.loss import Logits, forward_kl, reverse_kl
+from oel_ray.distill.module import Distiller, Objective, check_linear_head, logit_soft_cap
+from oel_ray.distill.shortage import is_out_of_memory, memory_report
+from oel_ray.distill.teacher import Teacher
 from oel_ray.errors import RunFailed
-from oel_ray.formats import gib
 from oel_ray.models.capabilities import can_pack, reads_packed
 
 _GIB = 2**30
 _TAG = "state"
 _Sum = tuple[float, int]
-
-
-def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) -> dict[str, Any]:
-    """DeepSpeed's configuration. `device` is "cpu" or "cuda".
-
-    The caller decides how many micro-batches make a step, so DeepSpeed's own batch arithmetic is a formality. On the
-    host, too, the optimizer is torch's: DeepSpeed asks for its own only in place of one that a caller hands over.
-    """
-    stage = config.zero_stage
-    if config.precision == "bfloat16":
-        # Stage 0 would add up bfloat16 gradients in bfloat16; stage 1 is the first that does it in float32.
-        stage = max(stage, 1)
-    settings: dict[str, Any] = {
-        "train_batch_size": world_size,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.grad_clip,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": config.learning_rate,
-                "betas": [0.9, 0.999],
-                "eps": 1e-8,
-                "weight_decay": config.weight_decay,
-                # torch's own kernels: DeepSpeed's would be compiled on the spot, on every machine.
-                "torch_adam": True,
-                "fused": device == "cuda",
-            },
-        },
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
-        "steps_per_print": 2**31,
-    }
-    if config.offload_optimizer:
-        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
-    if config.precision == "bfloat16":
-        settings["bf16"] = {"enabled": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        settings["communication_data_type"] = "fp32"
-    return settings
 
 
 def objective(config: ConsolidateConfig) -> Objective:
@@ -78,6 +38,15 @@ def objective(config: ConsolidateConfig) -> Objective:
     reverse = partial(reverse_kl, top_k=top_k, tail=config.divergence == "top_k_tail")
     chosen = forward_kl if config.divergence == "forward" else reverse
     return partial(chosen, temperature=config.temperature, chunk_tokens=config.chunk_tokens)
+
+
+def scheduled_rate(config: ConsolidateConfig, update: int) -> float:
+    """Compute the learning rate of an update of the weights, counted from 0 in every round."""
+    if update < config.warmup_steps:
+        return config.learning_rate * (update + 1) / config.warmup_steps
+    gone = (update - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    left = {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}
+    return config.learning_rate * left[config.schedule]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +138,7 @@ class DistillStep:
             RunFailed: a rank ran out of memory where the others cannot be told; says what took it.
         """
         if self.config.live_teacher:
-            self.teacher.take(FullWeights(self.student, self.teacher.model.dtype))
+            self.teacher.load_weights(FullWeights(self.student, self.teacher.model.dtype))
         loss_sum, kl_sums, shortage = self._accumulate(micro_batches)
         shares: list[tuple[dict[str, _Sum], str]] = [({}, "")] * self.world_size
         dist.all_gather_object(shares, (kl_sums, shortage))
@@ -184,14 +153,14 @@ class DistillStep:
         for share, _ in shares:
             _add(all_sums, share)
         tokens = sum(count for _, count in all_sums.values())
-        learning_rate = self.config.rate(self.updates)
+        learning_rate = scheduled_rate(self.config, self.updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         try:
             applied, grad_norm = self._apply()
         except (RuntimeError, MemoryError) as error:
-            if ran_out(error):  # some of the weights may have been changed
-                raise RunFailed(f"out of memory in the optimizer: {account(self, micro_batches)}") from error
+            if is_out_of_memory(error):  # some of the weights may have been changed
+                raise RunFailed(f"out of memory in the optimizer: {self.memory_report(micro_batches)}") from error
             raise
         self.updates += applied
         return StepMetrics(
@@ -204,6 +173,11 @@ class DistillStep:
             kl_by_sample={name: total / max(count, 1) for name, (total, count) in all_sums.items()},
         )
 
+    def memory_report(self, micro_batches: Sequence[MicroBatch]) -> str:
+        """Say what takes this rank's memory in a step on these micro-batches."""
+        passes = [pass_shape([s.student_tokens for s in batch.samples], packed=self.packs) for batch in micro_batches]
+        return memory_report(self.config, self.student, self.teacher, self.world_size, max(passes, key=math.prod))
+
     def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, dict[str, _Sum], str]:
         """Gradients of all micro-batches; the loss, the KL sums, and what there is to say if memory ran out."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -212,22 +186,22 @@ class DistillStep:
         try:
             hidden = self._teacher_pass(micro_batches)
         except (RuntimeError, MemoryError) as error:
-            shortage = self._survived(error, micro_batches, in_collectives=False)
+            shortage = self._recoverable_shortage(error, micro_batches, in_collectives=False)
         for index, batch in enumerate(micro_batches):
             if not shortage:
                 try:
                     loss, kl_T = self._pass(batch, hidden[index])
                 except (RuntimeError, MemoryError) as error:
-                    shortage = self._survived(error, micro_batches, in_collectives=True)
+                    shortage = self._recoverable_shortage(error, micro_batches, in_collectives=True)
                 else:
                     loss_sum += loss
                     _add(kl_sums, _kl_sums(batch, kl_T))
                     continue
             if self.engine.zero_optimization_stage() >= 2:  # the others reduce gradients behind each backward pass
-                self._take_part(micro_batches)
+                self._join_collectives(micro_batches)
         return loss_sum, kl_sums, shortage
 
-    def _take_part(self, micro_batches: Sequence[MicroBatch], *, spoil: bool = False) -> None:
+    def _join_collectives(self, micro_batches: Sequence[MicroBatch], *, spoil: bool = False) -> None:
         """A pass over next to nothing, which leaves no gradient finite if it is to `spoil` them."""
         batch = filler([sample for batch in micro_batches for sample in batch.samples])
         if spoil:  # a response, or nothing would reach the layers below a frozen head
@@ -236,20 +210,22 @@ class DistillStep:
         head_VE = self.teacher.model.get_output_embeddings().weight
         self._pass(batch, head_VE.new_zeros(int(spoil), head_VE.shape[1]), spoil=spoil)
 
-    def _survived(self, error: BaseException, micro_batches: Sequence[MicroBatch], *, in_collectives: bool) -> str:
-        """What there is to say about an error in a pass, if the step can be given up together with the other ranks.
+    def _recoverable_shortage(
+        self, error: BaseException, micro_batches: Sequence[MicroBatch], *, in_collectives: bool
+    ) -> str:
+        """Describe an out-of-memory error from which all ranks can retreat together.
 
-        That takes a rank that can still do every collective of theirs: no student's pass under ZeRO-3, where each
-        module has some, nor one of which a bucket of gradients was reduced.
+        That needs this rank to join every collective that is left. It cannot inside a student's pass under ZeRO-3,
+        where each module has its own, nor once a bucket of gradients was reduced.
 
         Raises:
             RunFailed: memory ran out, and the others cannot be told.
             BaseException: the error itself, if it is another.
         """
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise error
         stage, optimizer = self.engine.zero_optimization_stage(), self.engine.optimizer
-        said = account(self, micro_batches)
+        said = self.memory_report(micro_batches)
         if in_collectives and (stage == 3 or (stage == 2 and any(optimizer.params_already_reduced))):
             raise RunFailed(f"out of memory: {said}") from error
         if in_collectives and stage == 2:
@@ -263,7 +239,7 @@ class DistillStep:
         self.teacher.pass_tokens = max(self.teacher.pass_tokens // 2, 1)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._take_part(micro_batches, spoil=True)
+        self._join_collectives(micro_batches, spoil=True)
         applied, _ = self._apply()
         assert not applied
 
@@ -352,38 +328,3 @@ def _add(sums: dict[str, _Sum], more: dict[str, _Sum]) -> None:
     for name, (total, count) in more.items():
         total_before, count_before = sums.get(name, (0.0, 0))
         sums[name] = (total_before + total, count_before + count)
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: on a GPU, or on the CPU, whose allocator has no error of its own."""
-    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def account(step: DistillStep, micro_batches: Sequence[MicroBatch]) -> str:
-    """What takes a rank's memory in a step: what always lies there, and the largest of what comes and goes.
-
-    Weights that the student shares with the teacher are the teacher's.
-    """
-    student, teacher, config, ranks = step.student, step.teacher, step.config, step.world_size
-    shared = {id(p) for p in teacher.model.parameters()}
-    own = [p for p in student.parameters() if id(p) not in shared]
-    numel, trained = (
-        sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-        for parameters in (own, [p for p in own if p.requires_grad])
-    )
-    lying = rank_memory(config, numel, trained, ranks) | {
-        "teacher": sum(p.numel() * p.element_size() for p in teacher.model.parameters()),
-        "its kept texts": teacher.caches.device_size,
-    }
-    shapes = [pass_shape([s.student_tokens for s in batch.samples], packed=step.packs) for batch in micro_batches]
-    rows, width = max(shapes, key=math.prod)
-    head = student.get_output_embeddings().weight
-    words, hidden = getattr(head, "ds_shape", head.shape)
-    logits = config.chunk_tokens * words * 4
-    parts = [f"{name} {gib(count)}" for name, count in lying.items()]
-    return (
-        f"{', '.join(parts)}; the largest micro-batch is {rows} x {width} tokens of width {hidden}, and a chunk of "
-        f"logits {config.chunk_tokens} x {words} words, {gib(logits)}. Lower consolidate.micro_batch_tokens, "
-        "chunk_tokens or teacher_cache_gib, raise zero_stage or workers, or set offload_optimizer"
-    )

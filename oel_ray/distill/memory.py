@@ -36,7 +36,7 @@ def _bytes(dtype: str) -> int:
 
 def model_size(folder: Path, teacher: Path, lora: LoraConfig | None) -> ModelSize:
     """What a student from a folder, held against a teacher from another or the same one, will need memory for."""
-    from oel_ray.consolidate.lora import layers_to_adapt
+    from oel_ray.distill.lora import layers_to_adapt
     from oel_ray.models.load import model_without_weights
 
     model = model_without_weights(folder)

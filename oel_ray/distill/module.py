@@ -10,8 +10,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from oel_ray.consolidate.loss import Logits, apply_soft_cap
-from oel_ray.consolidate.reading import LaidOut, response_hidden
+from oel_ray.distill.inputs import LaidOut, response_hidden
+from oel_ray.distill.loss import Logits, apply_soft_cap
 from oel_ray.errors import UserError
 
 Objective = Callable[[Logits, Logits, Tensor], tuple[Tensor, Tensor]]

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from oel_ray.buckets import buckets
-from oel_ray.consolidate.batches import Sample, length_groups
-from oel_ray.consolidate.caches import Text, TextCache, TextCaches
-from oel_ray.consolidate.reading import lay_out, response_hidden
+from oel_ray.distill.batches import Sample, length_groups
+from oel_ray.distill.caches import Text, TextCache, TextCaches
+from oel_ray.distill.inputs import lay_out, response_hidden
 from oel_ray.models.capabilities import can_keep_texts
 
 PASS_TOKENS = 1280
@@ -33,7 +33,7 @@ class Teacher:
         self._keeps_texts = can_keep_texts(model)
 
     @torch.no_grad()
-    def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Get other weights, under the names of a checkpoint, and forget what was read with the old ones."""
         own = self.model.state_dict()
         for name, tensor in weights:

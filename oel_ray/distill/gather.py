@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oel_ray.buckets import buckets
-from oel_ray.consolidate.lora import ADAPTERS_FILE
+from oel_ray.distill.lora import ADAPTERS_FILE
 from oel_ray.errors import UserError
 from oel_ray.models.folder import checkpoint_shapes, checkpoint_tensor, wider_tensors
 

@@ -25,8 +25,9 @@ from oel_ray.collect.stage import Game
 from oel_ray.config.load import load_config
 from oel_ray.config.precision import auto_here
 from oel_ray.config.schema import EnginesConfig, RunConfig
+from oel_ray.engines.client import Pool
 from oel_ray.engines.engine import Engine, engine_args, prepare_cpu
-from oel_ray.engines.pool import Pool, engine_pool
+from oel_ray.engines.pool import engine_pool
 from oel_ray.engines.router import Router
 from oel_ray.envs import make
 from oel_ray.envs.splits import training_episodes

@@ -24,7 +24,8 @@ from oel_ray.collect.stage import Game, Players, play_missing, players
 from oel_ray.config.precision import precisions
 from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
-from oel_ray.engines.pool import Pool, engine_pool
+from oel_ray.engines.client import Pool
+from oel_ray.engines.pool import engine_pool
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import RunFailed

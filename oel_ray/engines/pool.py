@@ -7,16 +7,14 @@ after, so it knows the tokens in flight on every engine, and its answers never w
 
 import asyncio
 import time
-import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -24,14 +22,11 @@ from oel_ray.cluster.actors import DIED, WATCH, Named, plain
 from oel_ray.cluster.demand import engine_takes, ray_options
 from oel_ray.cluster.stacks import dump_stacks
 from oel_ray.config.schema import EnginesConfig
+from oel_ray.engines.client import CONTROL_DEADLINE_S, POOL_NAME, Pool, answer_of
 from oel_ray.engines.engine import Engine
 from oel_ray.engines.router import REMEMBERED, Replica, Router
 from oel_ray.errors import EngineUnavailable, RunFailed, one_line
-from oel_ray.records import Generation, Sampling
 from oel_ray.telemetry.series import Series, enter, log, report
-
-POOL_NAME = "engine-pool"
-_CONTROL_DEADLINE_S = 60.0
 
 
 class EnginePool(Named):
@@ -159,7 +154,7 @@ class EnginePool(Named):
             self._mark(replica, healthy=False)
         await asyncio.wait_for(
             asyncio.gather(*(r.handle.shutdown.remote() for r in self._router.replicas), return_exceptions=True),
-            _CONTROL_DEADLINE_S,
+            CONTROL_DEADLINE_S,
         )
 
     def _new_engine(self, index: int, start: int) -> Any:
@@ -204,7 +199,7 @@ class EnginePool(Named):
                 replica.handle, replica.load = self._new_engine(replica.index, replica.starts), 0
                 try:
                     await self._on_all([replica], "start", self._version, deadline_s=config.start_deadline_s)
-                    await self._on_all([replica], "canary", deadline_s=_CONTROL_DEADLINE_S)
+                    await self._on_all([replica], "canary", deadline_s=CONTROL_DEADLINE_S)
                 except (RunFailed, RayTaskError, *DIED) as error:
                     replica.why_dead = one_line(plain(error) if isinstance(error, RayTaskError) else error, 0)
                     continue
@@ -270,113 +265,6 @@ class EnginePool(Named):
             raise EngineUnavailable(f"an engine did not finish '{method}' within {deadline_s:.0f} s") from None
 
 
-class PoolClient:
-    """`Generate` through the pool. Small and picklable: holds only the pool's handle, and is sent as its name."""
-
-    def __init__(self, pool: Any, config: EnginesConfig) -> None:
-        self._pool, self._config = pool, config
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # By name: every run would print Ray's warning of handles in the arguments of actors that may be restarted.
-        return _named_pool_client, (self._config,)
-
-    async def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, key: str) -> Generation:
-        """One response. The request of an engine that died or missed the deadline goes to another one.
-
-        Raises:
-            EngineUnavailable: none is left that could answer.
-        """
-        tokens = len(prompt_ids) + sampling.max_tokens
-        while True:
-            # The lease has a name before it is given: a client that is cancelled meanwhile can give it back, too.
-            lease, failed = uuid.uuid4().hex, False
-            counts: dict[str, int] = {}
-            try:
-                engine = await self._lease(lease, key, tokens)
-                generation = await self._generate(engine, prompt_ids, sampling, seed)
-                counts = {
-                    "requests": 1,
-                    "prompt_tokens": len(prompt_ids),
-                    "cached_tokens": generation.cached_tokens,
-                    "response_tokens": len(generation.token_ids),
-                }
-                return generation
-            except _EngineFailed:
-                failed, counts = True, {"requests_moved": 1}
-            finally:
-                self._pool.release.remote(lease, failed=failed, counts=counts)
-
-    async def _lease(self, lease: str, key: str, tokens: int) -> Any:
-        try:
-            return await asyncio.wait_for(self._pool.lease.remote(lease, key, tokens), _healing_s(self._config))
-        except RayTaskError as error:
-            raise plain(error) from None
-        except (*DIED, TimeoutError):
-            raise EngineUnavailable("the engine pool does not answer") from None
-
-    async def _generate(self, engine: Any, prompt_ids: Sequence[int], sampling: Sampling, seed: int) -> Generation:
-        deadline_s = self._config.generate_deadline_s
-        call = engine.generate.remote(list(prompt_ids), sampling, seed, deadline_s)
-        try:
-            generation: Generation = await asyncio.wait_for(call, deadline_s + _CONTROL_DEADLINE_S)
-        except asyncio.CancelledError:
-            ray.cancel(call)
-            raise
-        # What an engine raises reaches us as a RayTaskError that also is of the class of its cause.
-        except (*DIED, EngineUnavailable, TimeoutError) as error:
-            raise _EngineFailed from error
-        return generation
-
-
-def _named_pool_client(config: EnginesConfig) -> PoolClient:
-    return PoolClient(ray.get_actor(POOL_NAME), config)
-
-
-class _EngineFailed(Exception):
-    """A request failed because of its engine, so that another engine may answer it."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The pool as the driver holds it."""
-
-    actor: Any
-    config: EnginesConfig
-
-    @property
-    def client(self) -> PoolClient:
-        return PoolClient(self.actor, self.config)
-
-    def deploy(self, policy: Path, version: str) -> None:
-        """Serve the policy of a folder, under a version label, from all engines.
-
-        Raises:
-            EngineUnavailable: one that died or missed the deadline could not be replaced.
-        """
-        deadline_s = self.config.sync_deadline_s + 2 * _healing_s(self.config)
-        _wait(self.actor.deploy.remote(str(policy), version), deadline_s)
-
-    def engines(self) -> list[Any]:
-        """Handles of all replicas, for a trainer that is going to send weights to them; replaces those that died.
-
-        Raises:
-            EngineUnavailable: one died and could not be replaced.
-        """
-        return list(_wait(self.actor.engines.remote(), _healing_s(self.config)))
-
-    def enter(self, round_number: int, stage: str) -> None:
-        """Label what the pool reports from now on; waits for nothing."""
-        self.actor.enter.remote(round_number, stage)
-
-    def counts(self) -> Counter[str]:
-        """What has happened since the pool started.
-
-        `requests` that were answered, `requests_moved` from an engine that failed to another one, `engine_restarts`;
-        and in tokens `prompt_tokens`, of which the prefix caches held `cached_tokens`, and `response_tokens`.
-        """
-        return Counter(_wait(self.actor.counts.remote(), _CONTROL_DEADLINE_S))
-
-
 @contextmanager
 def engine_pool(
     config: EnginesConfig, policy: Path, *, on_gpu: bool, engine: type = Engine, router: type[Router] = Router
@@ -394,28 +282,11 @@ def engine_pool(
     places = [placement_group([takes], "STRICT_PACK") for _ in range(config.count)]
     handle = start(config, places, on_gpu=on_gpu, engine=engine, router=router)
     try:
-        _wait(handle.start.remote(str(policy)), config.start_deadline_s + _CONTROL_DEADLINE_S)
+        answer_of(handle.start.remote(str(policy)), config.start_deadline_s + CONTROL_DEADLINE_S)
         yield Pool(handle, config)
     finally:
         with suppress(RunFailed):  # what does not stop by itself is ended with its actor
-            _wait(handle.shutdown.remote(), 2 * _CONTROL_DEADLINE_S)
+            answer_of(handle.shutdown.remote(), 2 * CONTROL_DEADLINE_S)
         ray.kill(handle)
         for place in places:
             remove_placement_group(place)
-
-
-def _healing_s(config: EnginesConfig) -> float:
-    """How long an answer of the pool may take that waits for a replica to be replaced."""
-    return config.stall_deadline_s + config.start_deadline_s + 2 * _CONTROL_DEADLINE_S
-
-
-def _wait(reference: Any, timeout_s: float) -> Any:
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except GetTimeoutError:
-        dump_stacks()
-        raise EngineUnavailable(f"the engine pool did not answer within {timeout_s:.0f} s") from None
-    except RayTaskError as error:
-        raise plain(error) from error
-    except DIED as error:
-        raise EngineUnavailable(f"the engine pool died: {one_line(error, 0)}") from error

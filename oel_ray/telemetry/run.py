@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 class CountsRequests(Protocol):
-    """The engine pool, as far as telemetry asks it; see `oel_ray.engines.pool.Pool`."""
+    """The engine pool, as far as telemetry asks it; see `oel_ray.engines.client.Pool`."""
 
     def enter(self, round_number: int, stage: str) -> None: ...
     def counts(self) -> Counter[str]: ...

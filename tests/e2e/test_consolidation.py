@@ -14,7 +14,8 @@ from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.job import Job
 from oel_ray.consolidate.prefixes import Draw
 from oel_ray.consolidate.stage import consolidate
-from oel_ray.engines.pool import Pool, engine_pool
+from oel_ray.engines.client import Pool
+from oel_ray.engines.pool import engine_pool
 from oel_ray.models.resolve import SMOLLM2, resolve_model
 from oel_ray.records import KnowledgeText, Prefix
 from oel_ray.text.chat import ChatFormat

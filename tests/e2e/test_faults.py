@@ -18,7 +18,8 @@ from oel_ray.cluster.session import ray_cluster
 from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config.load import parse_config
 from oel_ray.config.schema import RunConfig
-from oel_ray.engines.pool import Pool, engine_pool
+from oel_ray.engines.client import Pool
+from oel_ray.engines.pool import engine_pool
 from oel_ray.envs.splits import training_episodes
 from oel_ray.records import Trajectory
 from tests.engines.served import assert_gone, children

@@ -16,7 +16,8 @@ import oel_ray.cluster.session  # noqa: F401 - sets what Ray reads when it is im
 
 import ray  # isort: skip
 
-from oel_ray.engines.pool import POOL_NAME, Pool, engine_pool
+from oel_ray.engines.client import POOL_NAME, Pool
+from oel_ray.engines.pool import engine_pool
 from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
 from oel_ray.weights.sync import EngineSyncClient, WeightSync
@@ -131,7 +132,7 @@ def test_requests_of_a_dead_engine_go_to_the_other_until_none_is_left() -> None:
 
 
 def test_a_deadline_is_kept_whatever_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oel_ray.engines.pool._CONTROL_DEADLINE_S", 2.0)
+    monkeypatch.setattr("oel_ray.engines.client.CONTROL_DEADLINE_S", 2.0)
     with two_engines(generate_deadline_s=0.5, max_restarts=0) as pool:
         behave("wait", 0)
         started = time.monotonic()
@@ -155,7 +156,7 @@ def test_dead_engines_are_replaced_and_serve_the_current_weights() -> None:
 
 
 def test_a_hung_engine_is_ended_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oel_ray.engines.pool._CONTROL_DEADLINE_S", 2.0)
+    monkeypatch.setattr("oel_ray.engines.client.CONTROL_DEADLINE_S", 2.0)
     with two_engines(generate_deadline_s=0.5) as pool:
         pool.deploy(Path("policy"), "r001")
         behave("stand still", 0, 1)

@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks import harness, serving
 from benchmarks.simulated import Simulation, simulated
-from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config.schema import RunConfig
 from oel_ray.models.resolve import resolve_model
+from oel_ray.play.players import Game, Players, player_pool
 
 import ray  # isort: skip - behind what sets its environment
 
@@ -36,7 +36,7 @@ def measure(config: RunConfig, games_per_seat: int, runs: int) -> dict[str, Any]
     games = serving.training_games(config, collect.players * collect.seats * games_per_seat)
     with (
         serving.serving(config, engine=simulated(simulation)) as served,
-        players(config, served.policy, served.pool.client) as every,
+        player_pool(config, served.policy, served.pool.client) as every,
     ):
         one = some_players(1, collect.seats)
         every.play(games[: collect.players], lambda _: None)  # warms up

@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks import harness, serving
 from benchmarks.simulated import Reply, Simulation, simulated
-from oel_ray.collect.stage import players
 from oel_ray.config.schema import RunConfig
 from oel_ray.extract.stage import ExtractionWorker, extract
+from oel_ray.play.players import player_pool
 from oel_ray.records import KnowledgeText, Trajectory
 from oel_ray.text import prompts
 from oel_ray.text.chat import THINK_CLOSE
@@ -62,7 +62,7 @@ def measure(config: RunConfig, runs: int) -> dict[str, Any]:
     """The benchmark's result."""
     games = serving.training_games(config, config.collect.extraction_games)
     with serving.serving(config) as served:
-        with players(config, served.policy, served.pool.client) as gamers:
+        with player_pool(config, served.policy, served.pool.client) as gamers:
             trajectories = [trajectory for trajectory, _ in gamers.play(games, lambda _: None)]
         pairs, texts = _pairs(trajectories, served, runs)
         start = start_s(served)

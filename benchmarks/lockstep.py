@@ -17,9 +17,9 @@ from typing import Any
 
 from benchmarks import harness, serving
 from benchmarks.simulated import Simulation, simulated
-from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config.schema import RunConfig
 from oel_ray.envs import Environment, make
+from oel_ray.play.players import Game, Players, player_pool
 from oel_ray.records import Generation, Sampling, Trajectory, Turn
 from oel_ray.seeds import derive_seed
 from oel_ray.text import prompts
@@ -95,7 +95,7 @@ def measure(config: RunConfig, runs: int) -> dict[str, Any]:
     with (
         serving.serving(config) as served,
         serving.plain_engines(config.engines, served.policy, on_gpu=served.on_gpu) as (plain,),
-        players(config, served.policy, served.pool.client) as gamers,
+        player_pool(config, served.policy, served.pool.client) as gamers,
     ):
 
         def respond(requests: Sequence[serving.Request], sampling: Sampling) -> list[Generation]:
@@ -128,7 +128,7 @@ def _with_simulated_engine(
     simulation = Simulation(serving.recorded_replies(played))
     with (
         serving.serving(config, engine=simulated(simulation)) as served,
-        players(config, served.policy, served.pool.client) as gamers,
+        player_pool(config, served.policy, served.pool.client) as gamers,
     ):
         (engine,) = served.pool.engines()
 

@@ -17,8 +17,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks import harness, serving
-from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config.schema import RunConfig
+from oel_ray.play.players import Game, Players, player_pool
 from oel_ray.records import Sampling, Trajectory
 
 GOAL = ">= 0.95"
@@ -36,7 +36,7 @@ def measure(config: RunConfig, episodes_per_seat: int, runs: int) -> dict[str, A
     with (
         serving.serving(config) as served,
         serving.plain_engines(config.engines, served.policy, on_gpu=served.on_gpu) as plain,
-        players(config, served.policy, served.pool.client) as gamers,
+        player_pool(config, served.policy, served.pool.client) as gamers,
     ):
         play(served, gamers, games[:seats])  # warms up
         ours, theirs, at_once = [], [], []

@@ -22,10 +22,10 @@ from typing import Any
 from benchmarks import harness, serving
 from benchmarks.collectors import some_players
 from benchmarks.simulated import Simulation, simulated
-from oel_ray.collect.stage import Game, Players, players
 from oel_ray.engines.router import Replica, Router
 from oel_ray.envs import make
 from oel_ray.models.resolve import resolve_model
+from oel_ray.play.players import Game, Players, player_pool
 from oel_ray.records import KnowledgeText, Trajectory
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat
@@ -86,7 +86,7 @@ class Sweep:
             config = self._config(*MOST, f"engines.count={engines}")
             with (
                 serving.serving(config, engine=self._engine(SIMULATION)) as served,
-                players(config, served.policy, served.pool.client) as all_seats,
+                player_pool(config, served.policy, served.pool.client) as all_seats,
             ):
                 all_seats.play(self._games[:1], lambda _: None)
                 for seats in SMALL_SEATS if self._small else SEATS:
@@ -106,7 +106,7 @@ class Sweep:
         points = []
         with (
             serving.serving(config, engine=self._engine(AT_ONCE)) as served,
-            players(config, served.policy, served.pool.client) as all_actors,
+            player_pool(config, served.policy, served.pool.client) as all_actors,
         ):
             all_actors.play(self._games[: 2 * most], lambda _: None)
             for actors in range(1, most + 1):
@@ -130,7 +130,7 @@ class Sweep:
         for name, router in ROUTERS.items():
             with (
                 serving.serving(config, engine=self._engine(SIMULATION), router=router) as served,
-                players(config, served.policy, served.pool.client) as gamers,
+                player_pool(config, served.policy, served.pool.client) as gamers,
             ):
                 gamers.play(games[:1], lambda _: None)
                 served.fresh()

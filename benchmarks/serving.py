@@ -21,7 +21,6 @@ import ray  # isort: skip
 
 from benchmarks import harness
 from benchmarks.simulated import Reply, Simulation
-from oel_ray.collect.stage import Game
 from oel_ray.config.load import load_config
 from oel_ray.config.precision import auto_here
 from oel_ray.config.schema import EnginesConfig, RunConfig
@@ -32,6 +31,7 @@ from oel_ray.engines.router import Router
 from oel_ray.envs import make
 from oel_ray.envs.splits import training_episodes
 from oel_ray.models.resolve import resolve_model
+from oel_ray.play.players import Game
 from oel_ray.records import Generation, Sampling, Trajectory
 from oel_ray.seeds import derive_seed
 from oel_ray.text.chat import THINK_CLOSE, ChatFormat

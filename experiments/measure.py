@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.records import Condition, Point
-from oel_ray.evaluate.metrics import Evaluation, Score
+from oel_ray.play.scores import Evaluation, Score
 from oel_ray.records import KnowledgeText, Record, content_hash
 from oel_ray.runs.files import fingerprint, read_json
 from oel_ray.runs.folder import RunFolder

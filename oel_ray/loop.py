@@ -20,7 +20,6 @@ from typing import Any
 
 from oel_ray.cluster.session import ray_cluster
 from oel_ray.cluster.stacks import HANG_FOLDER
-from oel_ray.collect.stage import Game, Players, play_missing, players
 from oel_ray.config.precision import precisions
 from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.prefixes import prefixes, step_batches
@@ -29,9 +28,10 @@ from oel_ray.engines.pool import engine_pool
 from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import RunFailed
-from oel_ray.evaluate.stage import evaluated, evaluated_round, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.models.resolve import resolve_model
+from oel_ray.play.evaluation import as_evaluation_game, plan_games, score_round
+from oel_ray.play.players import Game, Players, play_missing, player_pool
 from oel_ray.preflight import tell_outlook
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
 from oel_ray.runs import layout
@@ -71,11 +71,11 @@ def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequenc
         progress.note(f"starting {config.engines.count} engines on {policy}")
         with (
             engine_pool(config.engines, policy, on_gpu=on_gpu) as pool,
-            players(config, policy, pool.client, folder.frame) as gamers,
+            player_pool(config, policy, pool.client, folder.frame) as players,
             tracking(config, folder.run_id, folder.path, progress.note) as track,
         ):
-            telemetry = Telemetry(folder, progress, pool, gamers, track)
-            rounds = Rounds(config, folder, progress, pool, gamers, telemetry, on_gpu=on_gpu)
+            telemetry = Telemetry(folder, progress, pool, players, track)
+            rounds = Rounds(config, folder, progress, pool, players, telemetry, on_gpu=on_gpu)
             for number, name in todo:
                 getattr(rounds, name)(number)
 
@@ -213,15 +213,15 @@ class Rounds:
         return {"random": random, "oracle": oracle_rate(self.held_out, turns)}
 
     def _evaluate(self, number: int, name: str, policy_of: int, knowledge: list[list[KnowledgeText]]) -> None:
-        planned = evaluation_games(self.held_out, self.config.evaluate, number, knowledge)
+        planned = plan_games(self.held_out, self.config.evaluate, number, knowledge)
         with self._stage(number, name, len(planned), "games") as (stage, progress):
             self._begin(stage, policy_of, planned)
             journal = stage.journal("games.jsonl", EvaluationGame, self.progress.note)
-            games = play_missing(self.players, planned, journal, evaluated, progress.update)
+            games = play_missing(self.players, planned, journal, as_evaluation_game, progress.update)
             if name == layout.EVALUATE_IN_CONTEXT:
                 stage.commit([stage.out.in_context], {"in_context": write_jsonl(stage.out.in_context, games)})
                 return
-            result = evaluated_round(self.folder, number, games, self.config.gate, self.baselines)
+            result = score_round(self.folder, number, games, self.config.gate, self.baselines)
             if result.gate:
                 self.progress.note(f"round {number}: {result.gate}")
             stage.out.evaluation.write_bytes(result.to_json() + b"\n")

@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from oel_ray.errors import UserError
-from oel_ray.evaluate.metrics import Gate
 from oel_ray.formats import ABSENT, clock, digits
+from oel_ray.play.scores import Gate
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
 from oel_ray.runs.files import read_json
 from oel_ray.runs.folder import RunFolder

@@ -17,9 +17,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from oel_ray.errors import UserError
-from oel_ray.evaluate.metrics import Evaluation, Gate, Score, by_step, passed_gate, score
 from oel_ray.extract.items import growth
 from oel_ray.ids import evaluation_ids, training_id
+from oel_ray.play.scores import Evaluation, Gate, Score, by_step, passed_gate, score
 from oel_ray.records import EvaluationGame, KnowledgeText, TrainingSplit, Trajectory, first_problem, join_items
 from oel_ray.runs import layout
 from oel_ray.runs.folder import RunFolder

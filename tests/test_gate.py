@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from oel_ray import loop
-from oel_ray.collect.stage import Game
 from oel_ray.config.schema import GateConfig
 from oel_ray.errors import UserError
-from oel_ray.evaluate.metrics import passed_gate
+from oel_ray.play.players import Game
+from oel_ray.play.scores import passed_gate
 from oel_ray.preflight import starting_at
 from oel_ray.records import EvaluationGame, Trajectory
 from oel_ray.report.data import read_report

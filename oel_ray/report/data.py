@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from oel_ray.evaluate.metrics import Evaluation, Score, by_step, score
+from oel_ray.play.scores import Evaluation, Score, by_step, score
 from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, read_jsonl
 from oel_ray.runs import layout
 from oel_ray.runs.files import read_json

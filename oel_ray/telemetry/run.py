@@ -28,7 +28,7 @@ class CountsRequests(Protocol):
 
 
 class CountsFailures(Protocol):
-    """The players, as far as telemetry asks them; see `oel_ray.collect.stage.Players`."""
+    """The players, as far as telemetry asks them; see `oel_ray.play.players.Players`."""
 
     def pop_failures(self) -> dict[str, int]: ...
 

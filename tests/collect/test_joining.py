@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from oel_ray.collect.stage import Game, players
 from oel_ray.config.schema import CollectConfig, RunConfig
+from oel_ray.play.players import Game, player_pool
 from oel_ray.records import Episode, Generation, Sampling
 from tests.collect import shaky_games
 from tests.envs.installed import installed
@@ -74,7 +74,7 @@ def test_a_node_that_joins_takes_games_and_one_that_dies_loses_none(policy: Path
                 (old,) = (node for node in cluster.worker_nodes if node.node_id == asked[0])
                 cluster.remove_node(old, allow_graceful=False)
 
-        with players(RunConfig(collect=limits), policy, Slow(log)) as gamers:
+        with player_pool(RunConfig(collect=limits), policy, Slow(log)) as gamers:
             played = gamers.play(games(tmp_path / "marks", total), disturb)
             failures = gamers.pop_failures()
     assert [game.id for game, _ in played] == [f"g{n}" for n in range(total)]
@@ -87,5 +87,5 @@ def test_a_node_that_joins_takes_games_and_one_that_dies_loses_none(policy: Path
 def test_players_keep_away_from_gpus_as_long_as_there_is_room(policy: Path, tmp_path: Path) -> None:
     with raylets({"num_cpus": 8, "num_gpus": 2}, {"num_cpus": 2}):
         (small,) = (node["NodeID"] for node in ray.nodes() if node["Resources"].get("CPU") == 2)
-        with players(RunConfig(collect=CollectConfig(players=3)), policy, Slow(tmp_path / "log")) as gamers:
+        with player_pool(RunConfig(collect=CollectConfig(players=3)), policy, Slow(tmp_path / "log")) as gamers:
             assert nodes_of(gamers.actors).count(small) == 2

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray.collect.player import Player, player_actor
 from oel_ray.config.budget import play_response
 from oel_ray.config.schema import EnginesConfig, EnvironmentConfig, RunConfig
 from oel_ray.consolidate.prefixes import prefixes
@@ -13,6 +12,7 @@ from oel_ray.envs import make
 from oel_ray.envs.replay import replay
 from oel_ray.envs.splits import held_out_episodes
 from oel_ray.errors import RunFailed
+from oel_ray.play.player import Player, player_actor
 from oel_ray.records import Episode, Trajectory
 from oel_ray.seeds import derive_seed
 from oel_ray.text import prompts

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from oel_ray.collect.stage import Game, Players, play_missing
 from oel_ray.errors import RunFailed
+from oel_ray.play.players import Game, Players, play_missing
 from oel_ray.records import Episode, Trajectory
 from oel_ray.runs.journal import Journal
 from tests.scripted import SAMPLING

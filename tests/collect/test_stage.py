@@ -13,11 +13,11 @@ import oel_ray.cluster.session  # noqa: F401 - sets what Ray reads when it is im
 import ray  # isort: skip
 
 from oel_ray.cluster.stacks import HANG_FOLDER
-from oel_ray.collect.player import player_actor
-from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config.schema import CollectConfig, EnvironmentConfig, RunConfig
 from oel_ray.envs.splits import training_episodes
 from oel_ray.errors import RunFailed
+from oel_ray.play.player import player_actor
+from oel_ray.play.players import Game, Players, player_pool
 from oel_ray.records import Episode, Trajectory
 from tests.collect import shaky_games
 from tests.envs.installed import installed
@@ -41,7 +41,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def gamers(policy: Path) -> Iterator[Players]:
     config = RunConfig(collect=LIMITS.model_copy(update={"players": 2, "seats": SEATS}))
-    with players(config, policy, ScriptedGenerate(["[go]"])) as gamers:
+    with player_pool(config, policy, ScriptedGenerate(["[go]"])) as gamers:
         yield gamers
 
 

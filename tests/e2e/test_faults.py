@@ -15,12 +15,12 @@ import psutil
 import pytest
 
 from oel_ray.cluster.session import ray_cluster
-from oel_ray.collect.stage import Game, Players, players
 from oel_ray.config.load import parse_config
 from oel_ray.config.schema import RunConfig
 from oel_ray.engines.client import Pool
 from oel_ray.engines.pool import engine_pool
 from oel_ray.envs.splits import training_episodes
+from oel_ray.play.players import Game, Players, player_pool
 from oel_ray.records import Trajectory
 from tests.engines.served import assert_gone, children
 from tests.tiny_models import save_tiny_model
@@ -82,7 +82,7 @@ def serving(model: Path, name: str, player_count: int, max_tokens: int, **engine
     with (
         ray_cluster(config, name, print),
         engine_pool(config.engines, model, on_gpu=False) as pool,
-        players(config, model, pool.client) as gamers,
+        player_pool(config, model, pool.client) as gamers,
     ):
         pool.deploy(model, "r000")
         yield Stage(config, pool, gamers)

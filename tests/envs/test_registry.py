@@ -81,7 +81,7 @@ def test_an_installed_package_adds_environments_and_comes_first(tmp_path: Path) 
 
 
 def test_importing_the_package_imports_no_textarena() -> None:
-    code = "import oel_ray.envs.splits, oel_ray.envs.baselines, oel_ray.envs.replay, oel_ray.collect.player, sys\n"
+    code = "import oel_ray.envs.splits, oel_ray.envs.baselines, oel_ray.envs.replay, oel_ray.play.player, sys\n"
     code += "assert not {'textarena', 'ray', 'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oel_ray.evaluate.metrics import Evaluation, evaluation, score
+from oel_ray.play.scores import Evaluation, score, summarize
 from oel_ray.records import EvaluationGame, Turn
 
 
@@ -64,13 +64,13 @@ def test_score_and_evaluation() -> None:
     numbers = score(games)
     assert (numbers.pass_rate, numbers.games, numbers.seeds) == (0.25, 4, 2)
     assert numbers.response_tokens_per_turn == 4.0
-    whole = evaluation(games, games[:1], random=0.1, oracle=None)
+    whole = summarize(games, games[:1], random=0.1, oracle=None)
     assert whole.in_context == score(games[:1])
     assert list(whole.model_dump()) == [
         "pass_rate", "pass_rate_se", "games", "seeds", "response_tokens_per_turn", "random", "oracle", "in_context",
         "in_context_steps", "gate",
     ]  # fmt: skip
-    without = evaluation(games, [], random=None, oracle=None)
+    without = summarize(games, [], random=None, oracle=None)
     assert (without.in_context, without.in_context_steps) == (None, ())
 
 
@@ -79,7 +79,7 @@ def test_earlier_knowledge_has_scores_of_its_own() -> None:
         return game("a", 0, won).model_copy(update={"condition": "in_context", "knowledge_step": step})
 
     played = [read(7, True), read(7, True), read(4, True), read(1, False), read(4, False)]
-    whole = evaluation([game("a", 0, False)], played, random=None, oracle=None)
+    whole = summarize([game("a", 0, False)], played, random=None, oracle=None)
     assert whole.in_context == score(played[:2])
     assert [(part.step, part.pass_rate, part.games) for part in whole.in_context_steps] == [(1, 0.0, 1), (4, 0.5, 2)]
     assert Evaluation.from_json(whole.to_json()) == whole

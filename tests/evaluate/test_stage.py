@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from oel_ray.config.schema import EvaluateConfig
-from oel_ray.evaluate.stage import evaluated, evaluation_games
 from oel_ray.extract.items import growth
 from oel_ray.ids import held_out_id
+from oel_ray.play.evaluation import as_evaluation_game, plan_games
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory
 from tests import example_run
 
@@ -14,9 +14,9 @@ def evaluate(knowledge: Sequence[Sequence[KnowledgeText]]) -> tuple[list[Evaluat
     """The games as they are kept, and the knowledge in their prompts."""
     drawn = {"round": 0, "split": "held_out", "env": "e", "params": {}}
     maps = [Episode(id=held_out_id(n), seed=n, map_hash=f"m{n}", **drawn) for n in range(2)]
-    planned = evaluation_games(maps, EvaluateConfig(seeds=2), 1, knowledge)
+    planned = plan_games(maps, EvaluateConfig(seeds=2), 1, knowledge)
     end = {"instructions": "", "template": "", "turns": [], "outcome": "", "ended_by": "environment"}
-    played = [evaluated(game, Trajectory(**game.episode.model_dump(), **end), True) for game in planned]
+    played = [as_evaluation_game(game, Trajectory(**game.episode.model_dump(), **end), True) for game in planned]
     return played, [game.knowledge.text if game.knowledge else "" for game in planned]
 
 

@@ -20,9 +20,9 @@ from ray.exceptions import RayTaskError
 from oel_ray.cluster.actors import DIED, WATCH
 from oel_ray.cluster.demand import ray_options
 from oel_ray.cluster.stacks import dump_stacks
-from oel_ray.collect.player import player_actor
 from oel_ray.config.schema import CollectConfig, RunConfig
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
+from oel_ray.play.player import player_actor
 from oel_ray.records import Episode, Frame, Generate, KnowledgeText, Sampling, Trajectory
 from oel_ray.runs.journal import Journal
 from oel_ray.stopping import draining
@@ -262,7 +262,7 @@ def play_missing(
 
 
 @contextmanager
-def players(config: RunConfig, policy: Path, generate: Generate, frame: Frame | None = None) -> Iterator[Players]:
+def player_pool(config: RunConfig, policy: Path, generate: Generate, frame: Frame | None = None) -> Iterator[Players]:
     """Start the player actors of a run; `policy` gives the tokenizer, which no round changes, `frame` is the run's."""
     collect, resources = config.collect, ray_options(config.collect.resources)
     numbers = itertools.count()

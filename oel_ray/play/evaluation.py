@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
-from oel_ray.collect.stage import Game
 from oel_ray.config.schema import EvaluateConfig, GateConfig
-from oel_ray.evaluate.metrics import Evaluation, evaluation, passed_gate
 from oel_ray.ids import evaluation_ids
+from oel_ray.play.players import Game
+from oel_ray.play.scores import Evaluation, passed_gate, summarize
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Trajectory, read_jsonl
 from oel_ray.runs.folder import RunFolder
 
 
-def evaluation_games(
+def plan_games(
     held_out: Sequence[Episode],
     config: EvaluateConfig,
     round_number: int,
@@ -35,7 +35,7 @@ def evaluation_games(
     return games
 
 
-def evaluated(game: Game, trajectory: Trajectory, success: bool) -> EvaluationGame:
+def as_evaluation_game(game: Game, trajectory: Trajectory, success: bool) -> EvaluationGame:
     """A game of an evaluation as it is kept."""
     return EvaluationGame(
         **trajectory.model_dump(),
@@ -47,7 +47,7 @@ def evaluated(game: Game, trajectory: Trajectory, success: bool) -> EvaluationGa
     )
 
 
-def evaluated_round(
+def score_round(
     folder: RunFolder, number: int, games: list[EvaluationGame], config: GateConfig, baselines: dict[str, float | None]
 ) -> Evaluation:
     """What `evaluation.json` says of a round by the games of its new policy, and by those that lie in its folder."""
@@ -57,4 +57,4 @@ def evaluated_round(
         played = read_jsonl(folder.files(old).evaluation_games, EvaluationGame)
         gate = passed_gate(old, played, number, games, config)
     in_context = read_jsonl(seen, EvaluationGame) if seen.exists() else []
-    return evaluation(games, in_context, random=baselines["random"], oracle=baselines["oracle"], gate=gate)
+    return summarize(games, in_context, random=baselines["random"], oracle=baselines["oracle"], gate=gate)

@@ -75,7 +75,7 @@ def score(games: Sequence[EvaluationGame]) -> Score:
     )
 
 
-def evaluation(
+def summarize(
     policy: Sequence[EvaluationGame],
     in_context: Sequence[EvaluationGame],
     *,

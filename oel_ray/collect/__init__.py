@@ -1,1 +1,0 @@
-"""Collecting trajectories: players, on the user's side. Runs in player actors."""

@@ -18,7 +18,7 @@ from experiments import beyond, knowledge_vs_raw, model_size, on_vs_off_policy, 
 from experiments.records import ArmResult, Arms, Condition, Experiment, Key, Point, Start
 from experiments.statistics import Estimate, estimate, verdict
 from oel_ray.errors import UserError
-from oel_ray.report.figures import CONTEXT, ORACLE, POLICY, RANDOM, canvas_and_axes
+from oel_ray.views.report.figures import CONTEXT, ORACLE, POLICY, RANDOM, canvas_and_axes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"

@@ -18,13 +18,13 @@ from experiments import ifeval, measure
 from experiments.records import ROUND, Arm, ArmResult, Experiment, Import, Imported, Point, Recipe, Start
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
-from oel_ray.explain import Sizes
 from oel_ray.models.resolve import MICRO
 from oel_ray.records import KnowledgeText, Trajectory, content_hash, read_jsonl
 from oel_ray.runs.files import write_atomically
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import CONSOLIDATE, EVALUATE, EXTRACT, IMPORT_KNOWLEDGE, IMPORT_OF, RUN_FILE
 from oel_ray.runs.schedule import Committed, is_done, unfinished
+from oel_ray.views.explain import Sizes
 
 OEL = (sys.executable, "-m", "oel_ray")
 RESULTS = Path("experiments/results")

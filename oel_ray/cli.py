@@ -23,8 +23,9 @@ from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import TrainingSplit
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import RUN_FILE
-from oel_ray.show import next_steps, plain, remarks, summary_table
 from oel_ray.telemetry.progress import Progress
+from oel_ray.views.show import next_steps, remarks, summary_table
+from oel_ray.views.terminal import plain
 
 app = typer.Typer(
     name="oel",
@@ -67,8 +68,8 @@ def run(
     A round collects games, extracts knowledge, consolidates it into the policy and evaluates. Stages that are done
     are never done again.
     """
-    from oel_ray.explain import headline
     from oel_ray.preflight import preflight, preflight_resumed
+    from oel_ray.views.explain import headline
 
     if allow_config_change and not resume:
         raise UserError("--allow-config-change is for a run that goes on: add --resume, or leave it out")
@@ -217,7 +218,7 @@ def show(
     ] = None,
 ) -> None:
     """Read a run, a game or a knowledge text."""
-    from oel_ray.show import show as show_run
+    from oel_ray.views.show import show as show_run
 
     show_run(run_dir, identifier, Console())
 
@@ -234,8 +235,8 @@ def knowledge(
 
     After --drop, 'oel run --resume' does again what learned from that game; the old files stay in the quarantine.
     """
-    from oel_ray import knowledge as learned
     from oel_ray.runs import takeback
+    from oel_ray.views import knowledge as learned
 
     lines = learned.difference(RunFolder.open(run_dir), *diff) if diff else learned.listing(RunFolder.open(run_dir))
     if drop:
@@ -278,7 +279,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Where to write it.  [RUN_DIR/report]")] = None,
 ) -> None:
     """Write a page about a run, with its figures: one HTML file that needs no network, and PNGs."""
-    from oel_ray.report.page import write_report
+    from oel_ray.views.report.page import write_report
 
     print(write_report(run_dir, out))
 
@@ -293,7 +294,7 @@ def verify(
     Prints a line per broken promise, with file and line; exit code 1 if there is one.
     """
     from oel_ray.envs.replay import replay as play_again
-    from oel_ray.verify import verify as verify_run
+    from oel_ray.views.verify import verify as verify_run
 
     findings = verify_run(run_dir, play_again if replay else None)
     if findings:
@@ -306,7 +307,7 @@ def verify(
 def show_config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved configuration, and as comments what follows from it."""
     from oel_ray.config.precision import auto_here
-    from oel_ray.explain import explain
+    from oel_ray.views.explain import explain
 
     settings = _load(config, overrides)
     print(settings.to_yaml(), end="")
@@ -359,7 +360,7 @@ def envs(
 
     With an ID: its parameters, a first text, distinct maps, and how far a random and a perfect player get.
     """
-    from oel_ray.envs.catalog import catalog_table, description
+    from oel_ray.views.environments import catalog_table, description
 
     Console().print(catalog_table() if env_id is None else description(_environment(env_id, params, turns)))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from oel_ray.runs.folder import RunFolder
-from oel_ray.verify import verify
+from oel_ray.views.verify import verify
 from tests import example_run
 
 FAKE_LOOP = """
@@ -204,8 +204,10 @@ def test_config_prints_what_it_resolves_to(folder: Path) -> None:
 
 def test_what_only_prints_is_light() -> None:
     heavy = "{'ray', 'torch', 'vllm', 'transformers', 'deepspeed', 'textarena', 'matplotlib', 'jinja2'}"
-    modules = "oel_ray.cli, oel_ray.cluster.demand, oel_ray.cluster.session, oel_ray.runs.folder, oel_ray.report.page"
-    modules += ", oel_ray.verify, oel_ray.show"
+    modules = (
+        "oel_ray.cli, oel_ray.cluster.demand, oel_ray.cluster.session, oel_ray.runs.folder, oel_ray.views.report.page"
+    )
+    modules += ", oel_ray.views.verify, oel_ray.views.show"
     code = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout == "set()\n"

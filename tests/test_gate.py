@@ -19,15 +19,15 @@ from oel_ray.play.players import Game
 from oel_ray.play.scores import passed_gate
 from oel_ray.preflight import starting_at
 from oel_ray.records import EvaluationGame, Trajectory
-from oel_ray.report.data import read_report
 from oel_ray.runs import layout
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.schedule import check_ready, planned_stages
 from oel_ray.runs.stage import Stage
-from oel_ray.show import remarks
 from oel_ray.telemetry.progress import Progress
 from oel_ray.telemetry.run import Telemetry
-from oel_ray.verify import verify
+from oel_ray.views.report.data import read_report
+from oel_ray.views.show import remarks
+from oel_ray.views.verify import verify
 from tests import example_run
 
 GATED = {"gate": {"enabled": True}, "model": "micro"}

@@ -11,9 +11,9 @@ from oel_ray.errors import UserError
 from oel_ray.imports.games import put_trajectories, read_trajectories
 from oel_ray.imports.knowledge import ELSEWHERE, put_knowledge, read_knowledge
 from oel_ray.runs.folder import RunFolder
-from oel_ray.show import remarks
 from oel_ray.text.chat import ChatFormat
-from oel_ray.verify import verify
+from oel_ray.views.show import remarks
+from oel_ray.views.verify import verify
 from tests import example_run
 from tests.tokenizers_for_tests import small_tokenizer
 

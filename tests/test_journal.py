@@ -9,7 +9,7 @@ from oel_ray.errors import RunFailed
 from oel_ray.records import AccumulationStep
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.journal import Journal
-from oel_ray.verify import verify
+from oel_ray.views.verify import verify
 from tests import example_run
 
 STEPS = example_run.knowledge_text(1, 0).steps

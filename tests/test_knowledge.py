@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from oel_ray import knowledge
 from oel_ray.errors import UserError
 from oel_ray.extract.items import growth
 from oel_ray.runs import takeback
 from oel_ray.runs.folder import RunFolder
-from oel_ray.verify import verify
+from oel_ray.views import knowledge
+from oel_ray.views.verify import verify
 from tests import example_run
 
 LAST = "r001-x-0001"

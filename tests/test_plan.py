@@ -7,8 +7,8 @@ from oel_ray.config.budget import readings
 from oel_ray.config.load import load_config
 from oel_ray.config.precision import Auto
 from oel_ray.distill.memory import ModelSize
-from oel_ray.explain import explain, headline
 from oel_ray.preflight import outlook
+from oel_ray.views.explain import explain, headline
 
 AUTO = Auto(precision="float32", because="of this")
 

@@ -18,8 +18,8 @@ from oel_ray.runs.files import read_json, write_atomically
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.lock import LOCK_FILE, TAKEOVER_FILE, Holder
 from oel_ray.runs.stage import Stage
-from oel_ray.show import remarks
-from oel_ray.verify import verify
+from oel_ray.views.show import remarks
+from oel_ray.views.verify import verify
 from tests import example_run
 from tests.example_run import small_config
 

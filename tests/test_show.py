@@ -9,7 +9,7 @@ from rich.console import Console
 from oel_ray.errors import UserError
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.stage import Stage
-from oel_ray.show import next_steps, show, summary_table
+from oel_ray.views.show import next_steps, show, summary_table
 from tests import example_run
 
 

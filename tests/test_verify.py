@@ -13,7 +13,7 @@ from oel_ray.records import EvaluationGame, Trajectory
 from oel_ray.runs.files import fingerprint
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import RoundFiles
-from oel_ray.verify import verify
+from oel_ray.views.verify import verify
 from tests import example_run
 from tests.example_run import edit_json
 

@@ -17,7 +17,7 @@ import requests
 import yaml
 
 from oel_ray.runs.folder import RunFolder
-from oel_ray.verify import verify
+from oel_ray.views.verify import verify
 from tests.e2e.test_run import SMALL
 from tests.tiny_models import save_tiny_model
 

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console, RenderableType
 
 from oel_ray.config.schema import EnvironmentConfig
-from oel_ray.envs import catalog as catalog_module
-from oel_ray.envs.catalog import catalog, catalog_table, description, facts
 from oel_ray.envs.registry import known_ids
+from oel_ray.views import environments as catalog_module
+from oel_ray.views.environments import catalog, catalog_table, description, facts
 from tests.envs.installed import installed
 
 LAKE = EnvironmentConfig(id="FrozenLake-v0", params={"size": 3, "num_holes": 2})

@@ -12,11 +12,11 @@ import pytest
 
 from oel_ray.errors import UserError
 from oel_ray.records import EvaluationGame, KnowledgeText
-from oel_ray.report.data import choose_pairs, read_report
-from oel_ray.report.figures import canvas_and_axes, figures
-from oel_ray.report.page import write_report
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.stage import Stage
+from oel_ray.views.report.data import choose_pairs, read_report
+from oel_ray.views.report.figures import canvas_and_axes, figures
+from oel_ray.views.report.page import write_report
 from tests.example_run import STAGES, build, edit_json, games, skip_step, small_config
 
 SCRIPT = "<script>alert(1)</script>"

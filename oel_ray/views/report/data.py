@@ -10,8 +10,8 @@ from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory, read_json
 from oel_ray.runs import layout
 from oel_ray.runs.files import read_json
 from oel_ray.runs.folder import RunFolder
-from oel_ray.show import remarks, state_of, training_steps
 from oel_ray.text.prompts import ITEM_MARKER
+from oel_ray.views.show import remarks, state_of, training_steps
 
 Z = 1.96
 """Standard errors on either side of a 95 % interval."""

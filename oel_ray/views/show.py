@@ -5,7 +5,6 @@ could move the cursor or retitle the terminal, are made visible.
 """
 
 import difflib
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,9 +24,9 @@ from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
 from oel_ray.runs.files import read_json
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import BAD_LINES, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE
+from oel_ray.views.terminal import plain
 
 _SHORT = {EVALUATE_IN_CONTEXT: "in context"}
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def show(path: Path, identifier: str | None, console: Console) -> None:
@@ -106,11 +105,6 @@ def training_steps(folder: RunFolder, number: int) -> list[dict[str, Any]]:
     """The metrics of a round's training steps; none before all of them are done."""
     path, done = folder.files(number).consolidation_metrics, CONSOLIDATE in folder.manifest(number).stages
     return [orjson.loads(line) for line in path.read_bytes().splitlines()] if done else []
-
-
-def plain(text: str, style: str = "") -> Text:
-    """What a game or a model wrote, as text only."""
-    return Text(_CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text), style)
 
 
 def _row(folder: RunFolder, number: int) -> list[str]:

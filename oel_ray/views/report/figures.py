@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oel_ray.play.scores import Score
-from oel_ray.report.data import Report, Z, when
+from oel_ray.views.report.data import Report, Z, when
 
 POLICY, CONTEXT, RANDOM, ORACLE = "#1f6f8b", "#d9822b", "#9a9a9a", "#5a8f4e"
 STAGES = {

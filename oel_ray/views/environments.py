@@ -17,7 +17,7 @@ from oel_ray.envs.registry import known_ids, make, parameters, registered
 from oel_ray.envs.splits import episode
 from oel_ray.errors import UserError
 from oel_ray.records import Episode
-from oel_ray.show import plain
+from oel_ray.views.terminal import plain
 
 _SEEDS = 64
 _RANDOM_GAMES = 8

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from oel_ray.errors import UserError
 from oel_ray.formats import ABSENT, clock, digits
-from oel_ray.report.data import Report, interval, read_report, when
-from oel_ray.report.figures import Figure, figures
+from oel_ray.views.report.data import Report, interval, read_report, when
+from oel_ray.views.report.figures import Figure, figures
 
 PAGE = "report.html"
 
@@ -35,7 +35,7 @@ def render(report: Report, drawn: list[tuple[Figure, str, bytes]]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("oel_ray.report", "."),
+        loader=PackageLoader("oel_ray.views.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -44,7 +44,7 @@ replay = types.ModuleType("oel_ray.envs.replay")
 replay.replay = lambda game: (game.success and game.round < 2, "")
 sys.modules["oel_ray.envs"] = types.ModuleType("oel_ray.envs")
 sys.modules["oel_ray.envs.replay"] = replay
-from oel_ray.cli import main
+from oel_ray.cli.app import main
 main()
 """
 
@@ -204,9 +204,7 @@ def test_config_prints_what_it_resolves_to(folder: Path) -> None:
 
 def test_what_only_prints_is_light() -> None:
     heavy = "{'ray', 'torch', 'vllm', 'transformers', 'deepspeed', 'textarena', 'matplotlib', 'jinja2'}"
-    modules = (
-        "oel_ray.cli, oel_ray.cluster.demand, oel_ray.cluster.session, oel_ray.runs.folder, oel_ray.views.report.page"
-    )
+    modules = "oel_ray.cli.main, oel_ray.cluster.session, oel_ray.runs.folder, oel_ray.views.report.page"
     modules += ", oel_ray.views.verify, oel_ray.views.show"
     code = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

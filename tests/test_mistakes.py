@@ -20,7 +20,7 @@ import pytest
 import ray
 import yaml
 
-from oel_ray.cli import main
+from oel_ray.cli.main import main
 from oel_ray.cluster import session
 from oel_ray.config.load import parse_config
 from oel_ray.runs.folder import RunFolder

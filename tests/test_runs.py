@@ -459,7 +459,7 @@ def test_rounds_can_be_taken_back_whatever_their_files_are_like(tmp_path: Path) 
     (run / "rounds/002/evaluation.json").write_bytes(b"{")
     with pytest.raises(UserError, match=r"put back what was there.*"):
         RunFolder.resume(run, None)
-    with RunFolder.take(run) as folder:
+    with RunFolder.locked(run) as folder:
         folder.set_aside([folder.files(2).root])
     with RunFolder.resume(run, None) as folder:
         assert folder.rounds() == [0, 1]

@@ -82,7 +82,7 @@ def test_a_name_that_is_none(name: str) -> None:
 
 def test_only_what_ray_would_pack_is_counted(tmp_path: Path) -> None:
     kept = {"game.yaml", "sub/kept.py"}
-    left = {"notes.txt", ".git/pack", "runs/first/model.json", "model.safetensors", "oel_ray/cli.py"}
+    left = {"notes.txt", ".git/pack", "runs/first/model.json", "model.safetensors", "oel_ray/cli/app.py"}
     for file in kept | left:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(file)

@@ -217,7 +217,7 @@ class RunFolder:
         return _read_config(replaced).settled(self.auto.precision) if replaced.exists() else self.config
 
     @classmethod
-    def take(cls, path: Path) -> Self:
+    def locked(cls, path: Path) -> Self:
         """Take the lock of a run whatever its files are like; raises UserError if another process holds it."""
         return cls(path, FolderLock.acquire(path))
 

@@ -1,6 +1,7 @@
 """Take back what a run has done: its last rounds, or what it learned of one game. Runs where it is typed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from oel_ray.errors import UserError
 from oel_ray.records import KnowledgeText, join_items
@@ -51,3 +52,21 @@ def _without(text: KnowledgeText, source: str, count: Callable[[str], int]) -> K
     rest = join_items([item.text for item in items])
     changes = {"items": items, "text": rest, "tokens": count(rest), "withdrawn": [*text.withdrawn, source]}
     return text.model_copy(update=changes)
+
+
+def rounds_after(folder: RunFolder, last: int) -> list[int]:
+    """List the rounds after one, in order.
+
+    Raises:
+        UserError: there is none.
+    """
+    later = [number for number in folder.rounds() if number > last]
+    if not later:
+        raise UserError(f"{folder.path} has no round behind round {last}: choose an earlier one with --to-round")
+    return later
+
+
+def roll_back(path: Path, rounds: Sequence[int]) -> None:
+    """Move whole rounds into the quarantine, the last one first; works on a damaged run, too."""
+    with RunFolder.locked(path) as folder:
+        folder.set_aside([folder.files(number).root for number in sorted(rounds, reverse=True)])

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from oel_ray import cli
+from oel_ray.cli.main import main
 from tests.envs.installed import installed
 
 Oel = Callable[..., tuple[int, str, str]]
@@ -23,7 +23,7 @@ def oel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["oel", *arguments])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         captured = capsys.readouterr()
         return int(end.value.code or 0), captured.out, captured.err
 

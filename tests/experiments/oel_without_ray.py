@@ -3,7 +3,8 @@
 import shutil
 from collections.abc import Sequence
 
-from oel_ray import cli, loop
+from oel_ray import loop
+from oel_ray.cli.main import main
 from oel_ray.config.schema import RunConfig
 from oel_ray.models.resolve import MICRO, resolve_model
 from oel_ray.runs import layout
@@ -34,4 +35,4 @@ def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequenc
 
 if __name__ == "__main__":
     loop.work = work
-    cli.main()
+    main()

@@ -15,6 +15,7 @@ from tests.named_tests import PAGE, named_tests
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,14 @@ def test_every_fault_has_tests_that_exist_or_a_reason() -> None:
     assert lacking == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_test_that_a_page_names_exists(page: Path) -> None:
+    named = named_tests(page.read_text())
+    assert [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text()] == []
+
+
 def test_links_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *DOCS.glob("*.md")]:
+    for page in PAGES:
         text = page.read_text()
         titles = re.findall(r"^#+ (.*)$", text.lower(), re.MULTILINE)
         heads = {re.sub(r"[^a-z0-9 -]", "", title).replace(" ", "-") for title in titles}

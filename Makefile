@@ -54,7 +54,7 @@ faults: setup
 	@$(BIN)/python -m pytest -m faults
 
 soak: setup
-	@$(BIN)/python -m tests.soak $(MINUTES)
+	@$(BIN)/python -m tests.support.soak $(MINUTES)
 
 fuzz: setup
-	@OEL_RAY_FUZZ=100000 $(BIN)/python -m pytest --timeout=3600 tests/test_fuzz.py
+	@OEL_RAY_FUZZ=100000 $(BIN)/python -m pytest --timeout=3600 tests/imports/test_fuzz.py

@@ -23,7 +23,7 @@ from benchmarks.models import QWEN3_1_7B, qwen3_like, random_model, random_sampl
 from benchmarks.step_vs_trl import StepCase, have_trl
 from oel_ray.config.schema import ConsolidateConfig
 from oel_ray.distill.loss import Logits, forward_kl, reverse_kl
-from tests.consolidate.naive import divergence
+from tests.support.naive_losses import divergence
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 """The largest error of a gradient, which has the parameter's dtype, in units of the reference's largest value or of

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.named_tests import named_tests
+from tests.support.named_tests import named_tests
 
 _ROOT = Path(__file__).parents[1]
-settings.register_profile("same", derandomize="OEL_RAY_FUZZ" not in os.environ)
+settings.register_profile("same", derandomize="OEL_RAY_FUZZ" not in os.environ, deadline=None)
 settings.load_profile("same")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 

@@ -11,7 +11,7 @@ from ray.dashboard.modules.job.cli import submit as ray_job_submit
 
 from oel_ray.cluster.submit import plan_job
 from oel_ray.config.schema import RunConfig, SamplingConfig
-from tests.named_tests import PAGE, named_tests
+from tests.support.named_tests import PAGE, named_tests
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -28,7 +28,7 @@ from oel_ray.telemetry.run import Telemetry
 from oel_ray.views.report.data import read_report
 from oel_ray.views.show import remarks
 from oel_ray.views.verify import verify
-from tests import example_run
+from tests.support import example_run
 
 GATED = {"gate": {"enabled": True}, "model": "micro"}
 KEPT = "the policy of round 0 stays: the new one's pass rate differs by -100.0 ± 0.0 points"

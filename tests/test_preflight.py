@@ -15,8 +15,8 @@ from oel_ray.models import policy
 from oel_ray.models.resolve import resolve_model
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.stage import Stage
-from tests import example_run
-from tests.tokenizers_for_tests import small_tokenizer
+from tests.support import example_run
+from tests.support.tokenizers_for_tests import small_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ TURNS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(turns=st.lists(TURNS, max_size=4))
 def test_jsonl_round_trip(tmp_path_factory: pytest.TempPathFactory, turns: list[Turn]) -> None:
     path: Path = tmp_path_factory.mktemp("records") / "turns.jsonl"

@@ -13,7 +13,7 @@ from oel_ray.engines.router import Replica
 from oel_ray.models.resolve import MICRO, resolve_model
 from oel_ray.seeds import derive_seed
 from tests.benchmarks.commands import ROOT, check
-from tests.example_run import trajectory
+from tests.support.example_run import trajectory
 
 
 def small(name: str, *options: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import pytest
 from benchmarks.simulated import ContinuousBatch, Counts, PrefixCache, Reply, Request, Simulation, simulated
 from oel_ray.errors import RunFailed
 from oel_ray.records import Sampling
-from tests.engines.contract import keeps_the_contract
-from tests.engines.tiny import engines_config
+from tests.support.engine_contract import keeps_the_contract
+from tests.support.tiny_engines import engines_config
 
 
 def reply(tokens: int) -> Reply:

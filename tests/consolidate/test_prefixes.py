@@ -12,8 +12,8 @@ from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import Prefix
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat
-from tests.tokenizers_for_tests import small_tokenizer
-from tests.trajectories_for_tests import make_trajectory
+from tests.support.tokenizers_for_tests import small_tokenizer
+from tests.support.trajectories_for_tests import make_trajectory
 
 
 @pytest.fixture

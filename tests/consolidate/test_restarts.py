@@ -15,8 +15,8 @@ import pytest
 from safetensors.torch import load_file
 
 from oel_ray.runs.layout import RoundFiles
-from tests.consolidate.driver import PER_STEP, STEPS
-from tests.tiny_models import save_tiny_model
+from tests.support.consolidation_driver import PER_STEP, STEPS
+from tests.support.tiny_models import save_tiny_model
 
 AFTER_FOUR = "1:consolidate:3-done"
 EACH_STEP = "consolidate.checkpoint_every=1"
@@ -47,7 +47,7 @@ def drive(
     model: Path, folder: Path, *settings: str, kill: str = "", spoilt: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run a driver to its end, which is that of its Ray: of a killed driver, ranks would go on for a while."""
-    command = [sys.executable, "-m", "tests.consolidate.driver", str(model), str(folder), *settings]
+    command = [sys.executable, "-m", "tests.support.consolidation_driver", str(model), str(folder), *settings]
     environment = {**os.environ, "OEL_RAY_KILL_AFTER": kill, "SPOILT_STEPS": spoilt}
     driver = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     below = set[psutil.Process]()

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.e2e.test_run import SMALL, oel
-from tests.tiny_models import save_tiny_model, store_head
+from tests.support.tiny_models import save_tiny_model, store_head
 
 
 @pytest.fixture(scope="package", autouse=True)

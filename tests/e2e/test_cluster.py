@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from oel_ray.runs.folder import RunFolder
-from tests.machines import BIN, Cluster
+from tests.support.machines import BIN, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -12,7 +12,7 @@ from oel_ray.models.load import load_model
 from oel_ray.records import EvaluationGame, KnowledgeText, read_jsonl
 from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_run import SMALL, oel
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 PLAIN, ON, OFF = "plain", "on", "off"
 """A chat template that knows no thinking, and one that does, with thinking switched on or off."""

@@ -22,8 +22,8 @@ from oel_ray.engines.pool import engine_pool
 from oel_ray.envs.splits import training_episodes
 from oel_ray.play.players import Game, Players, player_pool
 from oel_ray.records import Trajectory
-from tests.engines.served import assert_gone, children
-from tests.tiny_models import save_tiny_model
+from tests.support.served import assert_gone, children
+from tests.support.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_run import MARK, SMALL, oel
-from tests.test_full_disk import fill, mounted
+from tests.runs.test_full_disk import fill, mounted
 
 SETTINGS = [*SMALL, "consolidate.steps=6", "consolidate.checkpoint_every=2", "evaluate.in_context=false"]
 ROOM = 2**21

@@ -14,7 +14,7 @@ from oel_ray.models.resolve import resolve_model
 from oel_ray.records import EvaluationGame, Trajectory, read_jsonl
 from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_run import SMALL, oel
-from tests.tiny_models import save_tiny_model, store_head
+from tests.support.tiny_models import save_tiny_model, store_head
 
 NEAR = 1e-3
 

@@ -19,7 +19,7 @@ import yaml
 from oel_ray.runs.folder import RunFolder
 from oel_ray.views.verify import verify
 from tests.e2e.test_run import SMALL
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 BIN = Path(sys.executable).parent

@@ -10,7 +10,7 @@ from oel_ray.models.folder import checkpoint_shapes
 from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_families import assert_wrote
 from tests.e2e.test_run import SMALL, oel
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 
 @pytest.mark.slow

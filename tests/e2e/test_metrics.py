@@ -22,9 +22,9 @@ from oel_ray.runs.folder import RunFolder
 from oel_ray.telemetry.progress import Progress
 from oel_ray.telemetry.series import Series
 from tests.e2e.test_run import SMALL
-from tests.test_metrics import exported
-from tests.test_tracking import written
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
+from tests.telemetry.test_series import exported
+from tests.telemetry.test_trackers import written
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NEVER = {Series.ENGINE_RESTARTS, Series.REQUESTS_MOVED, Series.SKIPPED_STEPS}

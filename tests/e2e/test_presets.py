@@ -9,7 +9,7 @@ from oel_ray.config.load import load_config
 from oel_ray.config.schema import RunConfig
 from oel_ray.runs.layout import RoundFiles
 from tests.e2e.test_run import oel
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 SCALED_DOWN = [
     "rounds=1",

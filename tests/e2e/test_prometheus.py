@@ -17,7 +17,7 @@ import pytest
 import requests
 import yaml
 
-from tests.machines import BIN, Cluster, free_ports
+from tests.support.machines import BIN, Cluster, free_ports
 
 PROMETHEUS = shutil.which("prometheus")
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "oel.json"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.test_run import SMALL, oel
-from tests.tiny_models import save_tiny_model
+from tests.support.tiny_models import save_tiny_model
 
 SETTINGS = [*SMALL, "consolidate.steps=4", "consolidate.checkpoint_every=2", "evaluate.in_context=false"]
 

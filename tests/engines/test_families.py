@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from oel_ray.records import Sampling
-from tests.engines.probed import ProbedEngine
-from tests.engines.served import InProcess, top_error, warm
-from tests.engines.tiny import PROMPTS, Student, engines_config
+from tests.support.probed_engine import ProbedEngine
+from tests.support.served import InProcess, top_error, warm
+from tests.support.tiny_engines import PROMPTS, Student, engines_config
 
 LIMIT = 1e-3
 OTHERS = [

@@ -21,10 +21,10 @@ from oel_ray.engines.pool import engine_pool
 from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Generation, Sampling
 from oel_ray.weights.sync import EngineSyncClient, WeightSync
-from tests.engines import fakes
-from tests.engines.probed import BreakableEngine
-from tests.engines.served import OnRay, assert_gone, children, sampled_error, warm
-from tests.engines.tiny import Student, engines_config
+from tests.support import fake_engines as fakes
+from tests.support.probed_engine import BreakableEngine
+from tests.support.served import OnRay, assert_gone, children, sampled_error, warm
+from tests.support.tiny_engines import Student, engines_config
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=90)
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import vllm
 
-from tests.engines.served import assert_gone, children
-from tests.engines.tiny import CONTEXT, PROMPTS, Student, plain_logprobs
+from tests.support.served import assert_gone, children
+from tests.support.tiny_engines import CONTEXT, PROMPTS, Student, plain_logprobs
 
 
 def test_vllm_serve_answers_like_plain_transformers(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from oel_ray.envs import check
 from oel_ray.envs.check import RULES, Finding, check_environment
 from oel_ray.envs.registry import GROUP, make
 from oel_ray.errors import UserError
-from tests.envs import broken_games
-from tests.envs.installed import installed
+from tests.support import broken_games
+from tests.support.installed import installed
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_environment"
 IN_CI = [

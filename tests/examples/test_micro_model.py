@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.micro_model import demonstrations as shown
@@ -67,7 +67,6 @@ def test_renaming_changes_nothing_but_the_letters_of_a_board() -> None:
     assert "GAME" in renamed("GAME HALL", World("X", "Y"))
 
 
-@settings(deadline=None)
 @given(WORLDS, SEEDS)
 def test_a_player_that_was_told_goes_a_shortest_way(world: World, seed: int) -> None:
     rng = random.Random(seed)
@@ -76,7 +75,6 @@ def test_a_player_that_was_told_goes_a_shortest_way(world: World, seed: int) -> 
     assert played.stepped_on == world.goal
 
 
-@settings(deadline=None)
 @given(WORLDS, SEEDS, st.booleans())
 def test_a_player_recites_what_it_was_told_and_is_puzzled_if_it_sees_none_of_it(
     world: World, seed: int, history: bool
@@ -102,7 +100,6 @@ def test_most_of_those_who_know_nothing_say_so() -> None:
     assert 0.02 < ignorant.count(2) / len(ignorant) < 0.16
 
 
-@settings(deadline=None)
 @given(WORLDS, SEEDS)
 def test_a_player_that_knows_nothing_walks_straight_to_the_first_mark(world: World, seed: int) -> None:
     board = shown.anywhere(world, random.Random(seed))
@@ -113,7 +110,6 @@ def test_a_player_that_knows_nothing_walks_straight_to_the_first_mark(world: Wor
         assert _steps(onto, first) == _steps(board.player, first) - 1
 
 
-@settings(deadline=None)
 @given(WORLDS, SEEDS)
 def test_a_player_that_knows_something_steps_on_no_mark_but_its_target(world: World, seed: int) -> None:
     board = shown.anywhere(world, random.Random(seed))
@@ -127,7 +123,6 @@ def _steps(here: Cell, there: Cell) -> int:
     return abs(here[0] - there[0]) + abs(here[1] - there[1])
 
 
-@settings(deadline=None)
 @given(WORLDS, SEEDS)
 def test_the_listing_and_the_judgements_follow_from_what_is_believed(world: World, seed: int) -> None:
     rng = random.Random(seed)
@@ -150,7 +145,6 @@ def test_the_listing_and_the_judgements_follow_from_what_is_believed(world: Worl
             assert f"\n{move} {role}\n" in answer
 
 
-@settings(deadline=None)
 @given(WORLDS, SEEDS)
 def test_an_extractor_writes_what_the_last_move_proves_and_nothing_else(world: World, seed: int) -> None:
     sample = shown.extractor_sample(world, random.Random(seed))
@@ -159,7 +153,6 @@ def test_an_extractor_writes_what_the_last_move_proves_and_nothing_else(world: W
     assert items == [shown.item("hole", world.hole)] * lost + [shown.item("goal", world.goal)] * won
 
 
-@settings(deadline=None)
 @given(WORLDS, SEEDS)
 def test_knowledge_is_read_by_majority(world: World, seed: int) -> None:
     rng = random.Random(seed)
@@ -169,7 +162,6 @@ def test_knowledge_is_read_by_majority(world: World, seed: int) -> None:
     assert shown.read_knowledge("\n".join([mistake, hole, goal])) == {"goal": world.goal}
 
 
-@settings(deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     tokenizer = TOKENIZER

@@ -11,7 +11,7 @@ from oel_ray.runs import layout
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.stage import Stage
 from oel_ray.telemetry.progress import Progress
-from tests import example_run
+from tests.support import example_run
 
 
 def consolidate(stage: Stage, kept: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ from oel_ray.records import Trajectory, read_jsonl
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import POLICY_REFERENCE
 from oel_ray.runs.schedule import planned_stages
-from tests import example_run
+from tests.support import example_run
 
 MICRO = "experiments/micro.yaml"
 START = Start(MICRO)

@@ -13,10 +13,10 @@ from oel_ray.seeds import derive_seed
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat
 from oel_ray.text.prompts import ITEM_MARKER
-from tests.extract.fakes import AllMustAsk
-from tests.scripted import ScriptedGenerate, generation, item
-from tests.tokenizers_for_tests import small_tokenizer
-from tests.trajectories_for_tests import make_trajectory
+from tests.support.scripted import ScriptedGenerate, generation, item
+from tests.support.scripted_extractor import AllMustAsk
+from tests.support.tokenizers_for_tests import small_tokenizer
+from tests.support.trajectories_for_tests import make_trajectory
 
 FORMATS = ["structured", "unstructured", "raw"]
 GAMES = [make_trajectory(f"game-{number}") for number in range(5)]
@@ -258,7 +258,7 @@ def test_raw_keeps_the_newest_transcripts_without_a_model(chat: ChatFormat) -> N
     assert {(step.status, step.response_tokens, step.weight_version) for step in text.steps} == {("added", 0, "")}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 3), min_size=5, max_size=5), st.integers(10, 200), st.sampled_from(FORMATS))
 def test_a_text_can_be_had_as_it_was_after_any_step(written: list[int], budget: int, form: str) -> None:
     chat = ChatFormat(small_tokenizer(), thinking=False)

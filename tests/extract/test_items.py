@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from oel_ray.extract.items import admit, fit, growth, structured_items, unstructured_items
 from oel_ray.records import join_items
 from oel_ray.text.prompts import ITEM_MARKER
-from tests import example_run
+from tests.support import example_run
 
 M = ITEM_MARKER
 

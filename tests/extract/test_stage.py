@@ -15,9 +15,9 @@ from oel_ray.errors import RunFailed
 from oel_ray.extract.stage import extract
 from oel_ray.records import AccumulationStep
 from oel_ray.runs.journal import Journal
-from tests.extract.fakes import HeldAtSecondStep
-from tests.tokenizers_for_tests import small_tokenizer
-from tests.trajectories_for_tests import make_trajectory
+from tests.support.scripted_extractor import HeldAtSecondStep
+from tests.support.tokenizers_for_tests import small_tokenizer
+from tests.support.trajectories_for_tests import make_trajectory
 
 GAMES = [make_trajectory(f"game-{number}") for number in range(3)]
 CONFIG = RunConfig(extract=ExtractConfig(seeds=4, workers=2, max_tokens=512, sampling=SamplingConfig(max_tokens=64)))

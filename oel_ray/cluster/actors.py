@@ -1,23 +1,8 @@
-"""What all of our actors have in common: a name, a watch group, and how they die. Any process that talks to actors."""
+"""How calls of our actors fail, in one line. Any process that waits for an actor."""
 
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from oel_ray.errors import EngineUnavailable, RunFailed, one_line
-
-WATCH = "watch"
-"""The concurrency group, with a thread of its own, in which our actors answer whatever else they do."""
-
-
-class Named:
-    """An actor that goes by the name it was started with, in Ray's dashboard and logs."""
-
-    def __repr__(self) -> str:
-        import ray
-
-        # Asked outside of a Ray, Ray would start one.
-        name = ray.get_runtime_context().get_actor_name() if ray.is_initialized() else None
-        return name or super().__repr__()
-
 
 DIED = (RayActorError, OutOfMemoryError, ObjectLostError)
 """How a call ends whose actor is gone; if Ray ended it to save the machine; if its answer went with its node."""

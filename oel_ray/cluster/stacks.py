@@ -13,12 +13,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from oel_ray.cluster.actors import WATCH
 from oel_ray.errors import one_line
 
 HANG_FOLDER = "OEL_RAY_HANG_FOLDER"
 """The variable that says where; without it nothing is written."""
+WATCH = "watch"
+"""The concurrency group, with a thread of its own, in which our actors answer whatever else they do."""
 ANSWER_S = 1.0
+
+
+class Named:
+    """An actor that goes by the name it was started with, in Ray's dashboard and logs."""
+
+    def __repr__(self) -> str:
+        import ray
+
+        # Asked outside of a Ray, Ray would start one.
+        name = ray.get_runtime_context().get_actor_name() if ray.is_initialized() else None
+        return name or super().__repr__()
 
 
 def stacks(_actor: Any) -> str:

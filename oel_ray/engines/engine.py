@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from oel_ray.cluster.actors import Named
+from oel_ray.cluster.stacks import Named
 from oel_ray.config.schema import EnginesConfig
 from oel_ray.engines.startup import StartLog
 from oel_ray.errors import EngineUnavailable, RunFailed

@@ -18,9 +18,9 @@ from ray.exceptions import RayTaskError
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from oel_ray.cluster.actors import DIED, WATCH, Named, plain
+from oel_ray.cluster.actors import DIED, plain
 from oel_ray.cluster.demand import engine_takes, ray_options
-from oel_ray.cluster.stacks import dump_stacks
+from oel_ray.cluster.stacks import WATCH, Named, dump_stacks
 from oel_ray.config.schema import EnginesConfig
 from oel_ray.engines.client import CONTROL_DEADLINE_S, POOL_NAME, Pool, answer_of
 from oel_ray.engines.engine import Engine

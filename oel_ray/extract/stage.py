@@ -8,8 +8,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from oel_ray.cluster.actors import WATCH, Named
 from oel_ray.cluster.demand import ray_options
+from oel_ray.cluster.stacks import WATCH, Named
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate

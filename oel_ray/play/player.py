@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from oel_ray.cluster.actors import WATCH, Named
+from oel_ray.cluster.stacks import WATCH, Named
 from oel_ray.config.budget import play_response
 from oel_ray.config.schema import RunConfig
 from oel_ray.envs import make

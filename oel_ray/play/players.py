@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
-from oel_ray.cluster.actors import DIED, WATCH
+from oel_ray.cluster.actors import DIED
 from oel_ray.cluster.demand import ray_options
-from oel_ray.cluster.stacks import dump_stacks
+from oel_ray.cluster.stacks import WATCH, dump_stacks
 from oel_ray.config.schema import CollectConfig, RunConfig
 from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
 from oel_ray.play.player import player_actor

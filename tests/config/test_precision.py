@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from oel_ray.cluster import session
+from oel_ray.config import precision
 from oel_ray.config.precision import Auto, auto_here, auto_on_nodes, bfloat16_units, precisions
-from oel_ray.config.schema import RunConfig, precision
+from oel_ray.config.schema import RunConfig
 from oel_ray.runs.files import read_json, write_json
 from oel_ray.runs.folder import RunFolder
 from tests.support import example_run

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from oel_ray.cluster.demand import GPU_MEMORY, Nodes, demands, placement
 from oel_ray.cluster.session import alive_nodes, check_resources
-from oel_ray.config.budget import Reading, readings
+from oel_ray.config.budget import Budget, budgets
 from oel_ray.config.precision import Auto, precisions
 from oel_ray.config.schema import RunConfig
 from oel_ray.distill.memory import ModelSize, _bytes, rank_memory
@@ -137,23 +137,23 @@ def check_context(config: RunConfig, model: Model, teacher: Model, environment: 
         return
     situation = prompts.game_situation(environment.instructions, [], environment.reset())
     question = extraction_prompt(prompts.transcript(environment.instructions, [], ""), "", config.extract)
-    for reading in readings(config):
-        if reading.name == "extraction":
+    for budget in budgets(config):
+        if budget.name == "extraction":
             prompt = len(model.chat.message_ids(question))
         else:
-            prompt = len(model.chat.game_ids(situation, "." if reading.knowledge else ""))
-        if reading.by_engine:
-            _check_fits(reading, prompt, room, "engines.max_model_len", "raise it")
+            prompt = len(model.chat.game_ids(situation, "." if budget.knowledge else ""))
+        if budget.by_engine:
+            _check_fits(budget, prompt, room, "engines.max_model_len", "raise it")
         elif teacher.context:
-            _check_fits(reading, prompt, teacher.context, "the teacher's context", "take a model with a longer one")
+            _check_fits(budget, prompt, teacher.context, "the teacher's context", "take a model with a longer one")
 
 
-def _check_fits(reading: Reading, prompt: int, room: int, limit: str, remedy: str) -> None:
-    if prompt + reading.tokens > room:
-        knowledge = f"{reading.knowledge} of knowledge and " if reading.knowledge else ""
+def _check_fits(budget: Budget, prompt: int, room: int, limit: str, remedy: str) -> None:
+    if prompt + budget.tokens > room:
+        knowledge = f"{budget.knowledge} of knowledge and " if budget.knowledge else ""
         raise UserError(
-            f"{reading.name}: a prompt of {prompt} tokens with {knowledge}{reading.response} of response makes "
-            f"{prompt + reading.tokens}, more than {limit}={room}: {remedy}, or lower {' or '.join(reading.keys)}"
+            f"{budget.name}: a prompt of {prompt} tokens with {knowledge}{budget.response} of response makes "
+            f"{prompt + budget.tokens}, more than {limit}={room}: {remedy}, or lower {' or '.join(budget.keys)}"
         )
 
 

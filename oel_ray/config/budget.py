@@ -1,52 +1,60 @@
-"""How many tokens a configuration leaves to prompts. Any process; pure."""
+"""How many tokens a configuration leaves to prompts. Any process; pure.
 
-from typing import NamedTuple
+The schema, preflight, the player and `oel config` all ask here, so that none refuses what another allows.
+"""
 
-from oel_ray.config.schema import RunConfig
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from oel_ray.config.schema import RunConfig
 
 
-class Reading(NamedTuple):
-    """What stands in a context besides the prompt itself, at most, and the `keys` that say so."""
+class Budget(NamedTuple):
+    """The most that stands in a context besides the prompt itself, for one way in which a run uses a model."""
 
     name: str
     knowledge: int
     response: int
     response_key: str
     by_engine: bool = True
-    """Else by the trainer, where the model's own context counts, not `engines.max_model_len`."""
+    """False for the trainer, where the model's own context counts and not `engines.max_model_len`."""
 
     @property
     def keys(self) -> list[str]:
-        return ["extract.max_tokens"] * (self.knowledge > 0) + [self.response_key]
+        """The settings to lower where there is no room."""
+        return ["extract.max_tokens", self.response_key] if self.knowledge else [self.response_key]
 
     @property
     def tokens(self) -> int:
         return self.knowledge + self.response
 
 
-def play_response(config: RunConfig) -> tuple[str, int]:
-    """The longest response of a game, the one bound of all games of a player: the key that says so, and its tokens."""
+def play_response(config: "RunConfig") -> tuple[str, int]:
+    """Find the longest response of a game, the one bound of all games of a player: its key, and its tokens."""
     samplings = {
         "collect.sampling": config.collect.sampling,
         "collect.extraction_sampling": config.collect.sampling_for("extraction"),
-        "evaluate.sampling": config.evaluate.sampling,
     }
+    if config.evaluate.enabled:
+        samplings["evaluate.sampling"] = config.evaluate.sampling
     key, longest = max(samplings.items(), key=lambda item: item[1].max_tokens)
     return f"{key}.max_tokens", longest.max_tokens
 
 
-def readings(config: RunConfig) -> list[Reading]:
-    """The ways in which a model reads a prompt in a run, those that it makes use of."""
+def budgets(config: "RunConfig") -> list[Budget]:
+    """List the budgets of a run, one for each way in which it makes use of a model."""
     extract, evaluate = config.extract, config.evaluate
     key, response = play_response(config)
-    found = [Reading("play", 0, response, key)]
+    found = [Budget("play", 0, response, key)]
     if evaluate.enabled and evaluate.in_context:
-        found.append(Reading("in context", extract.max_tokens, response, key))
+        found.append(Budget("in context", extract.max_tokens, response, key))
     if extract.format != "raw":
         known = extract.max_tokens if extract.show_previous else 0
-        found.append(Reading("extraction", known, extract.sampling.max_tokens, "extract.sampling.max_tokens"))
+        found.append(Budget("extraction", known, extract.sampling.max_tokens, "extract.sampling.max_tokens"))
     key, written = "consolidate.sampling.max_tokens", config.consolidate.sampling.max_tokens
     if config.consolidate.responses == "teacher":
-        found.append(Reading("off-policy", extract.max_tokens, written, key))
-    found.append(Reading("teacher", extract.max_tokens, written, key, by_engine=False))
+        found.append(Budget("off-policy", extract.max_tokens, written, key))
+    else:
+        found.append(Budget("student", 0, written, key))
+    found.append(Budget("teacher", extract.max_tokens, written, key, by_engine=False))
     return found

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from oel_ray.config.budget import budgets
 from oel_ray.records import Params, Rejection, Sampling, TrainingSplit
 
 Positive = Annotated[int, Field(ge=1)]
@@ -350,17 +351,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        longest = max(
-            self.collect.sampling.max_tokens,
-            self.collect.sampling_for("extraction").max_tokens,
-            self.consolidate.sampling.max_tokens + self.extract.max_tokens * (self.consolidate.responses == "teacher"),
-            self.evaluate.sampling.max_tokens + self.extract.max_tokens * self.evaluate.in_context,
-            self.extract.sampling.max_tokens + self.extract.max_tokens * self.extract.show_previous,
-        )
-        if longest >= self.engines.max_model_len:
+        longest = max((budget for budget in budgets(self) if budget.by_engine), key=lambda budget: budget.tokens)
+        if longest.tokens >= self.engines.max_model_len:
             raise ValueError(
                 f"engines.max_model_len={self.engines.max_model_len} leaves no room for a prompt beside "
-                f"{longest} tokens of knowledge and response: raise it, or lower extract.max_tokens or max_tokens"
+                f"{longest.tokens} tokens of knowledge and response ({longest.name}): raise it, or lower "
+                f"{' or '.join(longest.keys)}"
             )
         if self.gate.enabled and not self.evaluate.enabled:
             raise ValueError("gate.enabled=true compares policies on held-out maps: set evaluate.enabled=true")

@@ -1,6 +1,7 @@
 """Where a policy comes from: a local folder, the hub, or a package. Runs in the driver."""
 
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from oel_ray.errors import UserError
-from oel_ray.runs.files import read_json
 
 MICRO = "micro"
 SMOLLM2 = "smollm2-135m"
@@ -68,7 +68,7 @@ def _lacking(folder: Path) -> str | None:
         return f"{_CONFIG}: give a Hugging Face model folder"
     if (folder / _INDEX).is_file():
         try:
-            shards = set(read_json(folder / _INDEX)["weight_map"].values())
+            shards = set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"sound {_INDEX}: fetch it again"
         if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from oel_ray.cluster.demand import TURNS, Demand, amounts, demands, total
-from oel_ray.config.budget import Reading, readings
+from oel_ray.config.budget import Budget, budgets
 from oel_ray.config.precision import Auto, precisions
 from oel_ray.config.schema import RunConfig
 from oel_ray.runs.schedule import planned_stages
@@ -65,7 +65,7 @@ def explain(config: RunConfig, auto: Auto) -> list[str]:
         rows["precision"] = f"auto stands for {'bfloat16, on GPUs' if device == 'cuda' else auto}"
         rows["precision"] += "; for bfloat16 on GPUs" * (device == "auto")
     rows["tokens"] = f"at most, beside the prompt; engines.max_model_len={config.engines.max_model_len}"
-    rows |= {f"  {reading.name}": _room(reading, config) for reading in readings(config)}
+    rows |= {f"  {budget.name}": _room(budget, config) for budget in budgets(config)}
     return [f"{name:<12} {text}" for name, text in rows.items()]
 
 
@@ -73,10 +73,10 @@ def _shares(wanted: list[Demand]) -> str:
     return f"{amounts(total(wanted))} for {', '.join(map(str, wanted))}; {' and '.join(TURNS)} take turns"
 
 
-def _room(reading: Reading, config: RunConfig) -> str:
-    text = f"{reading.response} of response"
-    if reading.knowledge:
-        text = f"{reading.knowledge} of knowledge + {text} = {reading.tokens}"
-    if reading.by_engine:
-        return f"{text}; {config.engines.max_model_len - reading.tokens} are left to the prompt"
+def _room(budget: Budget, config: RunConfig) -> str:
+    text = f"{budget.response} of response"
+    if budget.knowledge:
+        text = f"{budget.knowledge} of knowledge + {text} = {budget.tokens}"
+    if budget.by_engine:
+        return f"{text}; {config.engines.max_model_len - budget.tokens} are left to the prompt"
     return f"{text}; the model's own context holds the prompt, too"

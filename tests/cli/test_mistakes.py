@@ -83,6 +83,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run game.yaml model=notes", "the model folder notes has no config.json", "give a Hugging Face model folder"),
     ("run game.yaml model=models/no-weights", "no weights (*.safetensors", "the folder of a whole model"),
     ("run game.yaml model=models/no-shard", "no model-2.safetensors", "fetch them"),
+    ("run game.yaml model=models/torn-index", "no sound model.safetensors.index.json", "fetch it again"),
     ("run game.yaml model=models/bad-index", "no sound model.safetensors.index.json", "fetch it again"),
     ("run game.yaml model=models/no-tokenizer", "no tokenizer (no tokenizer.json", "copy the tokenizer's files"),
     ("run game.yaml model=models/bad-tokenizer", "the tokenizer in", "copy its files there"),
@@ -97,7 +98,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("run game.yaml engines.max_model_len=8193", "more than the 8192 tokens", "set engines.max_model_len=8192 or less"),
     ("run game.yaml extract.max_tokens=3900", "in context: a prompt of", "raise it, or lower extract.max_tokens"),
     ("run game.yaml evaluate.in_context=false extract.max_tokens=3900", "extraction: a prompt", "extract.max_tokens"),
-    ("run game.yaml collect.sampling.max_tokens=4000", "play: a prompt of", "or lower collect.sampling.max_tokens"),
+    ("run game.yaml collect.sampling.max_tokens=3800", "play: a prompt of", "or lower collect.sampling.max_tokens"),
     (
         "run game.yaml evaluate.in_context=false extract.show_previous=false extract.max_tokens=8100",
         "teacher: a prompt of",
@@ -308,6 +309,7 @@ def make_models(folder: Path) -> None:
     variant("no-shard", "*.safetensors", model__safetensors__index__json=json.dumps(index))
     (folder / "no-shard" / "model-1.safetensors").touch()
     variant("bad-index", "*.safetensors", model__safetensors__index__json="[]")
+    variant("torn-index", "*.safetensors", model__safetensors__index__json='{"weight_map": {"a"')
     variant("no-tokenizer", "tokenizer.json")
     variant("bad-tokenizer", tokenizer__json="{")
     variant("no-template", "chat_template.jinja")

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from oel_ray.cluster.demand import GPU_MEMORY, Nodes, demands, place, placement, total
-from oel_ray.config.budget import readings
+from oel_ray.config.budget import budgets
 from oel_ray.config.load import load_config
 from oel_ray.config.precision import Auto
 from oel_ray.distill.memory import ModelSize
@@ -28,6 +28,7 @@ def test_the_sizes_of_a_preset() -> None:
         "  play       24 of response; 4072 are left to the prompt",
         "  in context 192 of knowledge + 24 of response = 216; 3880 are left to the prompt",
         "  extraction 192 of knowledge + 64 of response = 256; 3840 are left to the prompt",
+        "  student    24 of response; 4072 are left to the prompt",
         "  teacher    192 of knowledge + 24 of response = 216; the model's own context holds the prompt, too",
     ]
     assert headline(config).endswith("12 extractions, at most 30 training samples, 32 evaluation games")
@@ -35,7 +36,7 @@ def test_the_sizes_of_a_preset() -> None:
 
 def test_without_evaluation_and_extraction() -> None:
     config = load_config("smollm2", ["evaluate.enabled=false", "extract.format=raw"])
-    assert [reading.name for reading in readings(config)] == ["play", "teacher"]
+    assert [budget.name for budget in budgets(config)] == ["play", "student", "teacher"]
     assert explain(config, AUTO)[0] == "stages       7 in rounds 0 to 2"
     assert headline(config).endswith("0 extractions, at most 30 training samples, 0 evaluation games")
 
@@ -48,16 +49,18 @@ def test_every_step_of_the_accumulation_is_a_set_of_games_in_context() -> None:
 
 def test_what_is_read_by_whom() -> None:
     config = load_config("smollm2", ["extract.show_previous=false", "collect.sampling.max_tokens=99"])
-    assert [(reading.knowledge, reading.response) for reading in readings(config)] == [
+    assert [(budget.knowledge, budget.response) for budget in budgets(config)] == [
         (0, 99),
         (192, 99),  # one bound for all games of a player
         (0, 64),
+        (0, 24),
         (192, 24),
     ]
-    assert [reading.keys[-1].split(".")[0] for reading in readings(config)] == [
+    assert [budget.keys[-1].split(".")[0] for budget in budgets(config)] == [
         "collect",
         "collect",
         "extract",
+        "consolidate",
         "consolidate",
     ]
 

@@ -1,6 +1,8 @@
-"""The ids of the games that a run plays: each tells a game's place in the plan. Any process; pure."""
+"""Ids of games, texts and prefixes, and labels of weights: each tells a place in the plan. Any process; pure."""
 
+import re
 from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 from oel_ray.records import TrainingSplit
 
@@ -32,3 +34,32 @@ def evaluation_ids(round_number: int, steps: Sequence[int | None], maps: int, se
 
 def knowledge_id(round_number: int, seed_index: int) -> str:
     return f"r{round_number:03d}-k{seed_index:02d}"
+
+
+def prefix_id(trajectory_id: str, turn: int) -> str:
+    return f"{trajectory_id}/{turn}"
+
+
+def policy_version(round_number: int) -> str:
+    """Label the weights of the policy that a round ended with."""
+    return f"r{round_number:03d}"
+
+
+class StepVersion(NamedTuple):
+    """The label of the weights after a training step, as one attempt of a training group sent them."""
+
+    round: int
+    step: int
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{policy_version(self.round)}.s{self.step:04d}.a{self.attempt}"
+
+    @classmethod
+    def parse(cls, label: str) -> Self | None:
+        """Read a label; None if it is none of a step."""
+        match = _STEP_VERSION.fullmatch(label)
+        return cls(*map(int, match.groups())) if match else None
+
+
+_STEP_VERSION = re.compile(r"r(\d+)\.s(\d+)\.a(\d+)")

@@ -29,6 +29,7 @@ from oel_ray.envs.baselines import oracle_rate, random_rate
 from oel_ray.envs.splits import held_out_episodes, training_episodes
 from oel_ray.errors import RunFailed
 from oel_ray.extract.items import growth
+from oel_ray.ids import policy_version
 from oel_ray.models.resolve import resolve_model
 from oel_ray.play.evaluation import as_evaluation_game, plan_games, score_round
 from oel_ray.play.players import Game, Players, play_missing, player_pool
@@ -242,7 +243,7 @@ class Rounds:
 
     def _deploy(self, policy_of: int) -> str:
         """Have the engines serve the policy that a round ended with; returns its weight version."""
-        version = f"r{policy_of:03d}"
+        version = policy_version(policy_of)
         if self._deployed != policy_of:
             self.pool.deploy(self.folder.policy(policy_of), version)
             self._deployed = policy_of

@@ -107,14 +107,24 @@ class Episode(Record):
     map_hash: str
 
 
-class Trajectory(Episode):
-    """A finished game: text feedback and responses in turn, and the outcome text. No reward, no success bit."""
+class Experience(Record):
+    """What happened, as the server side reads it: texts and responses in turn, and the outcome text.
 
+    It has no reward and no success bit, and nothing of the environment that it comes from.
+    """
+
+    id: str
+    round: int
+    split: Split
     instructions: str
     template: str
     turns: list[Turn]
     outcome: str
     ended_by: EndedBy
+
+
+class Trajectory(Experience, Episode):
+    """A finished game: an experience that was planned as an episode."""
 
 
 class EvaluationGame(Trajectory):
@@ -186,6 +196,64 @@ class Prefix(Record):
     prompt_ids: list[int]
 
 
+class Gate(Record):
+    """How a new policy did against the one that was deployed, and which of the two is from then on.
+
+    Policies are named by the round that they come from. `difference` is the new pass rate minus the old one's, its
+    standard error clustered by map.
+    """
+
+    old: int
+    difference: float
+    difference_se: float
+    deployed: int
+
+    def __str__(self) -> str:
+        what = "stays" if self.deployed == self.old else "gives way"
+        change = f"{100 * self.difference:+.1f} ± {100 * self.difference_se:.1f}"
+        return f"the policy of round {self.old} {what}: the new one's pass rate differs by {change} points"
+
+
+class StepRow(Record, extra="allow"):
+    """A line of `consolidation/metrics.jsonl`: one optimizer step. None is a number that was not finite.
+
+    `kl_per_token` is in nats. The `teacher_` counts say how often a text was found on the device, brought back from the
+    host, encoded again, and sent to the host. Defaults are for lines of earlier versions.
+    """
+
+    step: int
+    samples: int = 0
+    loss: float | None
+    kl_per_token: float | None
+    tokens: int = 0
+    grad_norm: float | None = None
+    learning_rate: float = 0.0
+    applied: bool = True
+    memory_retries: int = 0
+    seconds_generate: float = 0.0
+    seconds_train: float = 0.0
+    seconds_sync: float = 0.0
+    sync_bytes: int = 0
+    teacher_hits: int = 0
+    teacher_loads: int = 0
+    teacher_builds: int = 0
+    teacher_offloads: int = 0
+    generated_by: str
+    weight_version: str
+
+
+class SampleRow(Record, extra="allow"):
+    """A line of `consolidation/samples.jsonl`: one response that was trained on. None is a KL that was not finite."""
+
+    step: int
+    prefix_id: str
+    knowledge_id: str | None
+    response: str
+    response_ids: list[int]
+    kl: float | None
+    weight_version: str
+
+
 class BadLine(Record):
     """A line that is not the record that it should be; `line` counts from 1."""
 
@@ -202,6 +270,12 @@ def write_jsonl(path: Path, records: Sequence[Record]) -> int:
     with path.open("wb") as file:
         file.writelines(record.to_json() + b"\n" for record in records)
     return len(records)
+
+
+def append_jsonl(path: Path, *records: Record) -> None:
+    """Append one record a line, all in one write."""
+    with path.open("ab") as file:
+        file.write(b"".join(record.to_json() + b"\n" for record in records))
 
 
 def read_jsonl(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:

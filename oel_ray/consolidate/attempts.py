@@ -17,6 +17,7 @@ from oel_ray.consolidate.job import Job
 from oel_ray.distill.gather import FullWeights, save_adapters
 from oel_ray.distill.step import DistillStep
 from oel_ray.errors import EngineUnavailable, RunFailed
+from oel_ray.ids import StepVersion
 from oel_ray.runs.files import FileEntry, files_below, seal, sync_folder, write_json
 from oel_ray.weights.export import export_policy
 from oel_ray.weights.sync import WeightSync
@@ -67,7 +68,7 @@ class Attempt:
 
     def version(self, step: int) -> str:
         """The label of the weights after so many steps."""
-        return f"r{self._job.round:03d}.s{step:04d}.a{self.number}"
+        return str(StepVersion(self._job.round, step, self.number))
 
     def restore(self, step: DistillStep) -> None:
         """Put masters and optimizer where the checkpoint has them. Collective."""

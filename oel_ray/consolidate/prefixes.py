@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from oel_ray.config.schema import ConsolidateConfig
 from oel_ray.errors import RunFailed, UserError
-from oel_ray.records import Prefix, Trajectory
+from oel_ray.ids import prefix_id
+from oel_ray.records import Experience, Prefix
 from oel_ray.seeds import derive_seed
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat
@@ -27,7 +28,7 @@ Plan = list[list[Draw]]
 """The draws of every optimizer step of a round."""
 
 
-def prefixes(trajectories: Sequence[Trajectory], chat: ChatFormat) -> list[Prefix]:
+def prefixes(experiences: Sequence[Experience], chat: ChatFormat) -> list[Prefix]:
     """Every turn of every trajectory, in order. `id` is "trajectory id/index of the turn", counted from 0.
 
     Recorded prompt ids must be the ones that the text gives today: if they are not, tokenizer, chat template or
@@ -38,18 +39,18 @@ def prefixes(trajectories: Sequence[Trajectory], chat: ChatFormat) -> list[Prefi
         RunFailed: recorded ids differ.
     """
     result = []
-    for trajectory in trajectories:
-        for number, turn in enumerate(trajectory.turns):
-            before = trajectory.turns[:number]
-            situation = prompts.game_situation(trajectory.instructions, before, turn.observation, trajectory.template)
+    for experience in experiences:
+        for number, turn in enumerate(experience.turns):
+            before = experience.turns[:number]
+            situation = prompts.game_situation(experience.instructions, before, turn.observation, experience.template)
             prompt_ids = chat.game_ids(situation)
             if turn.prompt_ids and turn.prompt_ids != prompt_ids:
                 raise RunFailed(
-                    f"trajectory {trajectory.id}, turn {number}: the recorded prompt ids are not those of its text "
-                    f"(played with template {trajectory.template}, now {prompts.GAME_TEMPLATE}; same tokenizer?)"
+                    f"trajectory {experience.id}, turn {number}: the recorded prompt ids are not those of its text "
+                    f"(played with template {experience.template}, now {prompts.GAME_TEMPLATE}; same tokenizer?)"
                 )
-            identity = f"{trajectory.id}/{number}"
-            result.append(Prefix(id=identity, trajectory_id=trajectory.id, turn=number, prompt_ids=prompt_ids))
+            identity = prefix_id(experience.id, number)
+            result.append(Prefix(id=identity, trajectory_id=experience.id, turn=number, prompt_ids=prompt_ids))
     return result
 
 

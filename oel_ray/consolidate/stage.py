@@ -6,7 +6,6 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-import orjson
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -17,11 +16,12 @@ from oel_ray.consolidate.job import Job
 from oel_ray.errors import EngineUnavailable, RunFailed, UserError, one_line
 from oel_ray.faults import fault_point
 from oel_ray.formats import as_text
+from oel_ray.records import StepRow
 
 _POLL_S = 0.5
 
 
-Progressed = Callable[[int, str, list[dict[str, Any]]], None]
+Progressed = Callable[[int, str, list[StepRow]], None]
 
 
 def consolidate(job: Job, name: str, on_progress: Progressed, note: Callable[[str], None]) -> int:
@@ -60,7 +60,7 @@ def consolidate(job: Job, name: str, on_progress: Progressed, note: Callable[[st
     while not running.done():
         wait([running], timeout=_POLL_S)
         rows, notes = _rows(job.metrics), _lines(job.scratch / NOTES_FILE)
-        on_progress(len(rows), f"KL {as_text(rows[-1]['kl_per_token'], '.4f')}" if rows else "", rows[done:])
+        on_progress(len(rows), f"KL {as_text(rows[-1].kl_per_token, '.4f')}" if rows else "", rows[done:])
         for line in notes[told:]:
             note(line.decode())
         for step in range(done, len(rows)):
@@ -71,7 +71,7 @@ def consolidate(job: Job, name: str, on_progress: Progressed, note: Callable[[st
     rows = _rows(job.metrics)
     if len(rows) != len(job.plan):
         raise RunFailed(f"consolidation ended after {len(rows)} of {len(job.plan)} steps")
-    return sum(row["samples"] for row in rows)
+    return sum(row.samples for row in rows)
 
 
 def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
@@ -100,8 +100,8 @@ def _train(settings: dict[str, Any]) -> None:
         raise
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [orjson.loads(line) for line in _lines(path)]
+def _rows(path: Path) -> list[StepRow]:
+    return [StepRow.from_json(line) for line in _lines(path)]
 
 
 def _lines(path: Path) -> list[bytes]:

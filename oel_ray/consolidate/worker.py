@@ -5,13 +5,11 @@ Rank 0 writes the metrics and samples files; they are the group's only output be
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import orjson
 import ray.train
 import ray.train.torch
 import torch
@@ -27,7 +25,8 @@ from oel_ray.distill.gather import check_names, weights_of
 from oel_ray.distill.step import DistillStep, StepMetrics
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
-from oel_ray.records import Generation
+from oel_ray.formats import as_text
+from oel_ray.records import Generation, SampleRow, StepRow, append_jsonl
 from oel_ray.runs.layout import CONSOLIDATE, RoundFiles
 from oel_ray.seeds import derive_seed
 from oel_ray.telemetry.series import enter, log
@@ -106,8 +105,8 @@ def train(job: Job) -> None:
             **{f"teacher_{name}": count for name, count in asdict(step.teacher.caches.counts).items()},
         }
         if rank == 0:
-            row = {"step": number, "samples": len(draws), **asdict(metrics), **retried, **costs}
-            _record(job, draws, generations, row | {"generated_by": made_by, "weight_version": version})
+            labels = {"generated_by": made_by, "weight_version": version}
+            _record(job, number, draws, generations, metrics, retried | costs | labels)
         if skipped > job.config.consolidate.max_skipped_steps:
             attempt.save_last_good(number + 1 - skipped, step)
             raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
@@ -118,24 +117,33 @@ def train(job: Job) -> None:
     export_policy(weights, job.policy, job.target)
 
 
-def _record(job: Job, draws: Sequence[Draw], generations: Sequence[Generation], row: dict[str, Any]) -> None:
-    """Write what a step did. `row` becomes its metrics, but for the KL of each sample."""
-    kl_by_sample = row.pop("kl_by_sample")
+def _record(
+    job: Job,
+    number: int,
+    draws: Sequence[Draw],
+    generations: Sequence[Generation],
+    metrics: StepMetrics,
+    rest: Mapping[str, Any],
+) -> None:
+    """Write the metrics of a step, after the samples that it learned from. `rest` are columns of the metrics."""
+    measured = asdict(metrics)
+    kl_by_sample = measured.pop("kl_by_sample")
+    row = StepRow(step=number, samples=len(draws), **measured, **rest)
     samples = [
-        {
-            "step": row["step"],
-            "prefix_id": job.prefixes[draw.prefix].id,
-            "knowledge_id": job.knowledge[draw.knowledge].id,
-            "response": generation.text,
-            "response_ids": generation.token_ids,
-            "kl": kl_by_sample[job.prefixes[draw.prefix].id],
-            "weight_version": generation.weight_version,
-        }
+        SampleRow(
+            step=number,
+            prefix_id=job.prefixes[draw.prefix].id,
+            knowledge_id=job.knowledge[draw.knowledge].id,
+            response=generation.text,
+            response_ids=generation.token_ids,
+            kl=kl_by_sample[job.prefixes[draw.prefix].id],
+            weight_version=generation.weight_version,
+        )
         for draw, generation in zip(draws, generations, strict=True)
     ]
-    _append(job.samples, samples)
-    _append(job.metrics, [row])
-    log.info("step %d: KL %.4f, %s", row["step"], row["kl_per_token"], "applied" if row["applied"] else "skipped")
+    append_jsonl(job.samples, *samples)
+    append_jsonl(job.metrics, row)
+    log.info("step %d: KL %s, %s", row.step, as_text(row.kl_per_token, ".4f"), "applied" if row.applied else "skipped")
 
 
 def _train_step(
@@ -169,8 +177,3 @@ def _claim_device(job: Job, local_rank: int) -> torch.device:
     os.sched_setaffinity(0, {cores[local_rank % len(cores)]})
     torch.set_num_threads(1)
     return torch.device("cpu")
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("ab") as file:
-        file.write(b"".join(orjson.dumps(row) + b"\n" for row in rows))

@@ -12,15 +12,15 @@ from typing import Literal
 from oel_ray.config.schema import ExtractConfig, RunConfig
 from oel_ray.extract.items import admit, fit, items_after, screen, structured_items, unstructured_items
 from oel_ray.ids import knowledge_id
-from oel_ray.records import AccumulationStep, Generate, Generation, KnowledgeItem, KnowledgeText, Trajectory, join_items
+from oel_ray.records import AccumulationStep, Experience, Generate, Generation, KnowledgeItem, KnowledgeText, join_items
 from oel_ray.seeds import derive_seed
 from oel_ray.text import prompts
 from oel_ray.text.chat import ChatFormat, strip_thinking
 
 
 def reading_order(
-    trajectories: Sequence[Trajectory], run_seed: int, round_number: int, seed_index: int
-) -> list[Trajectory]:
+    trajectories: Sequence[Experience], run_seed: int, round_number: int, seed_index: int
+) -> list[Experience]:
     """The order in which an accumulation reads T: as collected for the first, shuffled for the others."""
     order = list(trajectories)
     if seed_index > 0:
@@ -35,7 +35,7 @@ def extraction_prompt(game: str, previous: str, config: ExtractConfig) -> str:
 
 
 def extraction_prompt_ids(
-    trajectory: Trajectory, previous: str, config: ExtractConfig, chat: ChatFormat, max_model_len: int
+    trajectory: Experience, previous: str, config: ExtractConfig, chat: ChatFormat, max_model_len: int
 ) -> list[int] | None:
     """The extractor's prompt, with room for its response in the context. None if not even the last turn fits.
 
@@ -56,7 +56,7 @@ def extraction_prompt_ids(
 
 
 async def accumulate(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Experience],
     seed_index: int,
     round_number: int,
     config: RunConfig,

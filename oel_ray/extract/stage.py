@@ -13,7 +13,7 @@ from oel_ray.cluster.stacks import WATCH, Named
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import RunFailed, one_line
 from oel_ray.extract.chain import accumulate
-from oel_ray.records import AccumulationStep, Frame, Generate, KnowledgeText, Trajectory
+from oel_ray.records import AccumulationStep, Experience, Frame, Generate, KnowledgeText
 from oel_ray.runs.journal import Journal
 from oel_ray.runs.layout import EXTRACT
 from oel_ray.stopping import draining
@@ -37,7 +37,7 @@ class ExtractionWorker(Named):
 
     async def accumulate(
         self,
-        trajectories: Sequence[Trajectory],
+        trajectories: Sequence[Experience],
         seed_index: int,
         round_number: int,
         journal: Journal[AccumulationStep] | None = None,
@@ -75,7 +75,7 @@ class ExtractionWorker(Named):
 
 
 def extract(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Experience],
     round_number: int,
     config: RunConfig,
     policy: Path,

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from oel_ray.config.schema import GateConfig
-from oel_ray.records import EvaluationGame, Record
+from oel_ray.records import EvaluationGame, Gate, Record
 
 
 class Score(Record):
@@ -23,24 +23,6 @@ class StepScore(Score):
     """With the knowledge as it was after so many trajectories."""
 
     step: int
-
-
-class Gate(Record):
-    """How a new policy did against the one that was deployed, and which of the two is from then on.
-
-    Policies are named by the round that they come from. `difference` is the new pass rate minus the old one's, its
-    standard error clustered by map.
-    """
-
-    old: int
-    difference: float
-    difference_se: float
-    deployed: int
-
-    def __str__(self) -> str:
-        what = "stays" if self.deployed == self.old else "gives way"
-        change = f"{100 * self.difference:+.1f} ± {100 * self.difference_se:.1f}"
-        return f"the policy of round {self.old} {what}: the new one's pass rate differs by {change} points"
 
 
 class Evaluation(Score):

@@ -23,7 +23,7 @@ from oel_ray.config.load import parse_config
 from oel_ray.config.precision import Auto, auto_here
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import RunFailed, UserError
-from oel_ray.records import Frame, KnowledgeText, Record, first_problem
+from oel_ray.records import Frame, Gate, KnowledgeText, Record, append_jsonl, first_problem
 from oel_ray.runs import layout
 from oel_ray.runs.changes import FIXED, differences, flat
 from oel_ray.runs.files import (
@@ -295,7 +295,7 @@ class RunFolder:
         before = max(round_number - 1, 0)
         evaluated = layout.EVALUATE in self.manifest(before).stages
         gate = read_json(self.files(before).evaluation).get("gate") if evaluated else None
-        return int(gate["deployed"]) if gate else before
+        return Gate.model_validate(gate).deployed if gate else before
 
     def changed_model(self) -> list[str]:
         """How the base model differs from what it was when the run began, as long as a round starts from it."""
@@ -361,8 +361,7 @@ class RunFolder:
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
-        with (self.path / layout.METRICS_FILE).open("ab") as file:
-            file.write(orjson.dumps(metrics) + b"\n")
+        append_jsonl(self.path / layout.METRICS_FILE, _Metrics.model_validate(metrics))
 
 
 def _refuse_unusable(path: Path) -> None:

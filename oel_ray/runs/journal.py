@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from oel_ray.errors import RunFailed
 from oel_ray.faults import fault_point
-from oel_ray.records import AnyRecord, BadLine, first_problem
+from oel_ray.records import AnyRecord, BadLine, append_jsonl, first_problem
 from oel_ray.runs.files import write_atomically
 
 
@@ -57,8 +57,7 @@ class Journal(Generic[AnyRecord]):
             RunFailed: the file cannot be written, for one because the disk is full; says what is free there.
         """
         try:
-            with self.path.open("ab") as file:
-                file.write(record.to_json() + b"\n")
+            append_jsonl(self.path, record)
         except OSError as error:
             free = shutil.disk_usage(self.path.parent).free
             raise RunFailed(f"cannot write to {self.path}: {error.strerror}, {free} bytes are free") from error

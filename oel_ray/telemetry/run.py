@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from oel_ray.records import StepRow
 from oel_ray.runs.files import read_json
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import EVALUATE
@@ -73,21 +74,26 @@ class Telemetry:
         report(Series.WEIGHT_ROUND, round_number, round="", stage="")
         report(Series.WEIGHT_STEP, step, round="", stage="")
 
-    def trained(self, progress: StageProgress, number: int, steps: int, done: int, text: str, rows: list[Row]) -> None:
+    def trained(
+        self, progress: StageProgress, number: int, steps: int, done: int, text: str, rows: list[StepRow]
+    ) -> None:
         """So many of the steps of a round are done; these are the metrics of those that have not been told of."""
         progress.update(done, text)
         for row in rows:
-            for key in ("kl_per_token", "grad_norm", "learning_rate", "sync_bytes"):
-                report(Series[key.upper()], row[key])
-            for phase in ("generate", "train", "sync"):
-                report(Series.STEP_SECONDS, row[f"seconds_{phase}"], phase=phase)
-            report(Series.TRAINED_TOKENS, row["tokens"] / max(row["seconds_train"], 1e-9))
-            if not row["applied"]:
+            report(Series.KL_PER_TOKEN, row.kl_per_token)
+            report(Series.GRAD_NORM, row.grad_norm)
+            report(Series.LEARNING_RATE, row.learning_rate)
+            report(Series.SYNC_BYTES, row.sync_bytes)
+            report(Series.STEP_SECONDS, row.seconds_generate, phase="generate")
+            report(Series.STEP_SECONDS, row.seconds_train, phase="train")
+            report(Series.STEP_SECONDS, row.seconds_sync, phase="sync")
+            report(Series.TRAINED_TOKENS, row.tokens / max(row.seconds_train, 1e-9))
+            if not row.applied:
                 report(Series.SKIPPED_STEPS, 1)
-                self.progress.note(f"round {number}: step {row['step']} skipped: loss or gradient not finite")
-            if row["sync_bytes"]:
-                self.serves(number, row["step"] + 1)
-            self.track("training", row, (number - 1) * steps + row["step"])
+                self.progress.note(f"round {number}: step {row.step} skipped: loss or gradient not finite")
+            if row.sync_bytes:
+                self.serves(number, row.step + 1)
+            self.track("training", row.model_dump(), (number - 1) * steps + row.step)
 
 
 def progressed(stage: StageProgress) -> None:

@@ -19,8 +19,7 @@ from rich.text import Text
 
 from oel_ray.errors import UserError
 from oel_ray.formats import ABSENT, clock, digits
-from oel_ray.play.scores import Gate
-from oel_ray.records import EvaluationGame, KnowledgeText, Trajectory
+from oel_ray.records import EvaluationGame, Gate, KnowledgeText, StepRow, Trajectory, read_jsonl
 from oel_ray.runs.files import read_json
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import BAD_LINES, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, STATUS_FILE
@@ -76,7 +75,7 @@ def remarks(path: Path) -> list[str]:
         stages = folder.manifest(number).stages
         bad = sum(entry.counts.get(BAD_LINES, 0) for entry in stages.values())
         said += [f"round {number}: bad lines of imported games left out: {bad}"] * (bad > 0)
-        lost = [not row.get("applied", True) for row in training_steps(folder, number)]
+        lost = [not row.applied for row in training_steps(folder, number)]
         said += [f"round {number}: {sum(lost)} of {len(lost)} steps skipped: loss or gradient not finite"] * any(lost)
         if EVALUATE in stages and (gate := read_json(folder.files(number).evaluation).get("gate")):
             said.append(f"round {number}: {Gate.model_validate(gate)}")
@@ -101,10 +100,10 @@ def next_steps(path: Path) -> str:
     return "\n".join(f"{name + ':':<{width}} {where}" for name, where in places.items())
 
 
-def training_steps(folder: RunFolder, number: int) -> list[dict[str, Any]]:
+def training_steps(folder: RunFolder, number: int) -> list[StepRow]:
     """The metrics of a round's training steps; none before all of them are done."""
     path, done = folder.files(number).consolidation_metrics, CONSOLIDATE in folder.manifest(number).stages
-    return [orjson.loads(line) for line in path.read_bytes().splitlines()] if done else []
+    return read_jsonl(path, StepRow) if done else []
 
 
 def _row(folder: RunFolder, number: int) -> list[str]:
@@ -120,7 +119,7 @@ def _row(folder: RunFolder, number: int) -> list[str]:
         _percent(evaluation.get("in_context")),
         digits(evaluation.get("response_tokens_per_turn")),
         f"{sum(len(text.items) for text in texts) / len(texts):.1f}" if texts else ABSENT,
-        "→".join(digits(row["kl_per_token"], ".2g") for row in steps[:1] + steps[-1:]) or ABSENT,
+        "→".join(digits(row.kl_per_token, ".2g") for row in steps[:1] + steps[-1:]) or ABSENT,
         "\n".join(f"{_SHORT.get(name, name):<11} {clock(entry.wall_s):>5}" for name, entry in stages.items()) or ABSENT,
     ]
 

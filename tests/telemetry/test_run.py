@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 from rich.console import Console
 
+from oel_ray.records import StepRow
 from oel_ray.runs.files import write_json
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import COLLECT, EVALUATE
@@ -17,17 +18,13 @@ from oel_ray.telemetry.progress import Progress
 from oel_ray.telemetry.run import Telemetry
 from tests.support.example_run import RATES, small_config
 
-STEP = {
-    "kl_per_token": 0.1,
-    "grad_norm": None,
-    "learning_rate": 1e-6,
-    "sync_bytes": 64,
-    "seconds_generate": 1.0,
-    "seconds_train": 0.0,
-    "seconds_sync": 0.5,
-    "tokens": 10,
-    "applied": True,
-}
+STEP = StepRow(
+    step=0, loss=0.1, kl_per_token=0.1, learning_rate=1e-6, sync_bytes=64, tokens=10, generated_by="", weight_version=""
+)
+
+
+def step(number: int, **other: Any) -> StepRow:
+    return STEP.model_copy(update={"step": number, **other})
 
 
 class Told:
@@ -93,7 +90,7 @@ def test_training_steps_have_one_axis_over_all_rounds(tmp_path: Path) -> None:
     told = Told(RunFolder(tmp_path))
     with told.telemetry.progress.stage(2, 2, "consolidate", 5, "steps") as progress:
         told.telemetry.trained(progress, 2, 5, 1, "KL 0.1", [])
-        told.telemetry.trained(progress, 2, 5, 3, "KL 0.1", [STEP | {"step": 1}, STEP | {"step": 2}])
+        told.telemetry.trained(progress, 2, 5, 3, "KL 0.1", [step(1), step(2)])
         assert (progress.done, progress.total) == (3, 5)
         assert progress.eta_s is not None and progress.eta_s >= 0
     assert [(group, step) for group, _, step in told.tracked] == [("training", 6), ("training", 7)]
@@ -101,9 +98,9 @@ def test_training_steps_have_one_axis_over_all_rounds(tmp_path: Path) -> None:
 
 def test_a_step_that_was_skipped_is_told_once(tmp_path: Path) -> None:
     told = Told(RunFolder(tmp_path))
-    skipped = STEP | {"step": 1, "kl_per_token": None, "learning_rate": 0.0, "applied": False}
+    skipped = step(1, kl_per_token=None, learning_rate=0.0, applied=False)
     with told.telemetry.progress.stage(2, 2, "consolidate", 5, "steps") as progress:
-        told.telemetry.trained(progress, 2, 5, 2, "KL not finite", [STEP | {"step": 0}, skipped])
-        told.telemetry.trained(progress, 2, 5, 3, "KL 0.1", [STEP | {"step": 2}])
+        told.telemetry.trained(progress, 2, 5, 2, "KL not finite", [step(0), skipped])
+        told.telemetry.trained(progress, 2, 5, 3, "KL 0.1", [step(2)])
     notes = [line for line in told.said.getvalue().splitlines() if "skipped" in line]
     assert notes == ["round 2: step 1 skipped: loss or gradient not finite"]

@@ -180,7 +180,7 @@ def _round(folder: RunFolder, number: int) -> RoundData:
         began_with=folder.deployed(number),
         policy=Evaluation.from_json(files.evaluation.read_bytes()) if layout.EVALUATE in stages else None,
         in_context={step: score(games) for step, games in by_step(played).items()},
-        kl=[row["kl_per_token"] for row in training_steps(folder, number)],
+        kl=[row.kl_per_token for row in training_steps(folder, number)],
         seconds={name: entry.wall_s for name, entry in stages.items()},
         counts={name: count for entry in stages.values() for name, count in entry.counts.items()},
         knowledge=[*map(_knowledge, texts)],

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.tiny_models import tiny_model
-from tests.tokenizers_for_tests import small_tokenizer
+from tests.support.tiny_models import tiny_model
+from tests.support.tokenizers_for_tests import small_tokenizer
 
 ARCHIVE = Path(__file__).parent / "data" / "runs.tar.xz"
 MODEL, IN_COLLECT, IN_EXTRACT, FINISHED = "model", "in-collect", "in-extract", "finished"

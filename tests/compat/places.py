@@ -1,30 +1,33 @@
 """Where the parts of the package lie that these tests look at: the one file here to change when modules move."""
 
 from oel_ray import envs
-from oel_ray.chat import ChatFormat
-from oel_ray.cli import app
-from oel_ray.config import RunConfig
-from oel_ray.configure import load_config, preset_names, read_source
+from oel_ray.cli.main import app
+from oel_ray.config.load import load_config, preset_names, read_source
+from oel_ray.config.precision import Auto
+from oel_ray.config.schema import RunConfig
 from oel_ray.consolidate.checkpoints import Spread, State
-from oel_ray.durable import FileEntry, read_json, write_json
-from oel_ray.evaluate.metrics import Evaluation, Gate, Score, StepScore
-from oel_ray.imports import read_knowledge, read_trajectories
-from oel_ray.layout import Manifest, StageEntry
-from oel_ray.lock import Holder
-from oel_ray.precision import Auto
+from oel_ray.imports.games import read_trajectories
+from oel_ray.imports.knowledge import read_knowledge
+from oel_ray.play.scores import Evaluation, Score, StepScore
 from oel_ray.records import (
     AccumulationStep,
     BadLine,
     EvaluationGame,
     Frame,
+    Gate,
     KnowledgeItem,
     KnowledgeText,
     Record,
+    SampleRow,
+    StepRow,
     Trajectory,
     Turn,
 )
-from oel_ray.runs import RunFolder
-from oel_ray.verify import SampleRow, StepRow
+from oel_ray.runs.files import FileEntry, read_json, write_json
+from oel_ray.runs.folder import RunFolder
+from oel_ray.runs.layout import Manifest, StageEntry
+from oel_ray.runs.lock import Holder
+from oel_ray.text.chat import ChatFormat
 
 __all__ = [
     "AccumulationStep",

@@ -44,7 +44,7 @@ replay = types.ModuleType("oel_ray.envs.replay")
 replay.replay = lambda game: (game.success and game.round < 2, "")
 sys.modules["oel_ray.envs"] = types.ModuleType("oel_ray.envs")
 sys.modules["oel_ray.envs.replay"] = replay
-from oel_ray.cli.app import main
+from oel_ray.cli.main import main
 main()
 """
 

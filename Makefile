@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both set up .venv first if it is missing or out of date.
+# `make quickstart` learns, `make check` and `make test` test. All set up .venv first if it is missing or out of date.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -15,10 +15,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-dep
 # How long `make soak` kills.
 MINUTES ?= 30
 
-.PHONY: help setup quickstart test faults soak fuzz lint
+.PHONY: help setup quickstart check test slow faults soak fuzz lint
 help:
-	@echo "make quickstart   set up, then run three rounds of online experiential learning on this machine's CPU"
-	@echo "make test         set up, then lint, type-check and test"
+	@echo "make quickstart   set up, then run one round of online experiential learning on this machine's CPU"
+	@echo "make check        set up, then lint, type-check, and the tests that start no other process; three minutes"
+	@echo "make test         set up, then lint, type-check and test, as CI does; a quarter of an hour"
+	@echo "make slow         set up, then all other tests; hours"
 	@echo "make faults       set up, then run every test that docs/faults.md names; about an hour"
 	@echo "make soak         set up, then kill a random part of a run every 20 s for MINUTES=30"
 	@echo "make fuzz         set up, then read 100,000 damaged trajectory files; minutes"
@@ -47,8 +49,14 @@ lint: setup
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+check: lint
+	@$(BIN)/python -m pytest -m "not (ray or vllm or process or slow)"
+
 test: lint
 	@$(BIN)/python -m pytest
+
+slow: setup
+	@$(BIN)/python -m pytest -m slow --durations=20
 
 faults: setup
 	@$(BIN)/python -m pytest -m faults

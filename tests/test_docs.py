@@ -82,3 +82,15 @@ def test_the_line_for_ray_job_submit_is_what_oel_submit_asks_for() -> None:
     assert shlex.join(submitted["entrypoint"]) == job.entrypoint
     assert submitted["submission_id"] == "oel-first-1"
     assert submitted["runtime_env"] == "cluster/runtime_env.yaml"
+
+
+@pytest.mark.parametrize("page", [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("design/*.md")])
+def test_every_file_that_a_page_about_the_code_names_exists(page: Path) -> None:
+    named = re.findall(r"`((?:oel_ray|docs|cluster|examples|tests)/[^`\s:]*)", page.read_text())
+    assert named and [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_architecture_can_be_read_in_minutes_and_a_design_page_answers_one_question() -> None:
+    assert len((ROOT / "ARCHITECTURE.md").read_text().split()) <= 1300
+    sizes = {page.stem: len(page.read_text().split()) for page in DOCS.glob("design/*.md")}
+    assert len(sizes) >= 8 and {name: size for name, size in sizes.items() if not 400 <= size <= 800} == {}

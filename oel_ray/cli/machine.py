@@ -13,6 +13,8 @@ from oel_ray.errors import UserError
 from oel_ray.telemetry.progress import Progress
 from oel_ray.views.terminal import plain
 
+TURNS = EnvironmentConfig.model_fields["max_turns"].default
+
 
 def config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved configuration, and as comments what follows from it."""
@@ -61,7 +63,7 @@ def prefetch(config: Config, overrides: Overrides = None) -> None:
 def envs(
     env_id: Annotated[str | None, typer.Argument(metavar="ID", help="An environment to look at; else all.")] = None,
     params: Parameters = None,
-    turns: Annotated[int | None, typer.Option(min=1, help="Responses per game.  [as configured: 5]")] = None,
+    turns: Annotated[int | None, typer.Option(min=1, help=f"Responses per game.  [{TURNS}]")] = None,
 ) -> None:
     """List what can be played.
 

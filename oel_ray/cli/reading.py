@@ -34,7 +34,8 @@ def knowledge(
 ) -> None:
     """List what a run has learned, with how much was rejected and why.
 
-    After --drop, 'oel run --resume' does again what learned from that game; the old files stay in the quarantine.
+    After --drop, 'oel run --resume' does again what learned from that game. What had been made of it goes to the
+    quarantine.
     """
     from oel_ray.views import knowledge as learned
 

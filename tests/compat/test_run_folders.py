@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -43,14 +44,17 @@ def oel(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def resume(run: Path) -> Counter[str]:
-    """Go on with a run as a user does; returns how often each fault point was reached."""
+def resume(run: Path, last: str = "") -> Counter[str]:
+    """Go on with a run as a user does; returns how often each fault point was reached.
+
+    The driver is killed as soon as it reaches the `last` of them, if one is named.
+    """
     points = run.with_suffix(".points")
     points.touch()
     command = [sys.executable, "-m", "oel_ray", "run", "--resume", "--run-dir", str(run)]
-    environment = {**os.environ, "OEL_RAY_POINTS_FILE": str(points)}
+    environment = {**os.environ, "OEL_RAY_POINTS_FILE": str(points), "OEL_RAY_KILL_AFTER": last}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (-signal.SIGKILL if last else 0), done.stderr
     return Counter(points.read_text().splitlines())
 
 
@@ -188,27 +192,36 @@ class Resumed(NamedTuple):
         )
 
 
+def go_on(name: str, unpacked: Path, root: Path, last: str = "") -> Resumed:
+    """Mark what the journals of a killed run hold, and go on with it."""
+    before = Path(shutil.copytree(unpacked / name, root / "before"))
+    for journal in (before / "rounds/002" / WORK[name]).glob("*.jsonl"):
+        journal.write_bytes(journal.read_bytes().replace(*MARKS[name]))
+    run = Path(shutil.copytree(before, root / "run"))
+    return Resumed(before, run, resume(run, last))
+
+
 @pytest.fixture(scope="module")
 def resumed(request: pytest.FixtureRequest, unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Resumed:
-    root = tmp_path_factory.mktemp("resumed")
-    before = Path(shutil.copytree(unpacked / request.param, root / "before"))
-    for journal in (before / "rounds/002" / WORK[request.param]).glob("*.jsonl"):
-        journal.write_bytes(journal.read_bytes().replace(*MARKS[request.param]))
-    run = Path(shutil.copytree(before, root / "run"))
-    return Resumed(before, run, resume(run))
+    """A killed run that was gone on with to its end."""
+    return go_on(request.param, unpacked, tmp_path_factory.mktemp("resumed"))
 
 
-@pytest.mark.parametrize("resumed", [IN_COLLECT], indirect=True)
-def test_no_game_that_a_killed_run_holds_is_played_again(resumed: Resumed) -> None:
-    held = (resumed.before / "rounds/002" / WORK[IN_COLLECT] / "games.jsonl").read_bytes().splitlines()
-    files = [resumed.run / f"rounds/002/trajectories/{split}.jsonl" for split in ("extraction", "consolidation")]
+@pytest.fixture
+def collected(unpacked: Path, tmp_path: Path) -> Resumed:
+    """The run that was killed in collect, gone on with until that stage is committed."""
+    return go_on(IN_COLLECT, unpacked, tmp_path, last="2:collect")
+
+
+def test_no_game_that_a_killed_run_holds_is_played_again(collected: Resumed) -> None:
+    held = (collected.before / "rounds/002" / WORK[IN_COLLECT] / "games.jsonl").read_bytes().splitlines()
+    files = [collected.run / f"rounds/002/trajectories/{split}.jsonl" for split in ("extraction", "consolidation")]
     games = [line for file in files for line in file.read_bytes().splitlines()]
     assert len(held) == 3 and len(games) == 7
     assert all(games.count(game) == 1 and b"As it was. " in game for game in held)
     new = [json.loads(game) for game in games if game not in held]
     assert not {game["id"] for game in new} & {json.loads(game)["id"] for game in held}
-    assert resumed.done("collect") == Counter(f"2:collect:{number}-done" for number in range(4, 8))
-    assert stage_row(resumed.run, "collect")["requests"] == sum(len(game["turns"]) for game in new)
+    assert collected.done("collect") == Counter(f"2:collect:{number}-done" for number in range(4, 8))
 
 
 @pytest.mark.parametrize("resumed", [IN_EXTRACT], indirect=True)
@@ -228,7 +241,7 @@ def test_no_step_that_a_killed_run_holds_is_done_again(resumed: Resumed) -> None
     assert not resumed.done("collect")
 
 
-@pytest.mark.parametrize("resumed", [IN_COLLECT, IN_EXTRACT], indirect=True)
+@pytest.mark.parametrize("resumed", [pytest.param(IN_COLLECT, marks=pytest.mark.slow), IN_EXTRACT], indirect=True)
 def test_a_killed_run_goes_on_to_what_a_finished_one_holds(resumed: Resumed, unpacked: Path) -> None:
     """The same files with the same keys; what was committed before keeps its bytes."""
     before, after = contents(resumed.before), contents(resumed.run)

@@ -20,8 +20,8 @@ from oel_ray.models.resolve import SMOLLM2, resolve_model
 from oel_ray.records import KnowledgeText, Prefix
 from oel_ray.text.chat import ChatFormat
 
-LEARNING_RATE = 3e-6
-STEPS = 20
+STEPS, LEARNING_RATE = 4, 1e-5
+MANY_STEPS, LOW_RATE = 20, 3e-6
 KNOWLEDGE = (
     "- EXPERIENCE ITEM: The player always answers in capital letters: GREEN, RED, BLUE.\n"
     "- EXPERIENCE ITEM: The right colour is GREEN."
@@ -115,20 +115,21 @@ def test_knowledge_is_distilled_into_the_weights(config: RunConfig, pool: Pool, 
 
 @pytest.mark.slow
 def test_one_step_ahead_learns_from_the_weights_before(config: RunConfig, pool: Pool, tmp_path: Path) -> None:
-    rows = run(changed(config, max_staleness=1), pool, KNOWLEDGE, STEPS, tmp_path)
+    rows = run(changed(config, max_staleness=1, learning_rate=LOW_RATE), pool, KNOWLEDGE, MANY_STEPS, tmp_path)
     kl = [row["kl_per_token"] for row in rows]
     assert sum(kl[-3:]) / 3 <= 0.7 * kl[0]
     assert [row["generated_by"] for row in rows] == ["r000", "r000", *(row["weight_version"] for row in rows[:-2])]
 
 
-@pytest.mark.parametrize("steps", [3, pytest.param(STEPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [1, pytest.param(MANY_STEPS, marks=pytest.mark.slow)])
 def test_off_policy_the_teacher_writes_and_the_engines_keep_its_weights(
     config: RunConfig, pool: Pool, tmp_path: Path, steps: int
 ) -> None:
-    rows = run(changed(config, responses="teacher", divergence="forward"), pool, KNOWLEDGE, steps, tmp_path)
+    config = changed(config, responses="teacher", divergence="forward", learning_rate=LOW_RATE)
+    rows = run(config, pool, KNOWLEDGE, steps, tmp_path)
     kl = [row["kl_per_token"] for row in rows]
     print("forward KL per step:", [round(value, 4) for value in kl])
-    assert steps < STEPS or sum(kl[-3:]) / 3 <= 0.7 * kl[0]
+    assert steps < MANY_STEPS or sum(kl[-3:]) / 3 <= 0.7 * kl[0]
     assert {row["generated_by"] for row in rows} == {"r000"}
     health = ray.get([engine.check_health.remote() for engine in pool.engines()], timeout=60)
     assert health == ["r000"]

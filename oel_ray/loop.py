@@ -62,7 +62,7 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
 
 
 def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequence[tuple[int, str]]) -> None:
-    """Do these stages, (round, name) in order, on a Ray of their own; raises what `run` raises."""
+    """Do these stages, (round, name) in order, in a Ray session of their own. Raises the same errors as `run`."""
     os.environ[HANG_FOLDER] = str(folder.path / "hang")
     policy = folder.policy(folder.deployed(todo[0][0]))
     chosen = ", ".join(f"{key}={value}" for key, value in precisions(config).items())
@@ -190,7 +190,7 @@ class Rounds:
                 profile=self.folder.path / "profile",
                 scratch=(out.root / "ray_train").resolve(),
             )
-            self._deployed = None  # from the first step on the engines serve what the trainer sends
+            self._deployed = None  # from the first step on the engines serve the trainer's weights
             name = f"{self.folder.run_id}-round-{number:03d}"
             trained = partial(self.telemetry.trained, progress, number, config.steps)
             samples = consolidate(job, name, trained, self.progress.note)

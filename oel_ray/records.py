@@ -278,7 +278,7 @@ def append_jsonl(path: Path, *records: Record) -> None:
 
 
 def read_jsonl(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
-    """Read what `write_jsonl` wrote.
+    """Read the records of a file of `write_jsonl`.
 
     Raises:
         pydantic.ValidationError: a line does not fit the schema.

@@ -36,7 +36,7 @@ print(json.dumps(alive_nodes(processors=True)))
 
 
 def check_resources(config: RunConfig) -> Auto:
-    """Compare what a run needs with the cluster that it would join, or else with this machine. Starts no Ray.
+    """Compare the demand of a run with the cluster that it would join, or else with this machine. Starts no Ray.
 
     Returns the precision that `auto` stands for there.
 

@@ -133,7 +133,7 @@ def submit(job: Job, address: str) -> tuple["JobSubmissionClient", str]:
 
 
 def follow(client: "JobSubmissionClient", job_id: str) -> int:
-    """Print what a job prints until it ends. Returns its exit code as a shell tells it; 130 if it was stopped.
+    """Print the output of a job until it ends. Returns its exit code as in a shell; 130 if it was stopped.
 
     Raises:
         RunFailed: the job could not begin, or its server no longer answers.

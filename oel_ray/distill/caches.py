@@ -84,11 +84,11 @@ class TextCaches:
 
     @property
     def device_size(self) -> int:
-        """Bytes of what is kept on the device."""
+        """Bytes of the caches on the device."""
         return _total(self._on_device)
 
     def distance(self, text: Text) -> int:
-        """0 on the device, 1 on the host, 2 nowhere. Whoever wants many takes the near ones first: they stay."""
+        """Return 0 for a text on the device, 1 on the host, 2 for neither. Use near texts first, because those stay."""
         return 0 if text in self._on_device else 1 if text in self._on_host else 2
 
     def get(self, text: Text) -> TextCache:
@@ -110,7 +110,7 @@ class TextCaches:
         return cache
 
     def make_room(self, needed: int = 0) -> None:
-        """Put the device's caches back within their budget, less what is `needed`."""
+        """Offload caches until the device's budget has `needed` bytes free."""
         while self._on_device and _total(self._on_device) + needed > self._device_bytes:
             text = next(iter(self._on_device))
             self._offload(text, self._on_device.pop(text))

@@ -97,7 +97,7 @@ class MergedWeights(FullWeights):
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, folder: Path) -> None:
-        """`folder`: what the student was loaded from."""
+        """`folder`: the checkpoint that the student was loaded from."""
         super().__init__(model, dtype, folder)
         self._folder = folder
         self._adapted = {f"{name}.weight": layer for name, layer in model.named_modules() if _has_adapter(layer)}

@@ -1,8 +1,9 @@
-"""The engine pool. `EnginePool` is the one control actor that owns the replicas; `PoolClient` is what players, chains
-and training ranks hold; `engine_pool` runs in the driver.
+"""Run the engine pool. `EnginePool` is the single control actor and owns the replicas. Players, chains and training
+ranks hold a `PoolClient`. `engine_pool` runs in the driver.
 
-Requests go straight from a client to an engine; the pool only says which one. It is asked for a lease before and told
-after, so it knows the tokens in flight on every engine, and its answers never wait behind generation or a sync.
+Requests go straight from a client to an engine; the pool only chooses the engine. A client takes a lease before a
+request and releases it after. So the pool knows the tokens in flight on every engine. Its answers never wait for
+generation or a sync.
 """
 
 import asyncio

@@ -41,7 +41,7 @@ _ACTIONS_TEXT = (
 
 
 class _GridGame(NamedTuple):
-    """What this project knows about a game whose rules it hides."""
+    """The project's own data on a game whose rules it hides."""
 
     instructions: str
     content: Callable[[Any], tuple[Any, ...]]

@@ -38,7 +38,8 @@ class ChatFormat:
     """A tokenizer with its chat template, reduced to what this project needs."""
 
     def __init__(self, tokenizer: Any, *, thinking: bool, frame: Frame | None = None) -> None:
-        """`tokenizer`: a transformers tokenizer with a chat template. `frame` stands in place of what that gives today.
+        """`tokenizer`: a transformers tokenizer with a chat template. `frame` replaces the text that the template gives
+        today.
 
         Raises:
             UserError: the tokenizer has no chat template, or one that changes the user's message or that text could

@@ -2,8 +2,8 @@
 
 These checks, which vLLM's own transfer engines lack, make it safe to serve after a sync:
 
-- every tensor of the checkpoint must have come, with its full shape, or the sync fails (vLLM only logs a missing
-  tensor, and a half-sent fused layer keeps uninitialised memory);
+- every tensor of the checkpoint must have come, with its full shape, or the sync fails; vLLM only logs a missing
+  tensor, and a half-sent fused layer keeps uninitialised memory;
 - a tied output head that the CPU backend keeps in a packed form is packed again;
 - tensors whose checksums the sender gives are compared with those that the model holds at the end.
 """

@@ -7,7 +7,7 @@ import os
 
 __version__ = "0.1.0"
 
-# Ray reads these when it is imported, which whatever comes first of our modules may do.
+# Ray reads these when it is imported, which any of our modules may do first.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 # A killed engine actor takes its EngineCore and Worker processes with it.

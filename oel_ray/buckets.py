@@ -1,4 +1,4 @@
-"""A sequence cut into runs within a budget. Any process; pure."""
+"""Cut a sequence into runs within a budget. Any process; pure."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -7,7 +7,7 @@ Item = TypeVar("Item")
 
 
 def buckets(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Runs of items, in order, that have at most `limit` together; one that has more is alone in its run."""
+    """Yield runs of items, in order, whose sizes sum to at most `limit`. A larger item is a run of its own."""
     run: list[Item] = []
     filled = 0
     for item in items:

@@ -1,8 +1,8 @@
-"""The errors that a person meets. Raised in any process, printed by the command line."""
+"""Define the errors that users see. Raised in any process, printed by the command line."""
 
 
 class UserError(Exception):
-    """A mistake that a person can mend: one line that says what is wrong and what to do. Exit code 2."""
+    """A mistake that the user can correct: one line with fault and remedy. Exit code 2."""
 
 
 class RunFailed(Exception):

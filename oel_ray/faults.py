@@ -1,4 +1,4 @@
-"""Fault points for tests: where a process kills itself or leaves a trace, if an environment variable says so. In any
+"""Define fault points for tests, where a process kills itself or leaves a trace if an environment variable says so. Any
 process.
 """
 

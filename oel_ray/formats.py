@@ -15,7 +15,7 @@ def clock(seconds: float) -> str:
 
 
 def digits(value: float | None, form: str = ".1f") -> str:
-    """A number with as many digits as `form` says."""
+    """Format a number with as many digits as `form` says."""
     return as_text(value, form, ABSENT)
 
 
@@ -25,7 +25,7 @@ def as_text(number: float | None, form: str, otherwise: str = "not finite") -> s
 
 
 def duration(seconds: float) -> str:
-    """`41 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Format seconds as `41 s`, `3 min 20 s` or `2 h 05 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

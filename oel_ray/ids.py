@@ -1,4 +1,4 @@
-"""Ids of games, texts and prefixes, and labels of weights: each tells a place in the plan. Any process; pure."""
+"""Build ids of games, texts and prefixes, and labels of weights, from their place in the plan. Any process; pure."""
 
 import re
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ def held_out_id(number: int) -> str:
 
 
 def evaluation_ids(round_number: int, steps: Sequence[int | None], maps: int, seeds: int) -> list[str]:
-    """The games of an evaluation, in order.
+    """List the ids of an evaluation's games, in order.
 
-    `steps` says how many trajectories had been read for each set of texts in the prompt, the last of which is complete;
-    [None] is the bare policy.
+    `steps` holds, for each set of texts in the prompt, the number of trajectories read for it. The last set is
+    complete. [None] is the bare policy.
     """
     return [
         f"r{round_number:03d}-{'p' if step is None else 'k'}-{held_out_id(number)}-s{seed}"
@@ -46,7 +46,7 @@ def policy_version(round_number: int) -> str:
 
 
 class StepVersion(NamedTuple):
-    """The label of the weights after a training step, as one attempt of a training group sent them."""
+    """The label of the weights after a training step of one attempt of a training group."""
 
     round: int
     step: int
@@ -57,7 +57,7 @@ class StepVersion(NamedTuple):
 
     @classmethod
     def parse(cls, label: str) -> Self | None:
-        """Read a label; None if it is none of a step."""
+        """Read a label; None if it is not the label of a step."""
         match = _STEP_VERSION.fullmatch(label)
         return cls(*map(int, match.groups())) if match else None
 

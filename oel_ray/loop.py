@@ -7,8 +7,8 @@
         evaluate     held-out maps; feeds nothing
         deploy       the new policy plays the next round
 
-A stage writes into a folder of its own and is committed whole; a committed stage is never done again, and one that was
-interrupted goes on with the games, steps or checkpoints that it has.
+A stage writes into a folder of its own and is committed whole. A committed stage is never done again. An interrupted
+stage resumes with the games, steps or checkpoints that it has.
 """
 
 import os
@@ -51,7 +51,7 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
 
     Raises:
         UserError: something in the configuration cannot work here.
-        RunFailed: a stage failed, or was left out; what was committed before stays.
+        RunFailed: a stage failed, or was left out; stages committed before stay.
     """
     prepare(config, folder, progress)
     check_imports(config, folder.committed)
@@ -62,7 +62,7 @@ def run(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
 
 
 def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequence[tuple[int, str]]) -> None:
-    """Do these stages, (round, name) in order, on a Ray of their own; raises what `run` raises."""
+    """Do these stages, (round, name) in order, in a Ray session of their own. Raises the same errors as `run`."""
     os.environ[HANG_FOLDER] = str(folder.path / "hang")
     policy = folder.policy(folder.deployed(todo[0][0]))
     chosen = ", ".join(f"{key}={value}" for key, value in precisions(config).items())
@@ -82,9 +82,9 @@ def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequenc
 
 
 def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
-    """Record what round 0's policy is, the untouched model, and what its chat template puts around every prompt.
+    """Record round 0's policy, which is the untouched model, and the frame that its chat template puts around prompts.
 
-    That it can be used was `oel_ray.preflight`'s to check.
+    `oel_ray.preflight` has checked before that the model can be used.
     """
     stage = Stage(folder, 0, layout.PREPARE)
     if stage.is_done:
@@ -99,7 +99,7 @@ def prepare(config: RunConfig, folder: RunFolder, progress: Progress) -> None:
 
 @dataclass
 class Rounds:
-    """The stages of a round, one method each. State: which policy the engines serve; everything else is on disk."""
+    """The stages of a round, one method each. State: the policy that the engines serve; all else is on disk."""
 
     config: RunConfig
     folder: RunFolder
@@ -111,7 +111,7 @@ class Rounds:
     _deployed: int | None = None
 
     def collect(self, number: int) -> None:
-        """The policy of the round before plays T and T'."""
+        """Play T and T' with the policy of the round before."""
         wanted = self.config.training_games
         with self._stage(number, layout.COLLECT, sum(wanted.values()), "games") as (stage, progress):
             excluded = {episode.map_hash for episode in self.held_out}
@@ -130,7 +130,7 @@ class Rounds:
             stage.commit(map(stage.out.trajectories, wanted), counts)
 
     def extract(self, number: int) -> None:
-        """K accumulations read T."""
+        """Extract knowledge from T with K accumulations."""
         from oel_ray.extract.stage import extract
 
         trajectories = self._trajectories(number, "extraction")
@@ -151,12 +151,12 @@ class Rounds:
             stage.commit_knowledge(texts)
 
     def evaluate_in_context(self, number: int) -> None:
-        """The teacher's view: the policy that played, with the knowledge in its prompt."""
+        """Evaluate the teacher's view: the policy that played, with the knowledge in its prompt."""
         knowledge = growth(self.folder.files(number).knowledge_texts(), self.config.evaluate.accumulation_steps)
         self._evaluate(number, layout.EVALUATE_IN_CONTEXT, self.folder.deployed(number), knowledge)
 
     def consolidate(self, number: int) -> None:
-        """Distil the knowledge into the weights; writes the new policy."""
+        """Distil the knowledge into the weights, and write the new policy."""
         from oel_ray.consolidate.job import Job
         from oel_ray.consolidate.stage import consolidate
 
@@ -190,7 +190,7 @@ class Rounds:
                 profile=self.folder.path / "profile",
                 scratch=(out.root / "ray_train").resolve(),
             )
-            self._deployed = None  # from the first step on the engines serve what the trainer sends
+            self._deployed = None  # from the first step on the engines serve the trainer's weights
             name = f"{self.folder.run_id}-round-{number:03d}"
             trained = partial(self.telemetry.trained, progress, number, config.steps)
             samples = consolidate(job, name, trained, self.progress.note)
@@ -198,17 +198,17 @@ class Rounds:
             stage.commit(written, {"metrics": config.steps, "samples": samples})
 
     def evaluate(self, number: int) -> None:
-        """The policy that the round ended with, on the held-out maps."""
+        """Evaluate the policy that the round ended with on the held-out maps."""
         self._evaluate(number, layout.EVALUATE, number, [])
 
     @cached_property
     def held_out(self) -> list[Episode]:
-        """The maps of every evaluation of this run; none are set aside if there is none."""
+        """Choose the maps of every evaluation of this run; none if nothing is evaluated."""
         return held_out_episodes(self.config.env, self.config.seed, self.config.evaluate.held_out)
 
     @cached_property
     def baselines(self) -> dict[str, float | None]:
-        """Pass rates of the random and the oracle player on the held-out maps."""
+        """Compute the pass rates of the random and the oracle player on the held-out maps."""
         turns, games = self.config.env.max_turns, self.config.evaluate.random_games
         random = random_rate(self.held_out, turns, games, self.config.seed)
         return {"random": random, "oracle": oracle_rate(self.held_out, turns)}
@@ -236,7 +236,10 @@ class Rounds:
             yield stage, progress
 
     def _begin(self, stage: Stage, policy_of: int, *asked: Any) -> None:
-        """Start a stage in which that policy answers: its inputs are all that decides how, and what it is asked."""
+        """Start a stage in which that policy responds.
+
+        Its inputs are everything that determines prompts and responses.
+        """
         self._deploy(policy_of)
         config, files = self.config, self.folder.policy_files(policy_of)
         stage.begin(config.thinking, config.seed, config.env, config.engines.max_model_len, files, *asked)

@@ -1,7 +1,7 @@
-"""Everything that can be known to go wrong, before a run writes its first byte. Runs in the driver.
+"""Check everything that can be checked before a run writes its first byte. Runs in the driver.
 
-Loads configurations and tokenizers and builds games; no weights, no engine. The parts can be used by themselves: a run
-on games that were played elsewhere has a model and a context, and no environment.
+Loads configurations and tokenizers and builds games; loads no weights and no engine. The parts work separately, because
+a run on imported games has a model and a context, and no environment.
 """
 
 import importlib.util
@@ -30,14 +30,14 @@ from oel_ray.text import prompts
 
 
 class Ready(NamedTuple):
-    """What was found out on the way: the model, and what the precision `auto` stands for where the run computes."""
+    """The results of the checks: the model, and the precision that `auto` stands for where the run computes."""
 
     model: Model
     auto: Auto
 
 
 def preflight(config: RunConfig, note: Callable[[str], None], *, plays: bool = True) -> Ready:
-    """Check all that a run needs; an environment only if it `plays`. `note` is told what takes time.
+    """Check all that a run needs; an environment only if it `plays`. `note` is called with messages about slow steps.
 
     Raises:
         UserError: the run could not work here.
@@ -54,7 +54,7 @@ def preflight(config: RunConfig, note: Callable[[str], None], *, plays: bool = T
 
 
 def preflight_resumed(folder: RunFolder, note: Callable[[str], None]) -> None:
-    """The same for what is left of a run: its model is the policy that the next stage loads.
+    """Check all that the rest of a resumed run needs. Its model is the policy that the next stage loads.
 
     Raises:
         UserError: the run could not go on here.
@@ -65,7 +65,7 @@ def preflight_resumed(folder: RunFolder, note: Callable[[str], None]) -> None:
 
 
 def tell_outlook(config: RunConfig, policy: Path, note: Callable[[str], None], *, on_gpu: bool) -> None:
-    """Say what can run where in the Ray that was joined, and what it takes of the memory there."""
+    """Report where the pools of the run can run in the joined Ray, and the memory that they take there."""
     from oel_ray.distill.memory import model_size
 
     teacher = resolve_model(config.consolidate.teacher, note) if config.consolidate.teacher else policy
@@ -75,17 +75,17 @@ def tell_outlook(config: RunConfig, policy: Path, note: Callable[[str], None], *
 
 
 def starting_at(folder: RunFolder, number: int) -> RunConfig:
-    """The configuration with the policy that a round starts from as its model."""
+    """Copy the configuration, with the policy that a round starts from as its model."""
     if layout.PREPARE not in folder.committed.get(0, ()):
         return folder.config
     return folder.config.model_copy(update={"model": str(folder.policy(folder.deployed(number)))})
 
 
 def check_environment(config: RunConfig) -> Environment:
-    """One game as the run would play it.
+    """Check that the environment has enough maps, and build one game as the run would play it.
 
     Raises:
-        UserError: the environment cannot be built, or has too few maps for what is held out and learned on.
+        UserError: the environment cannot be built, or has too few maps for evaluation and training.
     """
     env, seed = config.env, config.seed
     environment = make(env.id, seed, env.params)
@@ -95,10 +95,10 @@ def check_environment(config: RunConfig) -> Environment:
 
 
 def check_student(config: RunConfig, model: Model) -> None:
-    """That the layers which are to get adapters exist, with the package that adds them, and that samples can be packed.
+    """Check that peft is installed, that the adapter layers exist, and that the model supports packing if required.
 
     Raises:
-        UserError: one of them is missing, or the student is to read its samples as one row and cannot.
+        UserError: one of these conditions does not hold.
     """
     lora, packing = config.consolidate.lora, config.consolidate.packing
     if lora and importlib.util.find_spec("peft") is None:
@@ -120,12 +120,12 @@ def check_student(config: RunConfig, model: Model) -> None:
 
 
 def check_context(config: RunConfig, model: Model, teacher: Model, environment: Environment | None) -> None:
-    """Real prompts of a first turn, with all the knowledge and the response that the configuration allows.
+    """Check that real first-turn prompts fit, with the longest knowledge and response that the configuration allows.
 
-    Without an environment there are none to look at, only the model's own limit.
+    Without an environment there are no prompts, so only the model's own limit is checked.
 
     Raises:
-        UserError: one of them is longer than what engines or trainer can read.
+        UserError: a prompt is too long for the engines or the trainer.
     """
     room = config.engines.max_model_len
     if model.context and room > model.context:
@@ -158,7 +158,7 @@ def _check_fits(budget: Budget, prompt: int, room: int, limit: str, remedy: str)
 
 
 def outlook(config: RunConfig, size: ModelSize, nodes: Nodes, *, on_gpu: bool) -> list[str]:
-    """What can run where, and what of the memory there engines and ranks keep, beside what comes and goes."""
+    """Describe the placement of the pools, and the permanent memory of engines and ranks there."""
     engines, consolidate = config.engines, config.consolidate
     of, kind = ("GPU", GPU_MEMORY) if on_gpu else ("CPU", "memory")
     there = min((node[kind] for node in nodes.values() if node.get(of) and node.get(kind)), default=0)

@@ -1,7 +1,7 @@
-"""The nouns that travel between stages and rest in the run folder. Any process; imports no Ray, torch or vLLM.
+"""Define the records that stages exchange and the run folder stores. Any process; imports no Ray, torch or vLLM.
 
-Everything here is text and token ids. A trajectory holds no reward and no success bit, because the server side
-reads it; `EvaluationGame` adds success, and only evaluation reads that.
+All records are text and token ids. A trajectory holds no reward and no success bit, because the server side reads it.
+`EvaluationGame` adds success, which only evaluation reads.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ EndedBy = Literal["environment", "turn_limit", "context_limit"]
 TrainingSplit = Literal["extraction", "consolidation"]
 Split = Literal[TrainingSplit, "held_out"]
 Rejection = Literal["control", "url", "code"]
-"""What speaks against an item of knowledge: marks of a turn or special tokens, addresses, code."""
+"""Reasons to reject an item of knowledge: turn markers or special tokens, web addresses, code."""
 
 
 class Record(BaseModel):
@@ -44,9 +44,9 @@ class Sampling(Record):
 
 
 class Frame(Record):
-    """What a chat template puts before and after a user's message, where the model is to answer.
+    """The text of a chat template before and after a user's message, up to the model's response.
 
-    A run takes it once, when it begins, because a template may say what day it is.
+    A run renders it once, at its start, because a template may contain the date.
     """
 
     before: str
@@ -56,8 +56,8 @@ class Frame(Record):
 class Generation(Record):
     """One response of an engine, as the engine returned it.
 
-    `token_ids` are the response's own ids, with the end token where the model wrote one; `text` is without it.
-    `cached_tokens` of the prompt came from the engine's prefix cache, which depends on what was asked before.
+    `token_ids` are the response's own ids, with the end token if the model wrote one; `text` is without it.
+    `cached_tokens` of the prompt came from the engine's prefix cache, so they depend on earlier requests.
     """
 
     token_ids: list[int]
@@ -68,7 +68,7 @@ class Generation(Record):
 
 
 class Generate(Protocol):
-    """How players, chains and the trainer ask the engine pool for one response.
+    """The call by which players, chains and the trainer request one response from the engine pool.
 
     `key` names the requests that share a prefix (an episode, a knowledge text): they are routed to one engine.
     Raises `EngineUnavailable` when no engine answers within its deadline.
@@ -78,11 +78,10 @@ class Generate(Protocol):
 
 
 class Turn(Record):
-    """One exchange: what the game showed, what the model wrote, what the game answered.
+    """One exchange: the game's observation, the model's response, the game's feedback.
 
-    `observation` is the text that is new to the player at this turn. `action` is what was read from the response
-    and handed to the game ("" when nothing could be read). `feedback` is the game's answer, which is the next
-    turn's observation.
+    `observation` is the text that is new to the player in this turn. `action` was read from the response and passed to
+    the game ("" if none could be read). `feedback` is the observation of the next turn.
     """
 
     observation: str
@@ -108,9 +107,9 @@ class Episode(Record):
 
 
 class Experience(Record):
-    """What happened, as the server side reads it: texts and responses in turn, and the outcome text.
+    """A game as the server side reads it: texts and responses in turn, and the outcome text.
 
-    It has no reward and no success bit, and nothing of the environment that it comes from.
+    It has no reward and no success bit, and no data of its environment.
     """
 
     id: str
@@ -130,8 +129,8 @@ class Trajectory(Experience, Episode):
 class EvaluationGame(Trajectory):
     """A held-out game with its result.
 
-    `knowledge_seed` names the text in the prompt, `knowledge_step` says how many trajectories had been read for it (0
-    if the text is from elsewhere). Both are None for the bare policy.
+    `knowledge_seed` names the text in the prompt. `knowledge_step` is the number of trajectories read for it (0 for an
+    imported text). Both are None for the bare policy.
     """
 
     condition: Literal["policy", "in_context"]
@@ -142,11 +141,11 @@ class EvaluationGame(Trajectory):
 
 
 class AccumulationStep(Record):
-    """What one trajectory added to one accumulation.
+    """One step of an accumulation: the items that one trajectory added.
 
     `status` is "added", or the reason why nothing was: "unclosed_thought", "no_items", "over_long", "repeated" or
-    "rejected". `rejected` counts items that were not taken, by reason: "empty", "over_long", "repeated", or a
-    `Rejection`. `dropped` counts the oldest items that left the text to keep it within L_max.
+    "rejected". `rejected` counts the items that were not added, by reason: "empty", "over_long", "repeated", or a
+    `Rejection`. `dropped` counts the oldest items that were removed to keep the text within L_max.
     """
 
     index: int
@@ -168,9 +167,9 @@ class KnowledgeItem(Record):
 
 
 class KnowledgeText(Record):
-    """The result of one accumulation: the final text (e^k) and how it came about.
+    """The result of one accumulation: the final text (e^k), its items and its steps.
 
-    `withdrawn` names games whose items somebody took out of it afterwards; the steps still show them.
+    `withdrawn` names games whose items a user removed later; the steps still show them.
     """
 
     id: str
@@ -197,10 +196,10 @@ class Prefix(Record):
 
 
 class Gate(Record):
-    """How a new policy did against the one that was deployed, and which of the two is from then on.
+    """The comparison of a new policy with the deployed one, and the policy that is deployed after it.
 
-    Policies are named by the round that they come from. `difference` is the new pass rate minus the old one's, its
-    standard error clustered by map.
+    Policies are named by their round. `difference` is the new pass rate minus the old one. Its standard error is
+    clustered by map.
     """
 
     old: int
@@ -217,8 +216,8 @@ class Gate(Record):
 class StepRow(Record, extra="allow"):
     """A line of `consolidation/metrics.jsonl`: one optimizer step. None is a number that was not finite.
 
-    `kl_per_token` is in nats. The `teacher_` counts say how often a text was found on the device, brought back from the
-    host, encoded again, and sent to the host. Defaults are for lines of earlier versions.
+    `kl_per_token` is in nats. The `teacher_` counts say how often a text was found on the device, loaded from the host,
+    encoded, and offloaded to the host. Defaults are for lines of earlier versions.
     """
 
     step: int
@@ -255,7 +254,7 @@ class SampleRow(Record, extra="allow"):
 
 
 class BadLine(Record):
-    """A line that is not the record that it should be; `line` counts from 1."""
+    """A line that does not fit its record; `line` counts from 1."""
 
     line: int
     reason: str
@@ -279,7 +278,7 @@ def append_jsonl(path: Path, *records: Record) -> None:
 
 
 def read_jsonl(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
-    """Read what `write_jsonl` wrote.
+    """Read the records of a file of `write_jsonl`.
 
     Raises:
         pydantic.ValidationError: a line does not fit the schema.
@@ -288,17 +287,17 @@ def read_jsonl(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
 
 
 def content_hash(*parts: Any) -> str:
-    """Sixteen hex digits that identify JSON-like content."""
+    """Hash JSON-like content to sixteen hex digits. The order of keys does not matter."""
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def first_problem(error: ValidationError) -> str:
-    """Where a record does not fit its schema and why, in one short line that a terminal takes as text."""
+    """Describe the first field that does not fit the schema, in one short line that is safe for terminals."""
     first = error.errors()[0]
     where = ascii(".".join(map(str, first["loc"])))[1:-1]
     return f"{where[:100]}: {first['msg']}".removeprefix(": ")
 
 
 def join_items(items: Sequence[str]) -> str:
-    """Write a knowledge text of its items, a line each."""
+    """Join items into a knowledge text, separated by line breaks."""
     return "\n".join(items)

@@ -1,10 +1,10 @@
-"""Seeds derived from names, so that no two uses share one and none depends on scheduling. Any process."""
+"""Derive seeds from names, so that no two uses share one and none depends on scheduling. Any process."""
 
 import hashlib
 
 
 def derive_seed(run_seed: int, *parts: str | int) -> int:
-    """A 31-bit seed for the use that `parts` name, e.g. `derive_seed(7, "play", round, episode_id, turn)`.
+    """Derive a 31-bit seed for the use that `parts` name, e.g. `derive_seed(7, "play", round, episode_id, turn)`.
 
     The same arguments give the same seed on every machine and Python version.
     """

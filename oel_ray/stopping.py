@@ -1,7 +1,6 @@
-"""How a run is asked to stop: the first SIGINT or SIGTERM lets what has begun come to its end, the second does not.
+"""Stop a run on signals: the first SIGINT or SIGTERM lets work in progress finish, the second does not.
 
-Runs in the driver's main thread. Outside of `draining` nothing is under way that could be waited for, and the first
-signal ends the run as well.
+Runs in the driver's main thread. Outside of `draining` there is no work to wait for, so the first signal ends the run.
 """
 
 import math
@@ -17,30 +16,30 @@ _SAID = f"oel: stopping: what has begun may end, for at most {DRAIN_S:.0f} s; on
 
 
 class Drain:
-    """Whether to stop. State: whether somebody asked, and when there is nothing more to wait for."""
+    """The request to stop. State: whether it was made, and when the wait ends."""
 
     asked = False
-    """Begin nothing more."""
+    """True after the first signal: start nothing more."""
     _end = math.inf
 
     @property
     def over(self) -> bool:
-        """Wait no longer for what has begun."""
+        """Tell whether the wait for work in progress is over."""
         return time.monotonic() > self._end
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked, self._end = True, time.monotonic() + DRAIN_S
-        os.write(2, _SAID.encode())  # not printed: the signal may have come in the middle of a print
+        os.write(2, _SAID.encode())  # not printed, because the signal may interrupt a print
 
 
 @contextmanager
 def draining() -> Iterator[Drain]:
-    """For a block that looks at the drain and ends by itself.
+    """Handle signals for a block that checks the drain and ends by itself.
 
     Raises:
-        KeyboardInterrupt: at the end of the block if somebody asked, anywhere in it if somebody asked twice.
+        KeyboardInterrupt: at the end of the block after one signal, anywhere in it after two.
     """
     drain = Drain()
     before = {number: signal.signal(number, drain.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

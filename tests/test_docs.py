@@ -74,7 +74,7 @@ def test_the_cluster_guide_names_its_files() -> None:
     assert named == files - {"cluster/Dockerfile.dockerignore"}
 
 
-def test_the_line_for_ray_job_submit_is_what_oel_submit_asks_for() -> None:
+def test_the_ray_job_submit_line_in_the_guide_asks_for_the_same_as_oel_submit() -> None:
     guide = (DOCS / "cluster.md").read_text().replace("\\\n", " ")
     (line,) = re.findall(r"^ray job submit (--submission-id .*)$", guide, re.MULTILINE)
     submitted = ray_job_submit.make_context("submit", shlex.split(line)).params

@@ -44,7 +44,7 @@ def games(wins: Sequence[Sequence[bool]]) -> list[EvaluationGame]:
     ]
 
 
-def test_a_loss_counts_beyond_what_is_allowed_and_noise() -> None:
+def test_a_policy_is_rejected_only_if_its_loss_exceeds_the_allowance_and_the_noise() -> None:
     old, new = games([[True, True]] * 4), games([[True, True], [True, True], [False, True], [False, False]])
     gate = passed_gate(3, old, 4, new, GateConfig(standard_errors=1.5))
     assert (gate.difference, gate.old) == (-0.375, 3)
@@ -148,7 +148,7 @@ def test_metrics_show_and_report_say_which_policy_was_kept(run: tuple[Path, Engi
     assert remarks(path) == read_report(path).remarks == said
 
 
-def test_verify_decides_by_the_games(run: tuple[Path, Engines, str]) -> None:
+def test_verify_finds_a_gate_that_contradicts_the_games(run: tuple[Path, Engines, str]) -> None:
     folder = RunFolder.open(run[0])
     evaluation = folder.files(1).evaluation
     before = evaluation.read_bytes()

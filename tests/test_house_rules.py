@@ -65,11 +65,11 @@ def test_every_ray_get_has_a_deadline() -> None:
         ("cache.get(x)", False),
     ],
 )
-def test_an_endless_get_is_found(call: str, endless: bool) -> None:
+def test_the_check_for_deadlines_finds_endless_gets_only(call: str, endless: bool) -> None:
     assert list(endless_gets(f"y = {call}\n")) == [1] * endless
 
 
-def test_nothing_is_unpickled() -> None:
+def test_no_code_of_the_package_unpickles_data() -> None:
     assert [file.name for file in FILES if UNPICKLES.search(file.read_text())] == []
 
 

@@ -75,7 +75,7 @@ def test_every_pinned_package_is_permissive_or_named_with_the_reason() -> None:
         ([], False),
     ],
 )
-def test_what_counts_as_permissive(licences: list[str], permissive: bool) -> None:
+def test_a_licence_counts_as_permissive_only_if_all_its_parts_do(licences: list[str], permissive: bool) -> None:
     assert is_permissive(licences) is permissive
 
 

@@ -72,7 +72,7 @@ def test_adapters_need_peft_and_layers_that_are_there(
         ({"architectures": None}, 8192),
     ],
 )  # fmt: skip
-def test_the_context_is_what_the_engines_can_serve(
+def test_the_context_follows_from_the_models_configuration(
     model: Path, changes: dict[str, object], context: int | None
 ) -> None:
     write_config(model, **changes)
@@ -93,7 +93,7 @@ def test_a_model_that_cannot_read_packed_samples_is_found(model: Path) -> None:
         write_config(model)
 
 
-def test_a_run_begins_with_what_runs_where_and_what_it_keeps_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_first_prints_its_placement_and_the_memory_of_engines_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "alive_nodes", lambda: {"a": {"CPU": 0.0}, "b": {"CPU": 4.0, "memory": 8.0 * 2**30}})
     said: list[str] = []
     preflight.tell_outlook(
@@ -126,7 +126,9 @@ def test_a_resumed_run_needs_the_policy_that_it_goes_on_with(model: Path, tmp_pa
     assert asked == [str(model), "/recorded", "/recorded"]
 
 
-def test_a_cluster_that_is_joined_is_asked_what_it_has(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demand_of_a_run_is_checked_against_the_cluster_that_it_joins(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nodes = {"cpus:1": {"a": {"CPU": 64.0}}, "gpus:1": {"a": {"CPU": 32.0, "GPU": 4.0}, "b": {"CPU": 32.0, "GPU": 4.0}}}
     monkeypatch.setattr(session, "nodes_at", nodes.__getitem__)
     monkeypatch.setattr(session, "_check_cores", lambda config: pytest.fail("this machine does not matter"))

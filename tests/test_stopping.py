@@ -12,7 +12,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_what_has_begun_comes_to_its_end_and_then_the_run_does(number: signal.Signals) -> None:
+def test_after_a_signal_the_block_finishes_and_then_the_run_is_interrupted(number: signal.Signals) -> None:
     before, ended = [signal.getsignal(each) for each in SIGNALS], False
     with pytest.raises(KeyboardInterrupt), draining() as drain:
         assert not drain.asked
@@ -24,7 +24,7 @@ def test_what_has_begun_comes_to_its_end_and_then_the_run_does(number: signal.Si
 
 
 @pytest.mark.parametrize("numbers", [SIGNALS, SIGNALS[::-1], SIGNALS[:1] * 2])
-def test_the_second_signal_ends_at_once(numbers: list[signal.Signals]) -> None:
+def test_the_second_signal_interrupts_at_once(numbers: list[signal.Signals]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), draining():
         os.kill(os.getpid(), numbers[0])
@@ -33,7 +33,7 @@ def test_the_second_signal_ends_at_once(numbers: list[signal.Signals]) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_wait_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drain_is_over_after_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "DRAIN_S", 0.0)
     with pytest.raises(KeyboardInterrupt), draining() as drain:
         assert not drain.over
@@ -42,7 +42,7 @@ def test_the_wait_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
 
-def test_without_a_signal_nothing_happens() -> None:
+def test_a_block_without_a_signal_ends_without_an_interrupt() -> None:
     with draining() as drain:
         pass
     assert not drain.asked

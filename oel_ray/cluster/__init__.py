@@ -1,1 +1,1 @@
-"""Ray: what a run asks of a cluster, its session, its actors, the job that is submitted, the doctor."""
+"""Work with Ray: the demand of a run, its session, its actors, submitted jobs, the doctor."""

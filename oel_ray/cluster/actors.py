@@ -1,15 +1,15 @@
-"""How calls of our actors fail, in one line. Any process that waits for an actor."""
+"""Translate failures of actor calls into one line. Any process that waits for an actor."""
 
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from oel_ray.errors import EngineUnavailable, RunFailed, one_line
 
 DIED = (RayActorError, OutOfMemoryError, ObjectLostError)
-"""How a call ends whose actor is gone; if Ray ended it to save the machine; if its answer went with its node."""
+"""Errors of a call whose actor died, was killed by Ray because memory ran out, or lost its answer with its node."""
 
 
 def plain(error: BaseException) -> RunFailed:
-    """What went wrong in an actor, without Ray's account of how it got here."""
+    """Extract the actor's own error from Ray's, without Ray's traceback."""
     if isinstance(error, RayTaskError):
         return plain(error.cause)
     if isinstance(error, RunFailed):

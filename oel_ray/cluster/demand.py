@@ -1,4 +1,4 @@
-"""What a run asks of Ray, and which nodes have room for it. Any process; pure."""
+"""Compute the resources that a run needs of Ray, and the nodes that have room for it. Any process; pure."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 from oel_ray.config.schema import ConsolidateConfig, EnginesConfig, RunConfig
 
 Nodes = Mapping[str, Mapping[str, float]]
-"""What Ray says that each node has: `CPU`, `GPU`, `memory` in bytes, resources of the user's own."""
+"""The resources of each node as Ray reports them: `CPU`, `GPU`, `memory` in bytes, custom resources."""
 GPU_MEMORY = "GPU memory"
-"""Bytes of each GPU of a node, among what it has, where that is known."""
+"""The key, among a node's resources, of the bytes of each of its GPUs, if that is known."""
 TURNS = ("trainer", "extractors")
-"""Pools that are never there at the same time; the others live as long as the run."""
+"""Pools that never exist at the same time; the others live as long as the run."""
 
 
 class Demand(NamedTuple):
-    """What one pool of a run asks of Ray: so many actors, each of which takes `each` on one node."""
+    """The demand of one pool of a run: its number of actors, each of which reserves `each` on one node."""
 
     pool: str
     actors: int
@@ -26,19 +26,19 @@ class Demand(NamedTuple):
 
 
 def engine_takes(config: EnginesConfig, *, on_gpu: bool) -> dict[str, float]:
-    """What one engine takes of Ray."""
+    """Compute the resources that one engine reserves."""
     usual = {"CPU": 1.0, "GPU": 1.0} if on_gpu else {"CPU": float(config.cpu_threads)}
     scarce = "GPU" if on_gpu else "CPU"
     return usual | {scarce: usual[scarce] * config.tensor_parallel} | config.resources
 
 
 def rank_takes(config: ConsolidateConfig, *, on_gpu: bool) -> dict[str, float]:
-    """What one training rank takes of Ray."""
+    """Compute the resources that one training rank reserves."""
     return {"CPU": 1.0} | ({"GPU": 1.0} if on_gpu else {}) | config.resources
 
 
 def demands(config: RunConfig, *, on_gpu: bool) -> list[Demand]:
-    """All pools of a run, in the order in which they are started."""
+    """List the demands of all pools of a run, in the order in which they are started."""
     collect, extract, consolidate = config.collect, config.extract, config.consolidate
     return [
         Demand("engines", config.engines.count, engine_takes(config.engines, on_gpu=on_gpu)),
@@ -49,7 +49,7 @@ def demands(config: RunConfig, *, on_gpu: bool) -> list[Demand]:
 
 
 def total(wanted: Sequence[Demand]) -> dict[str, float]:
-    """What a run takes of a whole cluster at most, by the kind of resource."""
+    """Compute the most that a run reserves in the whole cluster, by resource."""
 
     def taken(kind: str, *, in_turns: bool) -> list[float]:
         return [demand.actors * demand.each.get(kind, 0) for demand in wanted if (demand.pool in TURNS) == in_turns]
@@ -59,10 +59,10 @@ def total(wanted: Sequence[Demand]) -> dict[str, float]:
 
 
 def place(wanted: Sequence[Demand], nodes: Nodes) -> tuple[dict[str, Counter[str]], Counter[str]]:
-    """Who finds room on which node, and how many of each pool find none.
+    """Place the actors on nodes. Returns the pools of each node, and how many actors of each pool find no room.
 
-    A way that works, in the order in which pools are started; like Ray it keeps what needs no GPU away from those that
-    have one as long as there is room elsewhere. Ray itself may choose another.
+    Pools are placed in the order in which they are started. Like Ray it places actors without GPUs on nodes without
+    GPUs if there is room. Ray itself may choose another placement.
     """
     placed: dict[str, Counter[str]] = {node: Counter() for node in nodes}
     left: Counter[str] = Counter()
@@ -72,7 +72,7 @@ def place(wanted: Sequence[Demand], nodes: Nodes) -> tuple[dict[str, Counter[str
         for _ in range(actors):
             able = [node for node in room if all(room[node].get(kind, 0) + 1e-6 >= each[kind] for kind in each)]
             if able:
-                # The fullest that has room.
+                # The fullest node that has room.
                 node = min(able, key=lambda node: [nodes[node].get("GPU", 0) > 0, *map(room[node].get, sorted(each))])
                 room[node] |= {kind: room[node][kind] - amount for kind, amount in each.items()}
                 placed[node][pool] += 1
@@ -82,7 +82,7 @@ def place(wanted: Sequence[Demand], nodes: Nodes) -> tuple[dict[str, Counter[str
 
 
 def placement(wanted: Sequence[Demand], nodes: Nodes) -> str:
-    """What is there, and what can run where: nodes that are alike together."""
+    """Describe the nodes and what can run on each, with equal nodes grouped together."""
     shapes = {node: amounts({kind: there.get(kind, 0) for kind in total(wanted)}) for node, there in nodes.items()}
     pools = {
         node: ", ".join(f"{count} {pool}" for pool, count in on.items()) for node, on in place(wanted, nodes)[0].items()
@@ -92,11 +92,11 @@ def placement(wanted: Sequence[Demand], nodes: Nodes) -> str:
 
 
 def amounts(resources: Mapping[str, float]) -> str:
-    """`4 CPU + 1 GPU`."""
+    """Format resources, as in `4 CPU + 1 GPU`."""
     return " + ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
 
 
 def ray_options(resources: Mapping[str, float]) -> dict[str, Any]:
-    """Ray's options for an actor that takes these resources, and a CPU if they do not say how many."""
+    """Build Ray's options for an actor that reserves these resources, and one CPU if they name no number of CPUs."""
     own = {kind: amount for kind, amount in resources.items() if kind not in ("CPU", "GPU")}
     return {"num_cpus": resources.get("CPU", 1), "num_gpus": resources.get("GPU", 0), "resources": own}

@@ -1,6 +1,6 @@
-"""`oel doctor`: what would fail on this machine, or on the nodes of a cluster, before anything is loaded.
+"""Find faults of this machine or of a cluster's nodes before anything is loaded (`oel doctor`).
 
-The driver asks; a small task on every node that is alive, or the driver itself where there is no cluster, looks around.
+The driver starts a small task on every live node. Without a cluster it checks its own machine.
 """
 
 import os
@@ -24,13 +24,13 @@ from oel_ray.models.policy import check_model, check_teacher
 from oel_ray.runs.folder import PACKAGES, installed
 
 ANSWER_S = 60.0
-"""How long a node may take to answer; it imports transformers meanwhile."""
+"""Seconds that a node may take to answer, the import of transformers included."""
 _GIB = 2**30
 _SHARE = "give --run-dir on a file system that all nodes share, under the same path"
 
 
 class Finding(NamedTuple):
-    """Something that is wrong somewhere, and what to do about it. An error would stop a run; other things may."""
+    """A fault, its place and its remedy. An error would stop a run; a note might."""
 
     where: str
     what: str
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 
 def examine(config: RunConfig, run_dir: Path, note: Callable[[str], None]) -> list[Finding]:
-    """Look at the cluster that a run would join, or at this machine, and at what the run needs of it.
+    """Check the cluster that a run would join, or this machine, against the needs of the run.
 
     Raises:
         UserError: no cluster answers, or there is no such model.
@@ -62,14 +62,14 @@ def examine(config: RunConfig, run_dir: Path, note: Callable[[str], None]) -> li
 
 
 def versions() -> dict[str, str]:
-    """What is installed here of all that must be the same everywhere."""
+    """List the installed versions of the packages that must be the same on all nodes."""
     return {"python": platform.python_version()} | installed(PACKAGES)
 
 
 def look(config: RunConfig, folder: Path, node: str, others: Mapping[str, str], gpus: float | None) -> list[Finding]:
-    """What is wrong with this machine. Leaves a file named `node` in a folder that the driver has made.
+    """List the faults of this machine. Leaves a file named `node` in a folder that the driver has created.
 
-    `others`: the driver's versions, if they are to be compared. `gpus`: how many Ray counts here; None without Ray.
+    `others`: the driver's versions, to be compared. `gpus`: the number of GPUs that Ray counts here; None without Ray.
     """
     import resource
 
@@ -105,7 +105,7 @@ def look(config: RunConfig, folder: Path, node: str, others: Mapping[str, str], 
 
 
 def is_open(dashboard: str) -> bool:
-    """Whether a dashboard (HOST:PORT) is there for other machines, and for whoever has no token."""
+    """Tell whether other machines can use a dashboard (HOST:PORT) without a token."""
     if urlsplit(f"//{dashboard}").hostname in (None, "127.0.0.1", "localhost", "::1"):
         return False
     try:
@@ -115,7 +115,7 @@ def is_open(dashboard: str) -> bool:
 
 
 def _ask_cluster(address: str, config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """What all nodes that are alive say, and what is wrong with the cluster."""
+    """Collect the findings of all live nodes and of the cluster itself."""
     session.nodes_at(address)  # `ray.init` would wait for a dead one
     import ray
 
@@ -129,7 +129,7 @@ def _ask_cluster(address: str, config: RunConfig, folder: Path) -> tuple[dict[st
 
 
 def package(config: str) -> list[Finding]:
-    """What would keep a configuration from being submitted as a job: the size of the folder that goes with a file."""
+    """Check that a configuration can be submitted as a job: the folder of its file must not be too large."""
     from oel_ray.cluster.submit import check_size, packed
 
     folder = Path(config).resolve().parent
@@ -142,7 +142,7 @@ def _silent(text: str) -> None:
 
 
 def _fault(check: Callable[[], object]) -> str:
-    """What a check has to say."""
+    """Return the error of a check as a finding."""
     try:
         check()
     except (UserError, OSError) as fault:

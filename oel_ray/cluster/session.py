@@ -1,4 +1,4 @@
-"""Where a run gets its Ray from and whether it is large enough. Runs in the driver."""
+"""Join or start Ray for a run, and check that it is large enough. Runs in the driver."""
 
 import json
 import math
@@ -20,11 +20,11 @@ from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 
 CLUSTER_ANSWER_S = 25.0
-"""How long a cluster may take to say what it has."""
+"""Seconds that a cluster may take to report its resources."""
 
 _NODES_ANSWER_S = 10.0
 _BFLOAT16 = "bfloat16"
-"""Whether the processor of a node has instructions for it, among what the node has."""
+"""The key, among a node's resources, of whether its processor has bfloat16 instructions."""
 
 _ASK = """
 import json, sys
@@ -36,13 +36,13 @@ print(json.dumps(alive_nodes(processors=True)))
 
 
 def check_resources(config: RunConfig) -> Auto:
-    """Compare what a run needs with the cluster that it would join, or else with this machine. Starts no Ray.
+    """Compare the demand of a run with the cluster that it would join, or else with this machine. Starts no Ray.
 
     Returns the precision that `auto` stands for there.
 
     Raises:
-        UserError: too little is there, with demand, supply and shortfall; or no Ray answers at the address; or a GPU's
-            optimizer is to lie on the host, and there is no GPU.
+        UserError: resources are missing (says demand, supply and shortfall); or no Ray answers at the address; or the
+            optimizer is to be offloaded from GPUs, and there is none.
     """
     if address := cluster_address(config):
         nodes = nodes_at(address)
@@ -52,7 +52,7 @@ def check_resources(config: RunConfig) -> Auto:
     else:
         gpus = 0 if config.engines.device == "cpu" else _gpus_here()
         on_gpu, auto = _on_gpu(config, gpus), auto_here()
-        # Ray is started with as much of everything else as is needed.
+        # Our own Ray is started with as much of all other resources as is needed.
         check_nodes(config, {"here": total(demands(config, on_gpu=on_gpu)) | {"GPU": gpus}}, "this machine")
         if not on_gpu:
             _check_cores(config)
@@ -66,7 +66,7 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
     """Join or start a Ray cluster for the time of a run. Yields whether engines and trainer use GPUs.
 
     Raises:
-        UserError: a cluster that was joined is too small; says by how much.
+        UserError: the joined cluster is too small; says by how much.
     """
     import ray
     from ray.job_config import JobConfig
@@ -78,7 +78,7 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
         "logging_level": "ERROR",
         "runtime_env": {"env_vars": _worker_environment(config)},
     }
-    # Ours alone, by way of the job: given to `ray.init`, it would have the driver log to the terminal as well.
+    # Set for our actors only, through the job, because with `ray.init` the driver would log to the terminal as well.
     settings["job_config"] = JobConfig()
     settings["job_config"].set_py_logging_config(ray.LoggingConfig(encoding=config.cluster.logs.upper()))
     if address := cluster_address(config):
@@ -89,7 +89,7 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
         settings |= ray_options({kind: math.ceil(amount) for kind, amount in needed.items()})
         ray.init(address="local", include_dashboard=config.cluster.dashboard, **settings)
         note(f"started Ray on this machine with {needed['CPU']:g} logical CPUs on {os.cpu_count()} cores")
-    # Ray's own handler prints a stack, and the process dies with the run folder's lock in its hands.
+    # Ray's own handler prints a stack, and the process dies without releasing the lock of the run folder.
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield check_nodes(config, alive_nodes(), "the Ray cluster")
@@ -98,9 +98,9 @@ def ray_cluster(config: RunConfig, run_id: str, note: Callable[[str], None]) -> 
 
 
 def alive_nodes(*, processors: bool = False) -> dict[str, dict[str, float]]:
-    """What each node of the cluster that was joined has, by its id; the memory of GPUs if it tells soon enough.
+    """Ask the nodes of the joined cluster for their resources, by node id, with GPU memory if a node answers in time.
 
-    With `processors` also whether those have instructions for bfloat16.
+    With `processors` also ask whether their processors have bfloat16 instructions.
     """
     import ray
 
@@ -115,9 +115,9 @@ def alive_nodes(*, processors: bool = False) -> dict[str, dict[str, float]]:
 
 
 def ask_nodes(question: Callable[..., Any], asked: Mapping[str, tuple[Any, ...]], timeout_s: float) -> dict[str, Any]:
-    """What a function says on each node of the cluster that was joined; an error of Ray's where it failed or was late.
+    """Call a function on each node of the joined cluster. The result is Ray's error if the call failed or was late.
 
-    `asked`: arguments for each node, by its id.
+    `asked`: the arguments for each node, by node id.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -135,7 +135,7 @@ def ask_nodes(question: Callable[..., Any], asked: Mapping[str, tuple[Any, ...]]
 
 
 def gpu_memory() -> list[float]:
-    """Bytes of memory of every GPU of this machine, whichever of them this process may use."""
+    """List the bytes of memory of every GPU of this machine, also of those that this process may not use."""
     if not (tool := shutil.which("nvidia-smi")):
         return []
     query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -144,10 +144,10 @@ def gpu_memory() -> list[float]:
 
 
 def cluster_address(config: RunConfig) -> str | None:
-    """The cluster to join; None for a Ray of our own. A job joins the cluster that it was submitted to.
+    """Find the address of the cluster to join; None for our own Ray. A job joins the cluster that it was submitted to.
 
     Raises:
-        UserError: this is a job, and it is to join another.
+        UserError: this is a job, and the configuration names another cluster.
     """
     asked = config.cluster.address
     if asked not in (None, "auto") and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
@@ -165,9 +165,9 @@ def _on_gpu(config: RunConfig, gpus: float) -> bool:
 
 
 def nodes_at(address: str) -> Nodes:
-    """What the nodes of the Ray cluster at an address have.
+    """Ask for the resources of the nodes of the Ray cluster at an address.
 
-    Asked in a process of its own: `ray.init` waits for a dead address for ten minutes and more.
+    Asks in a separate process, because `ray.init` waits ten minutes and more for a dead address.
     """
     if address.startswith("ray://"):
         raise UserError(
@@ -197,10 +197,10 @@ def nodes_at(address: str) -> Nodes:
 
 
 def check_nodes(config: RunConfig, nodes: Nodes, where: str) -> bool:
-    """Compare what a run needs with what nodes have. Returns whether engines and trainer would use GPUs.
+    """Compare the demand of a run with the resources of nodes. Returns whether engines and trainer would use GPUs.
 
     Raises:
-        UserError: too little is there, with demand, supply and shortfall.
+        UserError: resources are missing; says demand, supply and shortfall.
     """
     on_gpu = _on_gpu(config, _all(nodes, "GPU"))
     wanted = demands(config, on_gpu=on_gpu)
@@ -220,7 +220,10 @@ def check_nodes(config: RunConfig, nodes: Nodes, where: str) -> bool:
 
 
 def _check_cores(config: RunConfig) -> None:
-    """A core for every thread of an engine and for every rank; each kind has the machine to itself while it works."""
+    """Check that there is a core for every engine thread, and one for every rank.
+
+    Engines and ranks never work at once.
+    """
     cores = len(os.sched_getaffinity(0))
     for demand in demands(config, on_gpu=False):
         wanted = demand.actors * demand.each["CPU"]
@@ -243,7 +246,7 @@ def _worker_environment(config: RunConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         HANG_FOLDER: os.environ.get(HANG_FOLDER, ""),
-        "HF_HUB_OFFLINE": "1",  # the driver has fetched what there is to fetch
+        "HF_HUB_OFFLINE": "1",  # the driver has downloaded all files already
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a rank imports torch before it is up
     }
     if config.engines.device == "cpu":

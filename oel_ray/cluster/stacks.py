@@ -1,8 +1,8 @@
-"""What the actors of a run are at when one of them has missed a deadline, before it is ended. Any process of a run.
+"""Write the stacks of every actor after one of them missed a deadline, before it is killed. Any process of a run.
 
-`RUN/hang/TIME/ACTOR.txt` has the stacks of all threads of an actor, as it tells them itself. All are asked that have a
-name in the run's namespace. Ray Train gives the training ranks none: a rank tells its own when a deadline of its own
-has passed, as that of a collective does on all ranks.
+`RUN/hang/TIME/ACTOR.txt` holds the stacks of all threads of an actor, as the actor reports them. All actors with a name
+in the run's namespace are asked. Ray Train gives the training ranks no names. A rank writes its own stacks after its
+own deadline has passed; the deadline of a collective passes on all ranks.
 """
 
 import faulthandler
@@ -16,25 +16,25 @@ from typing import Any
 from oel_ray.errors import one_line
 
 HANG_FOLDER = "OEL_RAY_HANG_FOLDER"
-"""The variable that says where; without it nothing is written."""
+"""The environment variable with the folder; without it nothing is written."""
 WATCH = "watch"
-"""The concurrency group, with a thread of its own, in which our actors answer whatever else they do."""
+"""The concurrency group, with a thread of its own, in which our actors answer while they are busy."""
 ANSWER_S = 1.0
 
 
 class Named:
-    """An actor that goes by the name it was started with, in Ray's dashboard and logs."""
+    """An actor that Ray's dashboard and logs show under the name it was started with."""
 
     def __repr__(self) -> str:
         import ray
 
-        # Asked outside of a Ray, Ray would start one.
+        # Outside of Ray this call would start one.
         name = ray.get_runtime_context().get_actor_name() if ray.is_initialized() else None
         return name or super().__repr__()
 
 
 def stacks(_actor: Any) -> str:
-    """What all threads of this process are at."""
+    """Format the stacks of all threads of this process."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file)
         file.seek(0)
@@ -42,9 +42,9 @@ def stacks(_actor: Any) -> str:
 
 
 def dump_stacks(own: str = "") -> None:
-    """Write what every actor is at; of one that does not answer within a second, that it does not.
+    """Write the stacks of every actor, or that it did not answer within a second.
 
-    `own` is a name for this process, to be added, if it has none that the others know.
+    `own` is a name for this process, whose stacks are then added, if it is no named actor.
     """
     import ray
 
@@ -56,7 +56,7 @@ def dump_stacks(own: str = "") -> None:
         (folder / f"{own}.txt").write_text(stacks(None))
     asked = {}
     for name in ray.util.list_named_actors():
-        with suppress(ValueError):  # it has ended meanwhile
+        with suppress(ValueError):  # the actor has ended meanwhile
             asked[name] = ray.get_actor(name).__ray_call__.options(concurrency_group=WATCH).remote(stacks)
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_S)
     for name, answer in asked.items():

@@ -1,6 +1,6 @@
-"""A run as a job of a Ray cluster: `oel submit`. Runs in the process of the command line, on any machine.
+"""Submit a run as a job of a Ray cluster (`oel submit`). Runs in the process of the command line, on any machine.
 
-It talks to the cluster's job server alone and starts no Ray. What authenticates it is Ray's own: `RAY_AUTH_MODE=token`
+It only talks to the cluster's job server and starts no Ray. It uses Ray's own authentication: `RAY_AUTH_MODE=token`,
 with the token where Ray looks for it.
 """
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 PASSED_ON = ("NCCL_", "GLOO_", "HF_", "VLLM_", "OEL_")
-"""How the names of environment variables begin that go with a job."""
+"""Prefixes of the environment variables that are passed on to a job."""
 SECRET = re.compile(r"^[^=]*(TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH|COOKIE)|=.*://[^/\s]*@", re.IGNORECASE)
-"""What `NAME=value` looks like if it is one: that stays behind, as the dashboard shows a job's environment."""
+"""Pattern of a secret in `NAME=value`. Secrets are not passed on, because the dashboard shows a job's environment."""
 EXCLUDED = ("oel_ray/", "runs/", "*.safetensors", "*.bin", "*.gguf", "*.pt", ".mypy_cache/", ".pytest_cache/")
-"""What is not packed beside what `.gitignore` and `.rayignore` name: what is large, and this package, a copy of which
-would hide the one that is installed. `cluster/runtime_env.yaml` has the same."""
+"""Files that are not packed, besides those in `.gitignore` and `.rayignore`: large ones, and this package, because a
+copy would hide the installed one. `cluster/runtime_env.yaml` has the same list."""
 LARGEST_PACKAGE = 64 * 2**20
 """Bytes of a working directory before compression; Ray's own limit, for the compressed one, is eight times that."""
 
 
 class Job(Record):
-    """What the job server is asked for; `metadata` has the run's name."""
+    """The request to the job server; `metadata` holds the run's name."""
 
     entrypoint: str
     runtime_env: dict[str, Any]
@@ -40,7 +40,7 @@ class Job(Record):
 
 
 def plan_job(name: str, config: str, overrides: Iterable[str], runs: Path, environ: Mapping[str, str]) -> Job:
-    """The job of a run: the same for its first attempt and for all others, which go on in its folder below `runs`.
+    """Plan the job of a run, the same for every attempt. Later attempts resume in the run's folder below `runs`.
 
     `config` is a preset, or a YAML file, whose folder is packed and is the job's working directory.
 
@@ -133,7 +133,7 @@ def submit(job: Job, address: str) -> tuple["JobSubmissionClient", str]:
 
 
 def follow(client: "JobSubmissionClient", job_id: str) -> int:
-    """Print what a job prints until it ends. Returns its exit code as a shell tells it; 130 if it was stopped.
+    """Print the output of a job until it ends. Returns its exit code as in a shell; 130 if it was stopped.
 
     Raises:
         RunFailed: the job could not begin, or its server no longer answers.

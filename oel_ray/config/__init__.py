@@ -1,1 +1,1 @@
-"""The configuration: its schema, how it is read, and how many tokens it leaves room for."""
+"""Define, read and check the configuration: its schema, its sources, its token budgets."""

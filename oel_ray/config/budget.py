@@ -1,6 +1,6 @@
-"""How many tokens a configuration leaves to prompts. Any process; pure.
+"""Compute the tokens that a configuration leaves to prompts. Any process; pure.
 
-The schema, preflight, the player and `oel config` all ask here, so that none refuses what another allows.
+The schema, preflight, the player and `oel config` all use this module, so that none refuses what another allows.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
 
 
 class Budget(NamedTuple):
-    """The most that stands in a context besides the prompt itself, for one way in which a run uses a model."""
+    """The most tokens in a context besides the prompt itself, for one use of a model in a run."""
 
     name: str
     knowledge: int
     response: int
     response_key: str
     by_engine: bool = True
-    """False for the trainer, where the model's own context counts and not `engines.max_model_len`."""
+    """False for the trainer, which is limited by the model's own context and not by `engines.max_model_len`."""
 
     @property
     def keys(self) -> list[str]:
-        """The settings to lower where there is no room."""
+        """The settings to lower if there is no room."""
         return ["extract.max_tokens", self.response_key] if self.knowledge else [self.response_key]
 
     @property
@@ -42,7 +42,7 @@ def play_response(config: "RunConfig") -> tuple[str, int]:
 
 
 def budgets(config: "RunConfig") -> list[Budget]:
-    """List the budgets of a run, one for each way in which it makes use of a model."""
+    """List the budgets of a run, one for each of its uses of a model."""
     extract, evaluate = config.extract, config.evaluate
     key, response = play_response(config)
     found = [Budget("play", 0, response, key)]

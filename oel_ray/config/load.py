@@ -1,13 +1,13 @@
-"""From a preset or a YAML file, switches and overrides to a configuration. Runs in the driver; imports nothing heavy.
+"""Build a configuration from a preset or YAML file, switches and overrides. Runs in the driver; imports nothing heavy.
 
-A file may name another one to start from (`base`), and offer named sets of changes (`switches`):
+A file may start from another one (`base`), and offer named sets of changes (`switches`):
 
     base: frozenlake-qwen3-1.7b
     model: /models/mine
     switches:
       quick: {rounds: 1}
 
-`oel run mine.yaml quick=true rounds=2` takes the base, the file, the switches that are on and the overrides, in this
+`oel run mine.yaml quick=true rounds=2` applies the base, the file, the active switches and the overrides, in this
 order.
 """
 
@@ -26,7 +26,7 @@ _PRESETS = Path(__file__).parent / "presets"
 
 
 class Source(NamedTuple):
-    """What a preset or file says, those that it is based on included."""
+    """The content of a preset or file, with its bases merged in."""
 
     values: Values
     switches: dict[str, Values]
@@ -38,7 +38,7 @@ def preset_names() -> list[str]:
 
 
 def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
-    """The configuration of a preset name or a YAML file, changed by `key=value` overrides (dotted keys).
+    """Load the configuration of a preset or a YAML file, and apply `key=value` overrides (dotted keys).
 
     Raises:
         UserError: unknown preset, unreadable file, unknown key, or a value of the wrong type.
@@ -69,10 +69,10 @@ def parse_config(values: Values, switches: dict[str, Values] | None = None) -> R
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """Key and value of `key=value`, the value read as YAML.
+    """Split `key=value`, and read the value as YAML.
 
     Raises:
-        UserError: it has another form.
+        UserError: the override has another form.
     """
     key, sign, text = override.partition("=")
     if not sign:
@@ -84,7 +84,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def read_source(source: str, relative_to: Path | None = None, seen: tuple[str, ...] = ()) -> Source:
-    """Read a preset or a file and all that it is based on.
+    """Read a preset or a file, and merge in its bases.
 
     A file named as a base is looked for beside the file that names it.
 
@@ -123,7 +123,7 @@ def _text(path: Path) -> str:
 
 
 def _merged(below: Values, above: Values, model: type[BaseModel]) -> Values:
-    """`above` laid over `below`, section by section; values that are no sections, such as parameters, are replaced."""
+    """Merge `above` over `below`, section by section. Values that are no sections, such as parameters, are replaced."""
     result = dict(below)
     for key, value in above.items():
         section = _section(model, key)
@@ -146,7 +146,7 @@ def _set_dotted(values: Values, key: str, value: Any) -> None:
 
 
 def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The model of a section, None for a plain value."""
+    """Return the model of a section, None for a plain value."""
     field = model.model_fields.get(key)
     kinds = [field.annotation, *get_args(field.annotation)] if field else []
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
@@ -170,7 +170,7 @@ def _explain(error: ValidationError, switches: list[str]) -> str:
         same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
         near = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         return f"unknown configuration key '{key}'" + (f": did you mean '{near[0]}'?" if near else "")
-    if key.startswith("env.params."):  # pydantic would only name the first kind of value that this could have been
+    if key.startswith("env.params."):  # pydantic would name only the first of the allowed types
         return (
             f"env.params: '{first['loc'][2]}' has no value that an environment takes (got {first['input']!r}): "
             "write e.g. 'env.params={size: 4}'"

@@ -1,4 +1,4 @@
-"""What precision `auto` stands for. Runs in the driver, and as a task on the nodes of a cluster.
+"""Choose the precision for `auto`. Runs in the driver, and as a task on the nodes of a cluster.
 
 Imports nothing heavy.
 """
@@ -20,7 +20,7 @@ _BELOW_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_C
 
 
 class Auto(Record):
-    """The precision that a run takes for `auto`, and the reason."""
+    """The precision that a run uses for `auto`, and the reason."""
 
     precision: Literal["bfloat16", "float32"]
     because: str
@@ -30,7 +30,7 @@ class Auto(Record):
 
 
 def bfloat16_units() -> list[str]:
-    """Name the instructions for bfloat16 of this machine's processor; none where oneDNN is told to do without."""
+    """Name this processor's bfloat16 instructions; none if oneDNN's environment variable forbids them."""
     if os.environ.get(_ONEDNN_LIMIT, "").upper() in _BELOW_BFLOAT16:
         return []
     try:
@@ -41,14 +41,14 @@ def bfloat16_units() -> list[str]:
 
 
 def auto_here() -> Auto:
-    """Choose for engines and trainer on this machine's processor."""
+    """Choose the precision of engines and trainer on this machine's processor."""
     if units := bfloat16_units():
         return Auto(precision="bfloat16", because=f"this processor has {units[0]}")
     return Auto(precision="float32", because=f"this processor has neither {' nor '.join(BFLOAT16_UNITS)}")
 
 
 def auto_on_nodes(lacking: Sequence[str], nodes: int) -> Auto:
-    """Choose for engines and trainer on the processors of a cluster; `lacking` are the nodes without instructions."""
+    """Choose the precision on the processors of a cluster; `lacking` are the nodes without bfloat16 instructions."""
     if lacking:
         return Auto(
             precision="float32",
@@ -58,7 +58,7 @@ def auto_on_nodes(lacking: Sequence[str], nodes: int) -> Auto:
 
 
 def precisions(config: RunConfig) -> dict[str, str]:
-    """What engines and trainer compute in and policies are written in, by the key that says so."""
+    """List the precisions of engines, trainer and written policies, by their configuration keys."""
     return {
         "engines.dtype": config.engines.dtype,
         "consolidate.precision": config.consolidate.precision,

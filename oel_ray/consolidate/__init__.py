@@ -1,4 +1,4 @@
-"""Consolidation: trains the policy towards its own knowledge-conditioned self. Server side, without an environment.
+"""Train the policy towards its own knowledge-conditioned self. Server side, without an environment.
 
-`stage` starts a Ray Train group from the driver, `worker` is what runs in it; the other modules are its parts.
+`stage` starts a Ray Train group from the driver, and `worker` runs in it. The other modules are its parts.
 """

@@ -1,7 +1,7 @@
-"""One life of a training group: where it starts, and the checkpoints that the next one would start from. Every rank.
+"""Manage one attempt of a training group: its start, and the checkpoints for the next one. Runs on every rank.
 
-Ray Train starts the group again when a rank died; a driver that was killed starts it again on `--resume`. Both find the
-newest sound checkpoint in the work folder. Ray Train hears of none, and deletes none.
+Ray Train restarts the group after a rank died; `--resume` restarts it after the driver died. Both resume from the
+newest undamaged checkpoint in the work folder. Ray Train does not know these checkpoints and deletes none.
 """
 
 import shutil
@@ -24,10 +24,10 @@ from oel_ray.weights.sync import WeightSync
 
 
 class Attempt:
-    """Owns the attempt's number, what it starts from, and the checkpoints that it writes."""
+    """Own the attempt's number, its starting point, and the checkpoints that it writes."""
 
     def __init__(self, job: Job, rank: int, world_size: int) -> None:
-        """Collective. Metrics and samples become what they were at the checkpoint that the attempt starts from."""
+        """Reset metrics and samples to the checkpoint that the attempt starts from. Collective."""
         self._job, self._rank, self._world_size = job, rank, world_size
         self._folder = Path(ray.train.get_context().get_storage().experiment_fs_path)
         chosen = [self._choose() if rank == 0 else None]
@@ -37,9 +37,10 @@ class Attempt:
         fits = self._checkpoint is None or self._checkpoint.state.spread == Spread.of(job)
         self.first_step = self._saved = self._checkpoint.state.step if self._checkpoint else 0
         self.weights = self._checkpoint.folder / checkpoints.WEIGHTS if self._checkpoint and not fits else None
-        """The folder of a checkpoint's weights that the student begins with, as the optimizer state does not fit.
+        """Folder of the checkpoint's weights, if the student starts from those because the optimizer state does not
+        fit.
 
-        That is a policy, or the adapters that belong to the round's.
+        It holds a policy, or adapters for the round's policy.
         """
 
     def _choose(self) -> tuple[int, Checkpoint | None]:
@@ -49,7 +50,7 @@ class Attempt:
                 chosen = checkpoint
                 break
             self.note(f"{damage}: the checkpoint of step {checkpoint.state.step} is not used")
-            shutil.rmtree(checkpoint.folder, ignore_errors=True)  # or it would be one of those that are kept
+            shutil.rmtree(checkpoint.folder, ignore_errors=True)  # else it would count as one of the kept ones
         if number > 0:
             where = f"after step {chosen.state.step}" if chosen else "from the start"
             self.note(f"round {job.round}: consolidation goes on: attempt {number}, {where} of {len(job.plan)}")
@@ -62,16 +63,16 @@ class Attempt:
         return number, chosen
 
     def note(self, text: str) -> None:
-        """Tell the driver, which tells the user. Rank 0."""
+        """Send a note to the driver, which shows it to the user. From rank 0."""
         with (self._job.scratch / checkpoints.NOTES_FILE).open("a") as file:
             file.write(text + "\n")
 
     def version(self, step: int) -> str:
-        """The label of the weights after so many steps."""
+        """Label the weights after so many steps."""
         return str(StepVersion(self._job.round, step, self.number))
 
     def restore(self, step: DistillStep) -> None:
-        """Put masters and optimizer where the checkpoint has them. Collective."""
+        """Load masters and optimizer state from the checkpoint. Collective."""
         if self._checkpoint is None:
             return
         if self.weights is None:
@@ -79,10 +80,10 @@ class Attempt:
         step.updates = self._checkpoint.state.updates
 
     def weight_sync(self, weights: FullWeights) -> WeightSync:
-        """The sending end to all engines, of which those that died or hang have been replaced. Collective.
+        """Create the sender to all engines, after dead and hung ones were replaced. Collective.
 
         Raises:
-            RunFailed: one could not be replaced.
+            RunFailed: an engine could not be replaced.
         """
         job = self._job
         try:
@@ -90,13 +91,13 @@ class Attempt:
         except EngineUnavailable as error:
             raise RunFailed(str(error)) from error
         sync = WeightSync(engines, weights, job.config.engines, rank=self._rank, on_gpu=job.on_gpu)
-        dist.barrier()  # no rank asks for responses before the pool is done with what came before
+        dist.barrier()  # no rank asks for responses before the pool has handled the earlier calls
         return sync
 
     def serve(self, sync: WeightSync) -> str:
-        """Bring the engines to the weights that this attempt starts with; returns their version. Collective.
+        """Send the weights that this attempt starts with to the engines; returns their version. Collective.
 
-        What an attempt before this one has sent to them is gone then; the round's first policy keeps its name.
+        They replace the weights that an earlier attempt sent. The round's first policy keeps its version.
         """
         job = self._job
         if self.number == 0 or job.config.consolidate.responses == "teacher":
@@ -107,18 +108,18 @@ class Attempt:
         return version
 
     def due(self, done: int) -> bool:
-        """Whether a checkpoint is to be written after so many steps, the last of which was applied."""
+        """Tell whether a checkpoint is due after so many steps, the last of which was applied."""
         return 0 < self._job.config.consolidate.checkpoint_every <= done - self._saved and done < len(self._job.plan)
 
     def save_last_good(self, done: int, step: DistillStep) -> None:
-        """Keep the state after so many steps, since which no step was applied, before the run ends. Collective."""
+        """Save the state after `done` steps, the last of which was applied, before the run ends. Collective."""
         if self._job.config.consolidate.checkpoint_every and done > self._saved:
             self.save(done, step)
 
     def save(self, done: int, step: DistillStep) -> None:
         """Write a checkpoint of the state after so many steps. Collective.
 
-        All but the newest two are deleted, whoever wrote them.
+        All but the newest two are deleted, those of earlier attempts included.
         """
         writing, final = (self._folder / f"{dot}step-{done:04d}" for dot in (".", ""))
         if self._rank == 0:
@@ -145,11 +146,11 @@ class Attempt:
             sync_folder(self._folder)
             for old in checkpoints.usable(self._job)[checkpoints.KEPT :]:
                 shutil.rmtree(old.folder, ignore_errors=True)
-        dist.barrier()  # a rank that ends with an error takes the others with it
+        dist.barrier()  # a rank that ends with an error ends the others too
         self._saved = done
 
     def _sealed(self, folder: Path) -> dict[str, FileEntry]:
-        """All files, forced to disk and fingerprinted, each by one rank."""
+        """Sync all files to disk and fingerprint them, each on one rank."""
         mine = files_below(folder)[self._rank :: self._world_size]
         shares: list[dict[str, FileEntry]] = [{} for _ in range(self._world_size)]
         dist.all_gather_object(shares, {file.relative_to(folder).as_posix(): seal(file) for file in mine})

@@ -1,7 +1,7 @@
-"""Checkpoints inside a round, as files: what lies in one, which one a job can go on from, what it starts from then.
+"""Find and check the checkpoints inside a round, as files, and restore the outputs of a job that resumes.
 
-The driver and rank 0. Imports no torch; `attempts` writes them. Nothing of a random state is in them: every draw is
-derived from the run's seed, the round, the step and the prefix.
+Runs in the driver and on rank 0. Imports no torch; `attempts` writes the checkpoints. They hold no random state,
+because every draw is derived from the run's seed, the round, the step and the prefix.
 """
 
 import shutil
@@ -19,16 +19,16 @@ from oel_ray.runs.files import FileEntry, fingerprint, write_atomically, write_j
 STATE_FILE, ATTEMPT_FILE, NOTES_FILE = "state.json", "attempt.json", "notes.txt"
 DEEPSPEED, WEIGHTS, OUTPUTS = "deepspeed", "weights", "outputs"
 KEPT = 2
-"""Checkpoints of a round, so that damage to the newest costs only the steps behind the one before."""
+"""Checkpoints kept in a round. If the newest is damaged, only the steps after the one before are lost."""
 
 _SPREAD = {"workers", "zero_stage", "precision", "micro_batch_tokens", "teacher_cache_gib", "teacher_offload_gib"}
 _SPREAD |= {"gradient_checkpointing", "chunk_tokens", "checkpoint_every", "max_failures", "max_skipped_steps"}
 _SPREAD |= {"packing", "offload_optimizer", "resources"}
-"""Settings of the section that say how the work is done and not what it is."""
+"""Settings of the section that change how the work is done, not its result."""
 
 
 class Spread(Record):
-    """What the optimizer state is cut up by: another trainer cannot read it."""
+    """The settings that shard the optimizer state. A trainer with others cannot load it."""
 
     workers: int
     zero_stage: int
@@ -45,14 +45,14 @@ class Spread(Record):
 
 
 class State(Record):
-    """What a checkpoint says about itself. Written last, into a folder that gets its name only after that."""
+    """The description of a checkpoint. Written last, before the folder gets its final name."""
 
     key: str
-    """Of the job, see `job_key`."""
+    """Key of the job, see `job_key`."""
     step: int
-    """Steps done."""
+    """Number of finished steps."""
     updates: int
-    """Those that were applied."""
+    """Number of applied steps among them."""
     spread: Spread
     files: dict[str, FileEntry]
 
@@ -63,7 +63,7 @@ class Checkpoint:
     state: State
 
     def damage(self) -> str:
-        """The first file that is not as it was written, and how; "" if all are."""
+        """Describe the first file that was changed or is missing; "" if all are as written."""
         for name, recorded in self.state.files.items():
             path = self.folder / name
             if not path.is_file():
@@ -74,7 +74,7 @@ class Checkpoint:
 
 
 def job_key(job: Job) -> str:
-    """Equal for jobs that do the same: with one's checkpoint the other goes on as if it were its own."""
+    """Compute a key that is equal for jobs with the same result, which may resume from each other's checkpoints."""
     config = job.config.model_dump(mode="json", exclude={"engines", "cluster", "collect", "evaluate", "rounds", "env"})
     config["consolidate"] = {key: value for key, value in config["consolidate"].items() if key not in _SPREAD}
     models = [
@@ -88,7 +88,7 @@ def job_key(job: Job) -> str:
 
 
 def usable(job: Job) -> list[Checkpoint]:
-    """Complete checkpoints of this job, the newest first."""
+    """List the complete checkpoints of this job, the newest first."""
     key, found = job_key(job), []
     for path in job.scratch.glob(f"*/step-*/{STATE_FILE}"):
         try:
@@ -101,9 +101,9 @@ def usable(job: Job) -> list[Checkpoint]:
 
 
 def prepare(job: Job) -> tuple[int, str]:
-    """Make the scratch folder hold what this job can go on from and nothing else, before a driver starts it.
+    """Delete everything from the scratch folder that this job cannot resume from, before a driver starts it.
 
-    Returns the number of the attempt that comes next, and what there is to say about it.
+    Returns the number of the next attempt, and a note for the user, or "".
     """
     shutil.rmtree(job.target, ignore_errors=True)
     job.target.mkdir()
@@ -121,14 +121,14 @@ def prepare(job: Job) -> tuple[int, str]:
 
 
 def next_attempt(job: Job) -> int:
-    """Count the attempts at this job, from 0."""
+    """Return the number of the next attempt at this job, counted from 0, and count it."""
     number = _last_attempt(job) + 1
     write_json(job.scratch / ATTEMPT_FILE, {"attempt": number})
     return number
 
 
 def keep_outputs(job: Job, step: int, folder: Path) -> None:
-    """Put metrics and samples of the first so many steps into a checkpoint's folder."""
+    """Copy the metrics and samples of the first steps into a checkpoint's folder."""
     (folder / OUTPUTS).mkdir(parents=True)
     for path in (job.metrics, job.samples):
         rows = [row for row in path.read_bytes().splitlines(keepends=True) if orjson.loads(row)["step"] < step]
@@ -136,7 +136,7 @@ def keep_outputs(job: Job, step: int, folder: Path) -> None:
 
 
 def bring_back_outputs(job: Job, checkpoint: Checkpoint | None) -> None:
-    """Make metrics and samples what they were at the checkpoint, and empty without one."""
+    """Restore metrics and samples from the checkpoint, or empty them without one."""
     for path in (job.metrics, job.samples):
         write_atomically(path, (checkpoint.folder / OUTPUTS / path.name).read_bytes() if checkpoint else b"")
 

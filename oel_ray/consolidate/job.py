@@ -1,4 +1,4 @@
-"""What the driver hands to the training ranks. Imports no torch, so that the driver stays light."""
+"""Define the job that the driver gives to the training ranks. Imports no torch, so that the driver stays light."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from oel_ray.records import Frame, Generate, KnowledgeText, Prefix
 
 @dataclass(frozen=True)
 class Job:
-    """What a training group is to do. The same on every rank."""
+    """The task of a training group. Equal on every rank."""
 
     config: RunConfig
     round: int
     policy: Path
-    """The policy that the student starts from, and that the engines serve at first."""
+    """The policy that the student starts from and that the engines serve at the start."""
     teacher: Path
-    """The frozen model that the student is held against: the same folder, unless another is configured."""
+    """The frozen model that the student learns from; the same folder, unless another is configured."""
     deployed: str
     """The weight version that the engines serve at the start."""
     prefixes: Sequence[Prefix]
@@ -27,15 +27,15 @@ class Job:
     plan: Plan
     generate: Generate
     engines: Callable[[], Sequence[Any]]
-    """Handles of all engines that weights go to; raises `EngineUnavailable` if one is dead for good."""
+    """Returns the handles of all engines that receive weights; raises `EngineUnavailable` if one cannot be replaced."""
     on_gpu: bool
     metrics: Path
     samples: Path
     target: Path
-    """Where the new policy goes."""
+    """The folder of the new policy."""
     profile: Path
-    """Where what torch's profiler records goes."""
+    """The folder for the records of torch's profiler."""
     scratch: Path
-    """Where Ray Train and the checkpoints of this job lie, also for the next driver if this one dies."""
+    """The folder of Ray Train's files and the checkpoints of this job, which outlives the driver."""
     frame: Frame | None = None
-    """What stands around every prompt of the run, see `ChatFormat`."""
+    """The part of the chat template around every prompt of the run, see `ChatFormat`."""

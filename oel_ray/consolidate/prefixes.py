@@ -1,4 +1,4 @@
-"""Prefixes: the places in played games where the student writes anew, and who reads which in which step. Pure.
+"""List the prefixes, the places in played games where the student responds again, and plan each step's. Pure.
 
 The driver plans with it.
 """
@@ -18,7 +18,7 @@ from oel_ray.text.chat import ChatFormat
 
 
 class Draw(NamedTuple):
-    """One sample of a step: indices into the prefixes and into the K knowledge texts."""
+    """One sample of a step, as indices into the prefixes and into the K knowledge texts."""
 
     prefix: int
     knowledge: int
@@ -29,11 +29,11 @@ Plan = list[list[Draw]]
 
 
 def prefixes(experiences: Sequence[Experience], chat: ChatFormat) -> list[Prefix]:
-    """Every turn of every trajectory, in order. `id` is "trajectory id/index of the turn", counted from 0.
+    """Make a prefix of every turn of every trajectory, in order. `id` is "trajectory id/index of the turn", from 0.
 
-    Recorded prompt ids must be the ones that the text gives today: if they are not, tokenizer, chat template or
-    wording changed since the game was played, and student and teacher would read different games. Trajectories from
-    elsewhere come without ids and get them here.
+    Recorded prompt ids must equal those that the text gives today. If they differ, tokenizer, chat template or wording
+    changed since the game was played. Student and teacher would then read different games. Imported trajectories come
+    without ids and get them here.
 
     Raises:
         RunFailed: recorded ids differ.
@@ -62,11 +62,11 @@ def step_batches(
     run_seed: int,
     round_number: int,
 ) -> Plan:
-    """Which prefixes each step trains on, and the knowledge text that the teacher reads with each.
+    """Plan the prefixes of each step, and the knowledge text that the teacher reads with each prefix.
 
-    "shuffled" cuts a permutation of all prefixes into near-equal parts; "by_game" gives a step the prefixes of its
-    own `config.games_per_step` games, in order. A prefix is used at most once, and by "shuffled" exactly once.
-    Knowledge is drawn per prefix id, so a prefix keeps its text whatever the batching.
+    "shuffled" cuts a permutation of all prefixes into near-equal parts. "by_game" gives a step the prefixes of its own
+    `config.games_per_step` games, in order. A prefix is used at most once, with "shuffled" exactly once. Knowledge is
+    drawn per prefix id, so a prefix keeps its text whatever the batching.
 
     Raises:
         UserError: some step would have no prefix.

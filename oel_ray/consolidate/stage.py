@@ -1,4 +1,4 @@
-"""The consolidation stage: one Ray Train run per round. `consolidate` runs in the driver."""
+"""Run the consolidation stage, one Ray Train run per round. `consolidate` runs in the driver."""
 
 import threading
 from collections.abc import Callable
@@ -27,12 +27,13 @@ Progressed = Callable[[int, str, list[StepRow]], None]
 def consolidate(job: Job, name: str, on_progress: Progressed, note: Callable[[str], None]) -> int:
     """Train, and write the new policy. Returns the number of training samples.
 
-    Goes on from the newest sound checkpoint of this very job in its scratch folder. `on_progress(steps done, text,
-    metrics of steps that were done since)` is called about twice a second, `note` for what a user should know.
+    Resumes from the newest undamaged checkpoint of this job in its scratch folder. `on_progress(steps done, text,
+    metrics of the steps since the last call)` is called about twice a second. `note` is called with messages for the
+    user.
 
     Raises:
-        RunFailed: a training rank failed in a way that would come again, or ranks died too often; the message is its
-            error.
+        RunFailed: a training rank failed with an error that a restart would repeat, or ranks died too often; the
+            message is the rank's error.
     """
     config = job.config.consolidate
     attempt, said = prepare(job)
@@ -47,7 +48,7 @@ def consolidate(job: Job, name: str, on_progress: Progressed, note: Callable[[st
             resources_per_worker=rank_takes(config, on_gpu=job.on_gpu),
         ),
         run_config=ray.train.RunConfig(
-            # A name for every driver: ranks of one that was killed may still write under its own.
+            # A new name for every driver, because ranks of a killed driver may still write under its name.
             name=f"{name}-attempt-{attempt}",
             storage_path=str(job.scratch.resolve()),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
@@ -75,7 +76,7 @@ def consolidate(job: Job, name: str, on_progress: Progressed, note: Callable[[st
 
 
 def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """Start `work` in a daemon thread: an interrupted driver reports and ends without waiting for `fit`."""
+    """Start `work` in a daemon thread, so that an interrupted driver reports and ends without waiting for `fit`."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -95,7 +96,7 @@ def _train(settings: dict[str, Any]) -> None:
     try:
         train(settings["job"])
     except Exception as error:
-        if "timed out" in str(error).lower():  # so say Ray and torch of calls and collectives
+        if "timed out" in str(error).lower():  # the wording of Ray and torch for calls and collectives
             dump_stacks(f"rank-{ray.train.get_context().get_world_rank()}")
         raise
 
@@ -105,14 +106,14 @@ def _rows(path: Path) -> list[StepRow]:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """The complete lines of a file that is being written."""
+    """Read the complete lines of a file that is being written."""
     return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 class _OwnErrorsEnd(ray.train.UserCallback):
-    """Ray Train would start the ranks again after any error; what our own code found wrong would be found again.
+    """End the run after an error of our own code, because a restart would repeat it.
 
-    It ends a run whose callback raises.
+    Ray Train would restart the ranks after any error, but it ends a run whose callback raises.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -122,7 +123,7 @@ class _OwnErrorsEnd(ray.train.UserCallback):
 
 
 def _reason(error: BaseException) -> str:
-    """The first rank's own error; the others mostly say that they lost it."""
+    """Find the error of the lowest rank that failed by itself. Other ranks mostly report that they lost it."""
     if isinstance(ours := getattr(error, "controller_failure", None), RunFailed):
         return str(ours)
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})

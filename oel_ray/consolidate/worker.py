@@ -1,6 +1,6 @@
-"""Consolidation on one rank: take responses, compute, step, send weights. Runs in every worker of the Ray Train group.
+"""Train on one rank: take responses, compute, step, send weights. Runs in every worker of the Ray Train group.
 
-Rank 0 writes the metrics and samples files; they are the group's only output besides the policy folder.
+Rank 0 writes the metrics and samples files, the group's only output besides the policy folder.
 """
 
 import os
@@ -35,12 +35,13 @@ from oel_ray.weights.export import export_policy
 
 
 def train(job: Job) -> None:
-    """All steps of a round that no checkpoint has, and the new policy. Collective over the ranks of the group.
+    """Do all steps of a round after the checkpoint, and write the new policy. Collective over the ranks of the group.
 
     Raises:
         UserError: the model cannot be trained: its logits are not a linear function of its last hidden state, or its
             tensors have other names in transformers than in the checkpoint.
-        RunFailed: a response came from other weights than the student's, or the loss stayed not finite.
+        RunFailed: a response came from weights other than the student's, or too many steps in a row had a loss or
+            gradient that was not finite.
     """
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -90,7 +91,7 @@ def train(job: Job) -> None:
         version = attempt.version(number + 1)
         waited = trained
         if not responses.by_teacher:
-            responses.wait(number + 1)  # the weights must not change under a request
+            responses.wait(number + 1)  # the weights must not change during a request
             waited = time.monotonic()
             sync.send(version)
             dist.barrier()  # no rank asks for the next responses before all engines serve the new weights
@@ -112,7 +113,7 @@ def train(job: Job) -> None:
             raise RunFailed(f"loss or gradient was not finite in {skipped} steps in a row, up to step {number}")
         if number + 1 in job.config.consolidate.keep_steps:  # before the checkpoint, which would not do it again
             export_policy(weights, job.policy, RoundFiles(job.target.parent).policy_after(number + 1))
-        if not skipped and attempt.due(number + 1):  # so that the newest has the last good weights
+        if not skipped and attempt.due(number + 1):  # so that the newest checkpoint has the last good weights
             attempt.save(number + 1, step)
     export_policy(weights, job.policy, job.target)
 
@@ -125,7 +126,7 @@ def _record(
     metrics: StepMetrics,
     rest: Mapping[str, Any],
 ) -> None:
-    """Write the metrics of a step, after the samples that it learned from. `rest` are columns of the metrics."""
+    """Write the samples of a step and then its metrics. `rest` holds further columns of the metrics."""
     measured = asdict(metrics)
     kl_by_sample = measured.pop("kl_by_sample")
     row = StepRow(step=number, samples=len(draws), **measured, **rest)
@@ -149,7 +150,7 @@ def _record(
 def _train_step(
     job: Job, step: DistillStep, samples: Sequence[Sample], rank: int, world_size: int
 ) -> tuple[StepMetrics, dict[str, int]]:
-    """A step, with half as large micro-batches if memory ran out at first."""
+    """Do a step, and retry it with half as large micro-batches if memory ran out."""
     tokens, loss_mean = job.config.consolidate.micro_batch_tokens, job.config.consolidate.loss_mean
     for retries in range(2):
         share = micro_batches(
@@ -161,7 +162,7 @@ def _train_step(
 
 
 def _profiler(job: Job, step: int, rank: int) -> AbstractContextManager[Any]:
-    """Around a step that is to be recorded, of rank 0 alone; around others nothing."""
+    """Return a profiler for a configured step on rank 0, and a context that does nothing otherwise."""
     if rank or step not in job.config.consolidate.profile_steps:
         return nullcontext()
     done = torch.profiler.tensorboard_trace_handler(str(job.profile), f"round-{job.round:03d}-step-{step:04d}")
@@ -169,7 +170,7 @@ def _profiler(job: Job, step: int, rank: int) -> AbstractContextManager[Any]:
 
 
 def _claim_device(job: Job, local_rank: int) -> torch.device:
-    """The rank's GPU, or a core of its own: two ranks on one core halve each other."""
+    """Claim the rank's GPU, or a CPU core of its own, because two ranks on one core would halve their speed."""
     if job.on_gpu:
         device: torch.device = ray.train.torch.get_device()
         return device

@@ -1,1 +1,1 @@
-"""One optimizer step of on-policy context distillation, on one rank. Knows torch and DeepSpeed; needs no Ray."""
+"""Compute one optimizer step of on-policy context distillation on one rank. Uses torch and DeepSpeed; needs no Ray."""

@@ -1,7 +1,7 @@
-"""From the samples of one optimisation step to a rank's micro-batches. Training workers; imports no torch.
+"""Divide the samples of one optimizer step into each rank's micro-batches. Training workers; imports no torch.
 
-Every rank calls these functions with the same samples of the whole global batch and gets its own share, so the
-weights are global and nothing has to be exchanged.
+Every rank calls these functions with the same samples, those of the global batch, and gets its own share. So the
+weights are global and the ranks need not communicate.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ LossMean = Literal["response", "token"]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A response of the student, the prompt it was written for, and what the teacher's prompt begins with instead.
+    """A response, its student prompt, and the ids that replace the head of that prompt for the teacher.
 
-    `knowledge_ids` are the ids of the head and a knowledge text, the plain head if that is empty: one object, shared
-    by the samples of the text. The first `head` of the student's ids are the plain head; both read what follows.
+    `knowledge_ids` are the ids of the head and a knowledge text, or of the plain head if the text is empty. Samples of
+    one text share the object. The first `head` ids of the student's prompt are the plain head. Student and teacher read
+    the same ids after it.
     """
 
     id: str
@@ -27,7 +28,7 @@ class Sample:
 
     @property
     def rest_ids(self) -> Sequence[int]:
-        """The teacher's prompt behind the knowledge."""
+        """The part of the prompt after the head, the same for student and teacher."""
         return self.student_prompt_ids[self.head :]
 
     @property
@@ -36,7 +37,7 @@ class Sample:
 
     @property
     def has_knowledge(self) -> bool:
-        """Whether the teacher's prompt is another than the student's."""
+        """Whether the teacher's prompt differs from the student's."""
         return self.knowledge_ids != tuple(self.student_prompt_ids[: self.head])
 
     @property
@@ -45,25 +46,25 @@ class Sample:
 
     @property
     def tokens_behind(self) -> int:
-        """Tokens that the teacher reads behind the knowledge."""
+        """Tokens that the teacher reads after the knowledge."""
         return len(self.rest_ids) + len(self.response_ids)
 
     @property
     def cost(self) -> int:
-        """Tokens that the two models read for this sample, once the teacher knows the knowledge text."""
+        """Tokens that the two models read for this sample if the teacher has cached the knowledge text."""
         return self.student_tokens + self.tokens_behind
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Samples of one forward pass of one rank; `weights[n]` is the weight of each response token of sample n."""
+    """The samples of one forward pass of one rank; `weights[n]` is the weight of each response token of sample n."""
 
     samples: tuple[Sample, ...]
     weights: tuple[float, ...]
 
 
 def token_weights(samples: Sequence[Sample], loss_mean: LossMean) -> list[float]:
-    """The weight of each response token, one number per sample, so that the step's loss is a plain weighted sum.
+    """Compute the weight of a response token, one number per sample. The step's loss is then a plain weighted sum.
 
     "response": mean over the tokens of a response, then over all samples, a sample without a token counting as 0.
     "token": mean over all response tokens.
@@ -83,14 +84,14 @@ def micro_batches(
     loss_mean: LossMean = "response",
     packed: bool = False,
 ) -> list[MicroBatch]:
-    """This rank's share of the global batch, in micro-batches of at most `max_tokens`, longest samples first.
+    """Build this rank's share of the global batch: micro-batches of at most `max_tokens`, longest samples first.
 
-    Padding counts, unless they are to be `packed`.
+    Padding counts towards `max_tokens`, unless the samples are `packed`.
 
-    A rank has the samples of few knowledge texts, in every step much the same ones, as its teacher keeps them. Over
-    all ranks every sample occurs once with its weight. Every rank gets the same number of micro-batches, because each
-    forward and backward pass is a collective under ZeRO: what is missing is filled with the shortest prompt, without
-    a response and at weight zero.
+    A rank gets the samples of few knowledge texts, mostly the same ones in every step, because its teacher caches them.
+    Over all ranks every sample occurs once with its weight. Every rank gets the same number of micro-batches, because
+    each forward and backward pass is a collective under ZeRO. Ranks with fewer get fillers: the shortest prompt,
+    without a response and at weight zero.
     """
     weights = token_weights(samples, loss_mean)
     groups_of_ranks = []
@@ -103,28 +104,30 @@ def micro_batches(
 
 
 def filler(samples: Sequence[Sample]) -> MicroBatch:
-    """The shortest prompt without a response, for a rank that has to take part and has nothing to add."""
+    """Make a micro-batch of the shortest prompt without a response, for a rank that only joins the collectives."""
     shortest = min(samples, key=lambda sample: len(sample.student_prompt_ids))
     return MicroBatch((replace(shortest, response_ids=()),), (0.0,))
 
 
 def _shares(samples: Sequence[Sample], world_size: int) -> list[list[int]]:
-    """Every rank's samples, as indices: all of them on a line, ordered by text, cut into pieces of near-equal cost."""
+    """Cut all samples, ordered by knowledge text, into one share per rank of near-equal cost. Shares hold indices."""
     line = sorted(range(len(samples)), key=lambda index: samples[index].knowledge_ids)
     total = sum(sample.cost for sample in samples)
     shares: list[list[int]] = [[] for _ in range(world_size)]
     passed = 0
     for index in line:
         cost = samples[index].cost
-        shares[(2 * passed + cost) * world_size // (2 * total)].append(index)  # where the sample's middle lies
+        shares[(2 * passed + cost) * world_size // (2 * total)].append(index)  # the share with the sample's middle
         passed += cost
     return shares
 
 
 def length_groups(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
-    """Indices of neighbours in length, the longest first: so that memory runs out at once or never.
+    """Group samples of similar length, as indices. The longest come first, because memory then runs out at once or
+    never.
 
-    A group, padded to its longest unless it is `packed`, is at most `max_tokens`, or a single one that is longer.
+    A group has at most `max_tokens`, padded to its longest unless it is `packed`. A longer sample is a group of its
+    own.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
@@ -138,5 +141,5 @@ def length_groups(lengths: Sequence[int], max_tokens: int, *, packed: bool = Fal
 
 
 def pass_shape(lengths: Sequence[int], *, packed: bool) -> tuple[int, int]:
-    """Rows, and tokens of each, that samples of these lengths make in one pass."""
+    """Compute the shape of one pass over samples of these lengths: rows, and tokens per row."""
     return (1, sum(lengths)) if packed else (len(lengths), max(lengths))

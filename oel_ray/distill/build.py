@@ -21,7 +21,8 @@ def build_step(
 ) -> DistillStep:
     """Load a student from a policy, and its teacher, with adapters if they are configured.
 
-    `trained` holds weights to go on with, a whole model's or the adapters'. Else the masters come from the policy.
+    `trained` holds weights to resume with, of the whole model or of the adapters. Without it the masters come from the
+    policy.
     """
     precision = getattr(torch, config.precision)
     if config.lora is None:

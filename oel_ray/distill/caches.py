@@ -1,5 +1,5 @@
-"""What the teacher keeps of the texts that it has read: key/value caches, and where they lie. Training workers
-(Ray Train group); needs no Ray itself.
+"""Keep the key/value caches of the texts that the teacher has read, on the device or on the host. Training workers (Ray
+Train group); needs no Ray itself.
 """
 
 from collections.abc import Callable
@@ -28,12 +28,12 @@ class TextCache:
         return TextCache(tuple((move(keys), move(values)) for keys, values in self.layers))
 
     def as_past(self) -> Cache:
-        """For one forward pass behind the text."""
+        """Build the cache argument of one forward pass over tokens after the text."""
         return Cache(layers=[_FixedLayer(keys, values) for keys, values in self.layers])
 
 
 class _FixedLayer(DynamicLayer):
-    """Shows a pass the kept keys and values with its own behind them, and keeps none of those."""
+    """Append a pass's own keys and values to the kept ones, for that pass alone."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class _FixedLayer(DynamicLayer):
 def _host_copy(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
         return tensor
-    # Page-locked, or bringing a cache back would take as long as reading the text again.
+    # Page-locked, because loading a cache back would otherwise take as long as re-encoding the text.
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
@@ -84,11 +84,11 @@ class TextCaches:
 
     @property
     def device_size(self) -> int:
-        """Bytes of what is kept on the device."""
+        """Bytes of the caches on the device."""
         return _total(self._on_device)
 
     def distance(self, text: Text) -> int:
-        """0 on the device, 1 on the host, 2 nowhere. Whoever wants many takes the near ones first: they stay."""
+        """Return 0 for a text on the device, 1 on the host, 2 for neither. Use near texts first, because those stay."""
         return 0 if text in self._on_device else 1 if text in self._on_host else 2
 
     def get(self, text: Text) -> TextCache:
@@ -110,7 +110,7 @@ class TextCaches:
         return cache
 
     def make_room(self, needed: int = 0) -> None:
-        """Put the device's caches back within their budget, less what is `needed`."""
+        """Offload caches until the device's budget has `needed` bytes free."""
         while self._on_device and _total(self._on_device) + needed > self._device_bytes:
             text = next(iter(self._on_device))
             self._offload(text, self._on_device.pop(text))

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, made of ours. Runs in the training ranks."""
+"""Translate our configuration into DeepSpeed's. Runs in the training ranks."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from oel_ray.config.schema import ConsolidateConfig
 
 
 def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) -> dict[str, Any]:
-    """DeepSpeed's configuration. `device` is "cpu" or "cuda".
+    """Build DeepSpeed's configuration. `device` is "cpu" or "cuda".
 
-    The caller decides how many micro-batches make a step, so DeepSpeed's own batch arithmetic is a formality. On the
-    host, too, the optimizer is torch's: DeepSpeed asks for its own only in place of one that a caller hands over.
+    The caller decides how many micro-batches make a step, so DeepSpeed's own batch sizes are a formality. An offloaded
+    optimizer is torch's as well. DeepSpeed insists on its own only in place of an optimizer object from the caller.
     """
     stage = config.zero_stage
     if config.precision == "bfloat16":
-        # Stage 0 would add up bfloat16 gradients in bfloat16; stage 1 is the first that does it in float32.
+        # Stage 0 would accumulate bfloat16 gradients in bfloat16; stage 1 is the first to accumulate them in float32.
         stage = max(stage, 1)
     settings: dict[str, Any] = {
         "train_batch_size": world_size,
@@ -28,7 +28,7 @@ def deepspeed_config(config: ConsolidateConfig, world_size: int, device: str) ->
                 "betas": [0.9, 0.999],
                 "eps": 1e-8,
                 "weight_decay": config.weight_decay,
-                # torch's own kernels: DeepSpeed's would be compiled on the spot, on every machine.
+                # torch's own kernels, because DeepSpeed's would be compiled at run time on every machine.
                 "torch_adam": True,
                 "fused": device == "cuda",
             },

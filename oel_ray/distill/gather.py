@@ -1,7 +1,7 @@
-"""The student's weights on their way out of DeepSpeed: to the engines, and to an ordinary Hugging Face folder.
+"""Gather the student's weights from DeepSpeed, for the engines and for an ordinary Hugging Face folder.
 
-Training workers (Ray Train group); needs no Ray itself. Both ways read the float32 masters where there are any and
-round them once, with the same conversion, so that an engine that got the weights and one that loads the folder agree.
+Training workers (Ray Train group); needs no Ray itself. Both paths read the float32 masters, if there are any, and
+round them once with the same conversion. So an engine that received the weights equals one that loads the folder.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class FullWeights:
     """The whole weights under their checkpoint names. Shaped like vLLM's `WeightSource`, without importing it.
 
     `metadata()` and iteration agree in names, order, dtypes and shapes. Tied weights occur under each name that the
-    checkpoint stores: some folders hold a tied head once more, and vLLM then builds a head of its own from that copy.
+    checkpoint stores. Some folders store a tied head as well, and vLLM then builds a separate head from that copy.
     """
 
     def __init__(
@@ -35,9 +35,8 @@ class FullWeights:
     ) -> None:
         """`model`: the transformers model inside the `Distiller`, before or after DeepSpeed got hold of it.
 
-        `folder`: the checkpoint that it was loaded from; without it tied weights occur once, as `save_pretrained` would
-        write them. Under ZeRO-3 parameters are gathered together up to `bucket_numel` elements, or one by one if
-        larger.
+        `folder`: the checkpoint that it was loaded from. Without it tied weights occur once, as `save_pretrained` would
+        write them. Under ZeRO-3 parameters are gathered in buckets of up to `bucket_numel` elements; larger ones alone.
         """
         self.model = model
         self.dtype = dtype
@@ -45,16 +44,16 @@ class FullWeights:
         self._stored = set(checkpoint_shapes(folder)) if folder else set()
 
     def metadata(self) -> list[WeightMeta]:
-        """(name, dtype, full shape) of every tensor. Gathers nothing; any rank may ask alone."""
+        """List (name, dtype, full shape) of every tensor. Gathers nothing; any rank may call it alone."""
         return [(name, self._dtype_of(tensor), _shape(tensor)) for name, tensor in self._tensors().items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """A fresh pass over (name, tensor), on every rank.
+        """Iterate over (name, tensor) from the start, on every rank.
 
-        Under ZeRO-3, and wherever masters are partitioned, every rank has to iterate to the end, in step with the
-        others. A tensor may share memory with the model: use it before the next optimizer step.
+        Collective if masters or parameters are partitioned (ZeRO-3): every rank then has to iterate to the end. A
+        tensor may share memory with the model, so use it before the next optimizer step.
         """
-        # Not the number of a tensor's own elements: a partitioned parameter has none.
+        # Count by full shape, because a partitioned parameter has no elements of its own.
         for bucket in buckets(self._tensors().items(), lambda item: _shape(item[1]).numel(), self.bucket_numel):
             yield from self._whole(dict(bucket))
 
@@ -73,10 +72,10 @@ class FullWeights:
 
     @torch.no_grad()
     def _whole(self, bucket: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-        """The bucket's tensors, whole and in their wire dtype."""
+        """Gather the bucket's tensors, whole and in their wire dtype."""
         whole: dict[str, Tensor] = {}
         for name, tensor in bucket.items():
-            # Where the wire dtype is the parameter's own, the parameter is its master already rounded.
+            # If the wire dtype is the parameter's own, the parameter already is its master, rounded.
             if tensor.requires_grad and tensor.dtype != self.dtype:
                 master = safe_get_full_fp32_param(tensor)
                 if master is not None:
@@ -85,27 +84,30 @@ class FullWeights:
         partitioned = [*{tensor.ds_id: tensor for tensor in rest.values() if hasattr(tensor, "ds_id")}.values()]
         with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
             for name, tensor in rest.items():
-                # A gathered parameter loses its memory when the context closes: leave with a copy.
+                # Copy, because a gathered parameter loses its memory at the end of the context.
                 whole[name] = tensor.detach().to(self._dtype_of(tensor), copy=hasattr(tensor, "ds_id"))
         return [(name, whole[name]) for name in bucket]
 
 
 class MergedWeights(FullWeights):
-    """The same of a student with adapters (`lora`): what it amounts to without them, under the checkpoint's names.
+    """The whole weights of a student with adapters (`lora`), merged, under the checkpoint's names.
 
-    A weight is added up in float32 and rounded once. Its frozen part comes from the checkpoint's folder where that has
-    more digits than the student computes with: rounding those as well would move weights that nothing has trained.
+    A weight and its adapter are added in float32 and rounded once. The frozen part comes from the checkpoint's folder
+    if that is more precise than the student. Rounding it twice would change weights that were never trained.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, folder: Path) -> None:
-        """`folder`: what the student was loaded from."""
+        """`folder`: the checkpoint that the student was loaded from."""
         super().__init__(model, dtype, folder)
         self._folder = folder
         self._adapted = {f"{name}.weight": layer for name, layer in model.named_modules() if _has_adapter(layer)}
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """A fresh pass, on every rank and to the end, as the masters are partitioned. One merged tensor at a time."""
+        """Iterate from the start, one merged tensor at a time.
+
+        Collective to the end, because masters are partitioned.
+        """
         tensors = self._tensors()
         files = wider_tensors(self._folder, next(tensors[name].dtype for name in self._adapted))
         for name, tensor in tensors.items():
@@ -128,7 +130,7 @@ class MergedWeights(FullWeights):
 
 
 def weights_of(student: Any, dtype: torch.dtype, folder: Path) -> FullWeights:
-    """The weights of a student that was loaded from the folder, with adapters or without."""
+    """Return the weights of a student that was loaded from the folder, with adapters or without."""
     if any(_has_adapter(layer) for layer in student.modules()):
         return MergedWeights(student, dtype, folder)
     return FullWeights(student, dtype, folder)
@@ -148,7 +150,7 @@ def _has_adapter(layer: Any) -> bool:
 
 
 def _product(layer: Any) -> Tensor:
-    """What a layer's adapter adds to its weight, in float32."""
+    """Compute the product of a layer's adapter, which is added to its weight, in float32."""
     (name,) = layer.lora_A
     product: Tensor = _master(layer.lora_B[name].weight) @ _master(layer.lora_A[name].weight) * layer.scaling[name]
     return product.T if layer.fan_in_fan_out else product
@@ -166,8 +168,8 @@ def _shape(tensor: Tensor) -> torch.Size:
 def check_names(weights: FullWeights, folder: Path) -> None:
     """Make sure that the weights have the names of the checkpoint that they were loaded from.
 
-    transformers renames and fuses the tensors of some models while it loads them, mixtures of experts above all. A
-    policy under its names is no checkpoint that others could load, and the engines know the checkpoint's alone.
+    transformers renames and fuses the tensors of some models while it loads them, above all of mixtures of experts.
+    Nobody could load a policy under those names, and the engines only know the checkpoint's.
 
     Raises:
         UserError: some names differ.

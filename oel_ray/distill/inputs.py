@@ -1,5 +1,5 @@
-"""How a model reads prompts with their responses: padded, or as one row. Training workers (Ray Train group); needs no
-Ray itself.
+"""Lay out prompts with their responses for a model, padded or packed into one row. Training workers (Ray Train group);
+needs no Ray itself.
 
 Shape suffixes: B sequences, S positions, T response tokens of the batch, D width.
 """
@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True, slots=True)
 class LaidOut:
-    """Prompts with their responses, as a model takes them.
+    """Prompts with their responses, as inputs of a model.
 
-    Padded on the right there is a mask; one behind the other in a single row there are positions, which start anew
-    with each. `rows_T` are the rows of the flattened [B * S] positions that predict the response tokens, sample by
-    sample: in each from the last one of the prompt to the last but one of the response.
+    Padded samples (on the right) have a mask. Samples packed into one row have positions, which start at 0 in each
+    sample. `rows_T` are the rows of the flattened [B * S] positions that predict the response tokens, sample by sample.
+    They run from the last token of the prompt to the last but one of the response.
     """
 
     tokens_BS: Tensor
@@ -37,7 +37,7 @@ def lay_out(
     *,
     packed: bool = False,
 ) -> LaidOut:
-    """Padded with token 0, which is masked and behind all that is read; or `packed`, for a model that `can_pack`.
+    """Pad the samples on the right with token 0, which is masked, or pack them into one row (see `can_pack`).
 
     Raises:
         ValueError: a prompt is empty, so that nothing predicts the first response token.
@@ -64,8 +64,8 @@ def lay_out(
 
 
 def response_hidden(model: Any, texts: LaidOut) -> Tensor:
-    """The final hidden states (hidden_TD) that the model's head would read at the response positions."""
-    # some models know no such argument
+    """Compute the final hidden states (hidden_TD) that the model's head would read at the response positions."""
+    # some models take no such argument
     told = {} if texts.positions_BS is None else {"position_ids": texts.positions_BS}
     output = model.base_model(input_ids=texts.tokens_BS, attention_mask=texts.mask_BS, use_cache=False, **told)
     hidden_BSD: Tensor = output.last_hidden_state
@@ -74,7 +74,7 @@ def response_hidden(model: Any, texts: LaidOut) -> Tensor:
 
 @contextmanager
 def attention_of(model: Any, implementation: str) -> Iterator[None]:
-    """The model reads with this implementation of attention meanwhile."""
+    """Have the model use this attention implementation inside the block."""
     own = model.config._attn_implementation
     if own != implementation:
         model.set_attn_implementation(implementation)

@@ -1,8 +1,8 @@
-"""A student that is its teacher's weights with low-rank adapters beside them. Training workers (Ray Train group); needs
-no Ray itself.
+"""Add low-rank adapters to a student that shares its teacher's weights. Training workers (Ray Train group); needs no
+Ray itself.
 
-A layer with an adapter computes x W' + alpha / rank * x A' B'; W is the teacher's own, A is random and B zero at first,
-so that student and teacher begin as the same function.
+A layer with an adapter computes x W' + alpha / rank * x A' B'. W is the teacher's own. A is random and B zero at first,
+so student and teacher start as the same function.
 """
 
 import copy
@@ -20,14 +20,14 @@ ADAPTERS_FILE = "adapters.safetensors"
 
 
 def sharing_weights(model: Any) -> Any:
-    """The model once more, on the same parameters and buffers: what is put into one afterwards, the other has not."""
+    """Copy the model around the same parameters and buffers. Modules added to one copy later are not in the other."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def add_adapters(model: Any, config: LoraConfig, seed: int) -> None:
-    """Give the model its adapters, float32 and the same for the same seed, and freeze all else.
+    """Add float32 adapters to the model, the same for the same seed, and freeze all other parameters.
 
-    There is no dropout: the student must be the policy that wrote the responses.
+    There is no dropout, because the student must be the policy that wrote the responses.
 
     Raises:
         UserError: the model has no such layers.
@@ -40,12 +40,12 @@ def add_adapters(model: Any, config: LoraConfig, seed: int) -> None:
         torch.manual_seed(seed)
         inject_adapter_in_model(PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=layers), model)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # peft takes the dtype of the weights beside it, and the masters come from these
+        if parameter.requires_grad:  # peft uses the dtype of the frozen weight; the masters are copied from these
             parameter.data = parameter.data.float()
 
 
 def load_adapters(model: Any, folder: Path) -> None:
-    """Give the model's adapters the values that `weights.save_adapters` wrote."""
+    """Load the values of the model's adapters that `gather.save_adapters` wrote."""
     values = load_file(folder / ADAPTERS_FILE)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -53,7 +53,7 @@ def load_adapters(model: Any, folder: Path) -> None:
 
 
 def layers_to_adapt(model: Any, config: LoraConfig) -> list[str]:
-    """Full names of the linear layers that are to get an adapter. The output head never gets one.
+    """List the full names of the linear layers that get an adapter. The output head never gets one.
 
     Raises:
         UserError: the configuration names a layer that is not there.

@@ -1,13 +1,13 @@
-"""KL divergences of two language models, from their final hidden states. Training workers (Ray Train group).
+"""Compute KL divergences of two language models from their final hidden states. Training workers (Ray Train group).
 
 Shape suffixes: T response tokens, C tokens of a chunk, V vocabulary, D width of the student, E width of the teacher,
 k words of the truncated forms.
 
-The objective is equation 2 of arXiv 2603.16856 with the token-level form of equation 4: at every response token
-KL(student || teacher), exact over the whole vocabulary, or from the student's likeliest words; or the other way round,
+The objective is equation 2 of arXiv 2603.16856 with the token-level form of equation 4. It is KL(student || teacher) at
+every response token, exact over the whole vocabulary or from the student's likeliest words. The other direction is
 KL(teacher || student). A divergence is a function of the two models' logits, shifted so that the likeliest word has 0.
-Everything else is shared: logits exist for `chunk_tokens` tokens at a time; the gradient is computed in the forward
-pass, so nothing of size [T, V] is kept for the backward pass.
+All divergences share the rest. Logits exist for `chunk_tokens` tokens at a time. The gradient is computed in the
+forward pass, so nothing of size [T, V] is kept for the backward pass.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Heads of 16 bits are read in blocks of this many rows where the device cannot accumulate them in float32 itself.
+# 16-bit heads are read in blocks of this many rows if the device cannot accumulate their products in float32 itself.
 _UPCAST_ROWS = 16_384
-# So many of each model's likeliest words have their logits made in float64. Two words that share the probability need
-# it, and those below them matter ever less.
+# The logits of this many of each model's likeliest words are computed in float64. Two words that share the probability
+# need it; less likely words matter less.
 _SHARP_WORDS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """What a model's logits are made of: `hidden @ head.T + bias`, then `cap * tanh(logits / cap)` if there is a cap.
+    """The factors of a model's logits: `hidden @ head.T + bias`, then `cap * tanh(logits / cap)` if there is a cap.
 
     `soft_cap` is `final_logit_softcapping` of Gemma 2.
     """
@@ -50,11 +50,10 @@ def reverse_kl(
 ) -> tuple[Tensor, Tensor]:
     """sum_t weights_T[t] * KL(softmax(student logits / temperature) || softmax(teacher logits / temperature)).
 
-    Logits and everything behind them are float32 (float64 for float64 inputs), whatever the dtype of the inputs; of
-    float32 inputs the likeliest words' logits are made in float64, so that value and gradient are within 1e-5 of
-    float64 for logits up to 50. The widths of the two models may differ. Gradients flow to the student's hidden states,
-    head and bias, none to the teacher or the weights; they can be taken once, not twice (`retain_graph` has no use
-    here).
+    Logits and all later values are float32 (float64 for float64 inputs), whatever the dtype of the inputs. For float32
+    inputs the logits of the likeliest words are computed in float64. Value and gradient are then within 1e-5 of float64
+    for logits up to 50. The widths of the two models may differ. Gradients flow to the student's hidden states, head
+    and bias, and not to the teacher or the weights. Backward works once only, with `retain_graph` as well.
 
     Args:
         student: of the response tokens.
@@ -62,15 +61,15 @@ def reverse_kl(
         weights_T: the factor of each token in the sum; 0 removes a token.
         temperature: divides the logits of both models.
         chunk_tokens: tokens whose logits exist at a time: three buffers of [chunk_tokens, V] in float32.
-        top_k: look at the student's `top_k` likeliest words of every token only; which these are counts as constant in
-            the gradient. None, or as many as the vocabulary has, is the exact KL.
-        tail: whether all other words count as one, which gives a lower bound of the KL that is never negative. Without
-            it they are left out of the sum (official code of arXiv 2603.16856; the probabilities stay those over the
-            whole vocabulary), which is no divergence and can be negative.
+        top_k: use only the student's `top_k` likeliest words at every token. The choice of words counts as constant
+            in the gradient. None, or the size of the vocabulary or more, gives the exact KL.
+        tail: count all other words as one word, which gives a lower bound of the KL that is never negative. Without
+            it they are left out of the sum, while probabilities stay those over the whole vocabulary (official code of
+            arXiv 2603.16856). That sum is no divergence and can be negative.
 
     Returns:
-        The loss, a scalar that backward can be called on, and the detached KL, or its truncated form, in nats of every
-        token (kl_T).
+        The loss, a scalar with a backward pass, and the detached KL of every token (kl_T), or its truncated form, in
+        nats.
     """
     truncated = None if top_k is None or top_k >= student.head_VD.shape[0] else top_k
     divergence = partial(_reverse, top_k=truncated, tail=tail)
@@ -112,9 +111,9 @@ def _weighted_sum(
     temperature: float,
     chunk_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    """The sum over tokens of weight times divergence, and the divergence of every token."""
+    """Compute the sum over tokens of weight times divergence, and the divergence of every token."""
     tensors: list[Tensor | None] = [student.hidden_TD, student.head_VD, student.bias_V]
-    if not torch.is_grad_enabled():  # a Function sees requires_grad even here, and would compute gradients in vain
+    if not torch.is_grad_enabled():  # a Function sees requires_grad even here and would compute unused gradients
         tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
     constants = student.soft_cap, divergence, teacher, weights_T, temperature, chunk_tokens
     loss, kl_T = _WeightedSum.apply(*tensors, *constants)  # type: ignore[no-untyped-call]
@@ -150,19 +149,19 @@ class _WeightedSum(torch.autograd.Function):
         grad_bias_V = zeros_or_none(student_bias_V, ctx.needs_input_grad[2])
         kl_T = torch.zeros(tokens, dtype=exact, device=device)
 
-        # Allocated once: fresh pages for every chunk cost more on a CPU than the arithmetic on them.
+        # Allocated once, because on a CPU fresh pages for every chunk cost more than the arithmetic on them.
         buffers_3CV = torch.empty((3, min(chunk_tokens, tokens), vocabulary), dtype=exact, device=device)
         for start in range(0, tokens, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, tokens))
             student_CV, teacher_CV, gradient_CV = buffers_3CV[:, : chunk.stop - start]
             shifted = _shifted_logits(student, chunk, temperature, student_CV)
             shifted_teacher = _shifted_logits(teacher, chunk, temperature, teacher_CV)
-            if student_head_VD.dtype == torch.float32:  # shorter numbers are themselves coarser than what this mends
+            if student_head_VD.dtype == torch.float32:  # 16-bit weights are coarser than this correction
                 _sharpen((student, shifted), (teacher, shifted_teacher), chunk=chunk, temperature=temperature)
             kl_T[chunk] = divergence(shifted, shifted_teacher, gradient_CV)
             gradient_CV.mul_(factor_T1[chunk])
             if student_soft_cap is not None:
-                # 1 - tanh**2 from the capped logits, as there is no fourth buffer to keep the others in
+                # 1 - tanh**2 from the capped logits, because there is no fourth buffer for the uncapped ones
                 tanh_CV = student_CV.mul_(temperature).add_(shifted.peak_C1).div_(student_soft_cap)
                 gradient_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
             if grad_hidden_TD is not None:
@@ -180,7 +179,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        # In place, as the head's gradient is large; a second backward would then fail on autograd's version check.
+        # In place, because the head's gradient is large. A second backward then fails in autograd's version check.
         student_gradients = (
             None if gradient is None else gradient.mul_(grad_outputs[0]).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -192,16 +191,16 @@ def _reverse(student: _Shifted, teacher: _Shifted, gradient_CV: Tensor, *, top_k
     """KL(student || teacher), or a truncated form of it: a `_Divergence`.
 
     With p the student's probabilities and f = log p - log p_teacher: KL = E_p[f], with derivative p * (f - E_p[f]).
-    The truncated forms replace f outside the support by one number for each token, and that is all: with a tail by the
-    same log-ratio of what the two models have outside; without one by -1, which makes E_p[f] the sum over the support
-    less the student's probability outside, and the derivative that of the sum alone.
+    The truncated forms replace f outside the support by one number per token. With a tail that is the log-ratio of the
+    two models' probabilities outside. Without a tail it is -1. E_p[f] is then the sum over the support less the
+    student's probability outside, and the derivative is that of the sum alone.
     """
     if top_k is not None:
         support_Ck = student.logits_CV.topk(top_k, sorted=False).indices
         if tail:
             log_tail_ratio_C1 = _log_tail(student.logits_CV, support_Ck, gradient_CV)
             log_tail_ratio_C1 -= _log_tail(teacher.logits_CV, support_Ck, gradient_CV)
-    # f is this gap and a number for each token, which the derivative does not need.
+    # f is this gap plus a number per token, which the derivative does not need.
     gap_CV, top_gap_C1 = _gap(student, teacher, gradient_CV)
     teacher_mass_C1 = teacher.logits_CV.exp_().sum(dim=-1, keepdim=True)
     probability_CV = torch.exp(student.logits_CV, out=teacher.logits_CV)
@@ -238,10 +237,10 @@ def _forward(student: _Shifted, teacher: _Shifted, gradient_CV: Tensor) -> Tenso
 
 
 def _gap(first: _Shifted, second: _Shifted, out_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """In `out_CV`: the first logits less the second, less the same at the first's likeliest word, which comes back too.
+    """Write to `out_CV` the first logits less the second, less that difference at the first's likeliest word.
 
-    Where nearly all probability lies there, the gradient is a small difference that the plain gap would drown in
-    rounding.
+    Also returns the difference at that word. If the word has nearly all probability, the gradient is a small
+    difference, which would be lost to rounding in the plain gap.
     """
     gap_CV = torch.sub(first.logits_CV, second.logits_CV, out=out_CV)
     top_gap_C1 = gap_CV.gather(1, first.top_C1)
@@ -249,13 +248,16 @@ def _gap(first: _Shifted, second: _Shifted, out_CV: Tensor) -> tuple[Tensor, Ten
 
 
 def _offset(top_gap_C1: Tensor, first_mass_C1: Tensor, second_mass_C1: Tensor) -> Tensor:
-    """What the gap lacks of log(first probability / second probability). One number a token, added up in float64."""
+    """Compute log(first probability / second probability) less the gap: one number per token, in float64."""
     log_ratio_C1 = first_mass_C1.double().log() - second_mass_C1.double().log()
     return top_gap_C1.double() - log_ratio_C1
 
 
 def _log_tail(logits_CV: Tensor, support_Ck: Tensor, scratch_CV: Tensor) -> Tensor:
-    """The log of the sum of exp(logits) outside the support, in float64; exact even where all these exp underflow."""
+    """Compute the log of the sum of exp(logits) outside the support, in float64.
+
+    Exact even if all these exp underflow.
+    """
     scratch_CV.copy_(logits_CV).scatter_(1, support_Ck, -torch.inf)
     peak_C1 = scratch_CV.amax(dim=-1, keepdim=True)
     mass_C1 = scratch_CV.sub_(peak_C1).exp_().sum(dim=-1, keepdim=True)
@@ -263,14 +265,14 @@ def _log_tail(logits_CV: Tensor, support_Ck: Tensor, scratch_CV: Tensor) -> Tens
 
 
 def apply_soft_cap(logits: Tensor, soft_cap: float | None) -> Tensor:
-    """In place: soft_cap * tanh(logits / soft_cap), or nothing where there is no soft cap."""
+    """Apply soft_cap * tanh(logits / soft_cap) in place, or nothing if there is no soft cap."""
     return logits if soft_cap is None else logits.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
 def _shifted_logits(model: Logits, chunk: slice, temperature: float, out_CV: Tensor) -> _Shifted:
-    """Of the chunk's tokens, written to `out_CV`.
+    """Compute the shifted logits of the chunk's tokens into `out_CV`.
 
-    Shifting before the division, and before anything else, keeps large logits exact.
+    The shift comes before the division and all else, because that keeps large logits exact.
     """
     _write_product(model.hidden_TD[chunk], model.head_VD, out_CV)
     if model.bias_V is not None:
@@ -285,10 +287,10 @@ def _shifted_logits(model: Logits, chunk: slice, temperature: float, out_CV: Ten
 
 
 def _sharpen(*models: tuple[Logits, _Shifted], chunk: slice, temperature: float) -> None:
-    """The shifted logits of either model's likeliest words again, made in float64.
+    """Recompute the shifted logits of either model's likeliest words in float64.
 
-    The terms of a logit of 50 are rounded by up to 2e-6 each, which the shift cannot take back, and a small difference
-    of such words is a small gradient times a large hidden state.
+    The terms of a logit near 50 carry float32 rounding errors of up to 2e-6 each. Shifting does not remove them.
+    Multiplied by a large hidden state they exceed the bound of 1e-5 on gradients.
     """
     top_Ck = [shifted.logits_CV.topk(min(_SHARP_WORDS, shifted.logits_CV.shape[1])).indices for _, shifted in models]
     for model, shifted in models:
@@ -299,9 +301,9 @@ def _sharpen(*models: tuple[Logits, _Shifted], chunk: slice, temperature: float)
 
 
 def _float64_logits(model: Logits, chunk: slice, words_Ck: Tensor) -> Tensor:
-    """Of some words of every token of the chunk."""
+    """Compute the float64 logits of some words at every token of the chunk."""
     hidden_CD = model.hidden_TD[chunk].double()
-    # Word by word, as all their rows of the head together would be larger than the logits of a small vocabulary.
+    # Word by word, because all their head rows together could be larger than the logits of a small vocabulary.
     logits_Ck = torch.stack([(hidden_CD * model.head_VD[row_C]).sum(dim=-1) for row_C in words_Ck.unbind(dim=1)], dim=1)
     if model.bias_V is not None:
         logits_Ck += model.bias_V[words_Ck]

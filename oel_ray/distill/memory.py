@@ -1,4 +1,4 @@
-"""What lies in the memory of a training rank. The driver foretells it; a rank says it when memory runs out."""
+"""Account for the memory of a training rank. The driver predicts it; a rank reports it when memory runs out."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,11 +7,11 @@ from oel_ray.config.schema import ConsolidateConfig, LoraConfig
 
 
 class ModelSize(NamedTuple):
-    """Numbers that a model's memory follows from."""
+    """Numbers that determine a model's memory."""
 
     parameters: int
     values_per_token: int
-    """What a key/value cache keeps of a token."""
+    """Numbers that a key/value cache stores per token."""
     own: int
     """Parameters that the student does not share with its teacher."""
     trained: int
@@ -19,7 +19,10 @@ class ModelSize(NamedTuple):
 
 
 def rank_memory(config: ConsolidateConfig, own: int, trained: int, ranks: int) -> dict[str, float]:
-    """Bytes that always lie in a rank's memory, for so many parameters beside the teacher's and so many trained."""
+    """Compute the bytes that a rank's student always takes, by part.
+
+    `own` counts parameters that are not the teacher's, `trained` those that are trained.
+    """
     size = _bytes(config.precision)
     states = 8 if (size == 4 and config.zero_stage == 0) else 12  # float32 parameters are their own masters
     where = " (on the host)" if config.offload_optimizer else ""
@@ -35,7 +38,7 @@ def _bytes(dtype: str) -> int:
 
 
 def model_size(folder: Path, teacher: Path, lora: LoraConfig | None) -> ModelSize:
-    """What a student from a folder, held against a teacher from another or the same one, will need memory for."""
+    """Count the parameters of a student from `folder` and of its teacher. Loads no weights."""
     from oel_ray.distill.lora import layers_to_adapt
     from oel_ray.models.load import model_without_weights
 

@@ -1,4 +1,4 @@
-"""The student's pass with the loss behind it. Training workers (Ray Train group); needs no Ray itself.
+"""Join the student's forward pass with the loss. Training workers (Ray Train group); needs no Ray itself.
 
 Shape suffixes: B sequences, S positions, T response tokens of a micro-batch, V vocabulary, D/E widths.
 """
@@ -21,9 +21,9 @@ Objective = Callable[[Logits, Logits, Tensor], tuple[Tensor, Tensor]]
 class Distiller(nn.Module):
     """The module that DeepSpeed wraps: student body, head and loss in one forward pass.
 
-    Under ZeRO-3 a parameter exists only while a module that is known to use it runs. The head's weight is used by
-    the loss and not by the head's own forward, so `_DistillLoss` declares it (DeepSpeed 0.19 would also find out by
-    itself at the first access, but only inside the forward of the module that it wraps).
+    Under ZeRO-3 a parameter exists only while a module that is known to use it runs. The loss uses the head's weight
+    without the head's own forward, so `_DistillLoss` declares it. DeepSpeed 0.19 also detects the first access, but
+    only inside the forward of the module that it wraps.
     """
 
     def __init__(self, student: Any, objective: Objective) -> None:
@@ -33,33 +33,33 @@ class Distiller(nn.Module):
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Self:
-        """Dropout stays off: the student must be the policy that wrote the responses."""
+        """Switch the mode, but keep dropout off, because the student must be the policy that wrote the responses."""
         super().train(mode)
         self.student.eval()
         for layer in self.student.modules():
             if getattr(layer, "gradient_checkpointing", False):
-                layer.training = mode  # this flag of its own, not its children's, makes a layer recompute
+                layer.training = mode  # a layer recomputes if this flag of its own is set, not its children's
         return self
 
     def forward(self, texts: LaidOut, teacher: Logits, weights_T: Tensor) -> tuple[Tensor, Tensor]:
-        """The divergence of the response tokens: the weighted sum, and that of each token."""
+        """Compute the divergence of the response tokens: the weighted sum, and the divergence of each token."""
         loss, kl_T = self.loss(response_hidden(self.student, texts), teacher, weights_T)
         return loss, kl_T
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """A checkpoint holds what is trained. DeepSpeed itself would leave in a frozen head that has two names."""
+    """Remove frozen parameters from a checkpoint. DeepSpeed itself would keep a frozen head that has two names."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             state.pop(prefix + name, None)
 
 
 class _DistillLoss(nn.Module):
-    """The loss as a module, so that ZeRO-3 gathers the head around it, forward and backward, and not for longer."""
+    """The loss as a module. ZeRO-3 then gathers the head for its forward and backward pass only."""
 
     def __init__(self, head: nn.Linear, soft_cap: float | None, objective: Objective) -> None:
         super().__init__()
-        self._head = [head]  # in a list, or the head would get a second name in this module tree
+        self._head = [head]  # in a list, because the head would otherwise get a second name in this module tree
         self._soft_cap = soft_cap
         self._objective = objective
         for parameter in head.parameters():
@@ -71,7 +71,7 @@ class _DistillLoss(nn.Module):
 
 
 def logit_soft_cap(model: Any) -> float | None:
-    """The bound that the model's configuration declares for its logits (Gemma 2), if any."""
+    """Return the bound that the model's configuration declares for its logits (Gemma 2), if any."""
     soft_cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return soft_cap
 
@@ -80,8 +80,8 @@ def logit_soft_cap(model: Any) -> float | None:
 def check_linear_head(model: Any) -> None:
     """Make sure that the model's logits are head(last hidden state), soft-capped as its configuration declares.
 
-    That is how the loss computes them itself. The head's output is blown up on its way, so that a scale or another cap
-    behind it shows in a small model too; no further than where a scale before a declared cap shows as well.
+    The loss computes them in this way. The check amplifies the head's output, so a later scale or another cap shows in
+    a small model too. It stays low enough that a scale before a declared cap also shows.
 
     Raises:
         UserError: the model does something else to get its logits.
@@ -114,6 +114,6 @@ def check_linear_head(model: Any) -> None:
 
 
 def _close(left: Tensor, right: Tensor) -> bool:
-    """Equal in shape, and up to the rounding of the coarser dtype in value."""
+    """Compare shapes, and values up to the rounding of the coarser dtype."""
     tolerance = 4 * max(torch.finfo(left.dtype).eps, torch.finfo(right.dtype).eps)
     return left.shape == right.shape and torch.allclose(left.float(), right.float(), rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""What a training rank says when its memory runs out. Runs in the training ranks."""
+"""Recognise and describe out-of-memory errors. Runs in the training ranks."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from oel_ray.formats import gib
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out. The CPU's allocator has no error of its own for that."""
+    """Tell whether an error means out of memory. The CPU allocator raises a plain RuntimeError for that."""
     said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
@@ -19,9 +19,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_report(
     config: ConsolidateConfig, student: Any, teacher: Teacher, ranks: int, largest_pass: tuple[int, int]
 ) -> str:
-    """Say what takes a rank's memory in a step: what always lies there, and the largest of what comes and goes.
+    """List the memory of a rank in a step: the permanent parts, and the largest temporary ones.
 
-    `largest_pass` has rows and tokens a row. Weights that the student shares with the teacher are the teacher's.
+    `largest_pass` holds rows and tokens per row. Weights that the student shares with the teacher count as the
+    teacher's.
     """
     shared = {id(p) for p in teacher.model.parameters()}
     own = [p for p in student.parameters() if id(p) not in shared]

@@ -1,4 +1,4 @@
-"""One optimisation step of consolidation under DeepSpeed. Training workers (Ray Train group); needs no Ray itself.
+"""Do one optimizer step of consolidation under DeepSpeed. Training workers (Ray Train group); needs no Ray itself.
 
 Needs an initialised torch.distributed process group, also with one rank.
 """
@@ -33,7 +33,7 @@ _Sum = tuple[float, int]
 
 
 def objective(config: ConsolidateConfig) -> Objective:
-    """The configured divergence."""
+    """Bind the configured divergence to its options."""
     top_k = None if config.divergence == "full" else config.top_k
     reverse = partial(reverse_kl, top_k=top_k, tail=config.divergence == "top_k_tail")
     chosen = forward_kl if config.divergence == "forward" else reverse
@@ -51,11 +51,12 @@ def scheduled_rate(config: ConsolidateConfig, update: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One step, the same on every rank. `applied` is False when it was skipped, and then `grad_norm` may be inf or nan.
+    """The metrics of one step, equal on every rank. `applied` is False for a skipped step; `grad_norm` may then be inf
+    or nan.
 
-    `kl_per_token` is the mean of the configured divergence over all response tokens, in nats per token, whatever the
-    weights in `loss`; `kl_by_sample` is the mean over each response's own tokens, under the sample's id (0 for a
-    response without a token).
+    `kl_per_token` is the mean of the configured divergence over all response tokens, in nats per token. It does not
+    depend on the weights in `loss`. `kl_by_sample` is the mean over each response's own tokens, keyed by sample id (0
+    for a response without a token).
     """
 
     loss: float
@@ -73,20 +74,21 @@ class DistillStep:
     def __init__(self, student: Any, teacher: Any, config: ConsolidateConfig, device: torch.device | str) -> None:
         """Every rank passes the same whole models, loaded from the same folder in any dtype.
 
-        Both compute in `config.precision`. A float32 student gives its full precision to the masters. What the student
-        shares with the teacher is frozen, and is not there twice (`lora`).
+        Both compute in `config.precision`. A float32 student passes its full precision to the masters. Weights that the
+        student shares with the teacher are frozen and exist once (`lora`).
 
         Raises:
-            UserError: the logits of the model are not its output head's, soft-capped or as they are; or its samples are
-                to be packed, and it cannot read them so.
+            UserError: the model's logits are not the output of its head, with or without a declared soft cap; or
+            packing
+                is required, and the model cannot read packed samples.
         """
         self.device = torch.device(device)
         self.world_size = dist.get_world_size()
         self.config = config
         self.updates = 0
-        """Steps that were applied; decides on the learning rate."""
+        """Number of applied steps; determines the learning rate."""
         self.shortage = ""
-        """After a step that ran out of memory: where, and what took it; the same on every rank."""
+        """After a step that ran out of memory: the ranks, and their memory by part; equal on every rank."""
         compute_dtype: torch.dtype = getattr(torch, config.precision)
         teacher = _cast_parameters(teacher.to(self.device).eval().requires_grad_(False), compute_dtype)
         if compute_dtype == torch.float32:
@@ -98,16 +100,16 @@ class DistillStep:
             host_bytes=config.teacher_offload_gib * _GIB,
         )
         self.packs = reads_packed(student, config.packing)
-        """Whether the samples of a micro-batch are one row, without padding."""
+        """Whether the samples of a micro-batch are packed into one row, without padding."""
         self._attention: str = student.config._attn_implementation
         self._teacher_reads_so = type(teacher) is type(student) and (can_pack(teacher) or not self.packs)
         if config.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         distiller = Distiller(student, objective(config))
         self._trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
-        # DeepSpeed takes the masters from weights that it has rounded to bfloat16 already.
+        # DeepSpeed copies the masters only after it has rounded the weights to bfloat16.
         masters = {p: p.detach().clone() for p in self._trained if p.dtype == torch.float32 != compute_dtype}
-        # DeepSpeed would compile its shared-memory collectives on the spot: gloo needs no compiler and is enough.
+        # DeepSpeed would compile its shared-memory collectives at run time; gloo needs no compiler and is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.engine, *_ = deepspeed.initialize(
             model=distiller,
@@ -117,25 +119,25 @@ class DistillStep:
         self.engine.train()
         for parameter, value in masters.items():
             safe_set_full_fp32_param(parameter, value)
-        # Stage 0 is a bare torch optimizer: DeepSpeed neither checks its gradients nor keeps their norm, so the
-        # step reduces them itself and looks at them before DeepSpeed takes over.
+        # Stage 0 is a bare torch optimizer. DeepSpeed neither checks its gradients nor keeps their norm, so this class
+        # reduces and checks them before DeepSpeed's step.
         self._bare_optimizer = self.engine.zero_optimization_stage() == 0
         if self._bare_optimizer:
             self.engine.enable_backward_allreduce = False
 
     @property
     def student(self) -> Any:
-        """The model that is trained (under ZeRO-3 its parameters are partitioned: see `weights`)."""
+        """The trained model. Under ZeRO-3 its parameters are partitioned, see `gather`."""
         return self.engine.module.student
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics | None:
-        """One optimizer step. Collective: every rank calls it with its own share of the same global batch.
+        """Do one optimizer step. Collective: every rank calls it with its own share of the same global batch.
 
-        A loss or gradient that is not finite on any rank leaves the weights of all ranks as they are. So does a rank
-        that ran out of memory: then there are no metrics, and all may try again with smaller micro-batches.
+        If a loss or gradient is not finite on any rank, no rank changes its weights. The same holds if a rank ran out
+        of memory. There are no metrics then, and all ranks may retry with smaller micro-batches.
 
         Raises:
-            RunFailed: a rank ran out of memory where the others cannot be told; says what took it.
+            RunFailed: a rank ran out of memory where the others cannot be told; lists its memory by part.
         """
         if self.config.live_teacher:
             self.teacher.load_weights(FullWeights(self.student, self.teacher.model.dtype))
@@ -159,7 +161,7 @@ class DistillStep:
         try:
             applied, grad_norm = self._apply()
         except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):  # some of the weights may have been changed
+            if is_out_of_memory(error):  # some weights may have changed already
                 raise RunFailed(f"out of memory in the optimizer: {self.memory_report(micro_batches)}") from error
             raise
         self.updates += applied
@@ -174,12 +176,15 @@ class DistillStep:
         )
 
     def memory_report(self, micro_batches: Sequence[MicroBatch]) -> str:
-        """Say what takes this rank's memory in a step on these micro-batches."""
+        """List the memory of this rank in a step on these micro-batches, by part."""
         passes = [pass_shape([s.student_tokens for s in batch.samples], packed=self.packs) for batch in micro_batches]
         return memory_report(self.config, self.student, self.teacher, self.world_size, max(passes, key=math.prod))
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> tuple[torch.Tensor, dict[str, _Sum], str]:
-        """Gradients of all micro-batches; the loss, the KL sums, and what there is to say if memory ran out."""
+        """Accumulate the gradients of all micro-batches.
+
+        Returns loss, KL sums, and the report if memory ran out, or "".
+        """
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         kl_sums: dict[str, _Sum] = {}
         shortage, hidden = "", []
@@ -197,14 +202,14 @@ class DistillStep:
                     loss_sum += loss
                     _add(kl_sums, _kl_sums(batch, kl_T))
                     continue
-            if self.engine.zero_optimization_stage() >= 2:  # the others reduce gradients behind each backward pass
+            if self.engine.zero_optimization_stage() >= 2:  # the others reduce gradients after each backward pass
                 self._join_collectives(micro_batches)
         return loss_sum, kl_sums, shortage
 
     def _join_collectives(self, micro_batches: Sequence[MicroBatch], *, spoil: bool = False) -> None:
-        """A pass over next to nothing, which leaves no gradient finite if it is to `spoil` them."""
+        """Join the collectives of one pass with a minimal sample. With `spoil` it makes the gradients NaN."""
         batch = filler([sample for batch in micro_batches for sample in batch.samples])
-        if spoil:  # a response, or nothing would reach the layers below a frozen head
+        if spoil:  # with a response, because otherwise no gradient reaches the layers below a frozen head
             (sample,) = batch.samples
             batch = MicroBatch((replace(sample, response_ids=sample.student_prompt_ids[:1]),), (1.0,))
         head_VE = self.teacher.model.get_output_embeddings().weight
@@ -215,12 +220,12 @@ class DistillStep:
     ) -> str:
         """Describe an out-of-memory error from which all ranks can retreat together.
 
-        That needs this rank to join every collective that is left. It cannot inside a student's pass under ZeRO-3,
-        where each module has its own, nor once a bucket of gradients was reduced.
+        That needs this rank to join every remaining collective. It cannot inside a student's pass under ZeRO-3, because
+        each module has collectives of its own. It cannot after a bucket of gradients was reduced either.
 
         Raises:
             RunFailed: memory ran out, and the others cannot be told.
-            BaseException: the error itself, if it is another.
+            BaseException: the error itself, if it is not an out-of-memory error.
         """
         if not is_out_of_memory(error):
             raise error
@@ -235,7 +240,7 @@ class DistillStep:
         return said
 
     def _discard(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Forget the gradients, as after a loss that is not finite, and have the teacher take smaller bites."""
+        """Drop the gradients, as after a loss that is not finite, and halve the tokens of the teacher's passes."""
         self.teacher.pass_tokens = max(self.teacher.pass_tokens // 2, 1)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -244,22 +249,23 @@ class DistillStep:
         assert not applied
 
     def save(self, folder: Path) -> None:
-        """Write masters and optimizer state, and nothing that is frozen. Collective.
+        """Write masters and optimizer state, without frozen weights. Collective.
 
-        `load` needs as many ranks, and the same settings.
+        `load` needs the same number of ranks and the same settings.
         """
         self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
-        """Take back what `save` wrote, beside the frozen weights that are there. Collective; before the first step."""
+        """Load the state that `save` wrote; frozen weights stay. Collective; call it before the first step."""
         whole = len(self._trained) == len(list(self.engine.module.parameters()))
         self.engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
 
     def _teacher_pass(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """hidden_TE of every micro-batch.
+        """Compute hidden_TE of every micro-batch.
 
-        One without any knowledge is read exactly as the student reads it. The two then differ by nothing in the first
-        step, and not by a rounding error: AdamW makes steps of the same size from small gradients as from large ones.
+        A micro-batch without any knowledge is read exactly as the student reads it. The two models then agree to the
+        bit in the first step. A rounding error would matter, because AdamW makes small gradients into steps as large as
+        any.
         """
         informed = [any(sample.has_knowledge for sample in batch.samples) for batch in micro_batches]
         together = [s for batch, known in zip(micro_batches, informed, strict=True) if known for s in batch.samples]
@@ -278,7 +284,10 @@ class DistillStep:
     def _pass(
         self, batch: MicroBatch, teacher_hidden_TE: torch.Tensor, *, spoil: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward and backward: the loss of a micro-batch, and the KL of its response tokens, sample by sample."""
+        """Run forward and backward.
+
+        Returns the loss of a micro-batch and the KL of its response tokens, sample by sample.
+        """
         responses = [sample.response_ids for sample in batch.samples]
         prompts = [sample.student_prompt_ids for sample in batch.samples]
         texts = lay_out(prompts, responses, self.device, packed=self.packs)
@@ -288,18 +297,21 @@ class DistillStep:
         head = model.get_output_embeddings()
         teacher = Logits(teacher_hidden_TE, head.weight, head.bias, logit_soft_cap(model))
         loss, kl_T = self.engine(texts, teacher, weights_T)
-        # DeepSpeed averages gradients over ranks, and the loss is a sum over all of them. A loss that is not
-        # finite is made to spoil the gradient for certain: gradients are what every rank gets to see.
+        # DeepSpeed averages gradients over ranks, but the loss is a sum over them. A loss that is not finite makes the
+        # gradient NaN, because every rank sees the gradients.
         scale = math.nan if spoil or not math.isfinite(loss.item()) else self.world_size
         self.engine.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach().double(), kl_T
 
     def _apply(self) -> tuple[bool, float]:
-        """Step the optimizer unless a gradient is not finite; whether it did, and the gradient norm before clipping."""
+        """Step the optimizer if all gradients are finite.
+
+        Returns whether it did, and the gradient norm before clipping.
+        """
         if not self._bare_optimizer:
             self.engine.step()
             applied, optimizer = self.engine.was_step_applied(), self.engine.optimizer
-            if self.config.offload_optimizer and not applied:  # DeepSpeed would add the next gradients to these
+            if self.config.offload_optimizer and not applied:  # else DeepSpeed adds the next gradients to these
                 optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
             return applied, float(self.engine.get_global_grad_norm())
         self.engine.buffered_allreduce_fallback()
@@ -312,14 +324,14 @@ class DistillStep:
 
 
 def _cast_parameters(model: Any, dtype: torch.dtype) -> Any:
-    """Parameters only, as DeepSpeed does it: rounded rotary frequencies would set teacher and student apart."""
+    """Cast parameters only, as DeepSpeed does, because rounded rotary frequencies would make the teacher differ."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def _kl_sums(batch: MicroBatch, kl_T: torch.Tensor) -> dict[str, _Sum]:
-    """Sum and number of token KLs of each sample. A filler adds nothing to the sample that it is made of."""
+    """Sum and count the token KLs of each sample. A filler adds nothing to the sample that it was made from."""
     pieces = torch.split(kl_T.double(), [len(sample.response_ids) for sample in batch.samples])
     return {sample.id: (piece.sum().item(), len(piece)) for sample, piece in zip(batch.samples, pieces, strict=True)}
 

@@ -1,6 +1,6 @@
-"""The teacher of a round. Training workers (Ray Train group); needs no Ray itself.
+"""Run the teacher of a round. Training workers (Ray Train group); needs no Ray itself.
 
-Shape suffixes: P tokens of a knowledge text, Q positions of a row behind it, K both, T response tokens, E width.
+Shape suffixes: P tokens of a knowledge text, Q positions of a row after it, K both, T response tokens, E width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,15 +18,15 @@ from oel_ray.distill.inputs import lay_out, response_hidden
 from oel_ray.models.capabilities import can_keep_texts
 
 PASS_TOKENS = 1280
-"""Tokens of one forward pass: enough to keep a device busy. More of them would mostly look at masked positions of each
-other."""
+"""Tokens of one forward pass, enough to keep a device busy. Longer rows would mostly compute masked pairs of
+positions."""
 
 
 class Teacher:
-    """The model of one rank that is not trained, and the caches of the knowledge texts that it has read."""
+    """The teacher model of one rank, and its caches of the knowledge texts."""
 
     def __init__(self, model: Any, *, device_bytes: float, host_bytes: float, pass_tokens: int = PASS_TOKENS) -> None:
-        """`model` lies where it computes; the budgets are those of `TextCaches`."""
+        """`model` is on its device already; the budgets are those of `TextCaches`."""
         self.model = model
         self.pass_tokens = pass_tokens
         self.caches = TextCaches(self._read_text, model.device, device_bytes, host_bytes)
@@ -34,7 +34,7 @@ class Teacher:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Get other weights, under the names of a checkpoint, and forget what was read with the old ones."""
+        """Replace the weights, given under the names of a checkpoint, and drop the stale caches."""
         own = self.model.state_dict()
         for name, tensor in weights:
             own[name].copy_(tensor)
@@ -42,10 +42,10 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """hidden_TE of every sample: what the head would read where it predicts the response.
+        """Compute hidden_TE of every sample: the head's inputs at the positions that predict the response.
 
         Raises:
-            ValueError: a sample has no knowledge ids, or nothing stands between them and its response.
+            ValueError: a sample has no knowledge ids, or no ids between them and its response.
         """
         head_VE = self.model.get_output_embeddings().weight
         found = [head_VE.new_empty(0, head_VE.shape[1])] * len(samples)
@@ -60,7 +60,7 @@ class Teacher:
 
     @torch.no_grad()
     def reread(self, samples: Sequence[Sample], *, packed: bool = False) -> list[Tensor]:
-        """The same, from one pass over everything."""
+        """Compute the same from one pass over the whole prompts and responses, without caches."""
         responses = [sample.response_ids for sample in samples]
         prompts = [sample.teacher_prompt_ids for sample in samples]
         batch = lay_out(prompts, responses, self.model.device, packed=packed)
@@ -93,14 +93,17 @@ class Teacher:
         return TextCache(tuple((layer.keys, layer.values) for layer in cache.layers))
 
     def _read_behind(self, cache: TextCache, kept: int, samples: Sequence[Sample]) -> list[Tensor]:
-        """All samples in one row behind the `kept` tokens: each sees those and itself, at the positions after them."""
+        """Read all samples in one row after the `kept` tokens.
+
+        Each attends to those and to itself, at positions after them.
+        """
         device = self.model.device
         pieces = [[*sample.rest_ids, *sample.response_ids] for sample in samples]
         tokens_1Q = torch.tensor([[token for piece in pieces for token in piece]], dtype=torch.long, device=device)
         positions_1Q = torch.cat([torch.arange(kept, kept + len(piece), device=device) for piece in pieces])[None]
         owner_Q = torch.repeat_interleave(torch.tensor([len(piece) for piece in pieces], device=device))
         own_QQ = (owner_Q[:, None] == owner_Q).tril()
-        # To be added to the scores: what every attention takes, and what torch's own makes of booleans in each layer.
+        # Added to the scores, because every attention accepts that; torch's own would convert booleans in each layer.
         mask_QK = torch.zeros(len(owner_Q), kept + len(owner_Q), dtype=self.model.dtype, device=device)
         mask_QK[:, kept:].masked_fill_(~own_QQ, torch.finfo(self.model.dtype).min)
         output = self.model.base_model(

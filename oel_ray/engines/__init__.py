@@ -1,1 +1,1 @@
-"""The engine pool: vLLM replicas as Ray actors, routing, and the weights they get. vLLM is touched here alone."""
+"""Run the engine pool: vLLM replicas as Ray actors, and the routing of requests to them."""

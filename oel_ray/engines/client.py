@@ -1,4 +1,4 @@
-"""Ask the pool for an engine, and generate on that. Runs wherever responses are needed; imports no engine."""
+"""Ask the pool for an engine, and generate on it. Runs wherever responses are needed; imports no engine."""
 
 import asyncio
 import uuid
@@ -24,24 +24,27 @@ CONTROL_DEADLINE_S = 60.0
 
 
 class PoolClient:
-    """`Generate` through the pool. Small and picklable: holds only the pool's handle, and is sent as its name."""
+    """`Generate` through the pool.
+
+    Small and picklable, because it holds the pool's handle alone and is sent by name.
+    """
 
     def __init__(self, pool: Any, config: EnginesConfig) -> None:
         self._pool, self._config = pool, config
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By name: every run would print Ray's warning of handles in the arguments of actors that may be restarted.
+        # By name, because Ray otherwise warns in every run of handles in the arguments of restartable actors.
         return _named_pool_client, (self._config,)
 
     async def __call__(self, prompt_ids: Sequence[int], sampling: Sampling, *, seed: int, key: str) -> Generation:
-        """One response. The request of an engine that died or missed the deadline goes to another one.
+        """Generate one response. If an engine dies or misses the deadline, the request is retried on another one.
 
         Raises:
-            EngineUnavailable: none is left that could answer.
+            EngineUnavailable: no engine is left that could answer.
         """
         tokens = len(prompt_ids) + sampling.max_tokens
         while True:
-            # The lease has a name before it is given: a client that is cancelled meanwhile can give it back, too.
+            # The lease has a name before it is granted, so a client that is cancelled meanwhile can return it.
             lease, failed = uuid.uuid4().hex, False
             counts: dict[str, int] = {}
             try:
@@ -75,7 +78,7 @@ class PoolClient:
         except asyncio.CancelledError:
             ray.cancel(call)
             raise
-        # What an engine raises reaches us as a RayTaskError that also is of the class of its cause.
+        # An error of an engine arrives as a RayTaskError that is also of the class of its cause.
         except (*DIED, EngineUnavailable, TimeoutError) as error:
             raise _EngineFailed from error
         return generation
@@ -91,7 +94,7 @@ class _EngineFailed(Exception):
 
 @dataclass(frozen=True)
 class Pool:
-    """The pool as the driver holds it."""
+    """The driver's handle of the pool."""
 
     actor: Any
     config: EnginesConfig
@@ -101,37 +104,38 @@ class Pool:
         return PoolClient(self.actor, self.config)
 
     def deploy(self, policy: Path, version: str) -> None:
-        """Serve the policy of a folder, under a version label, from all engines.
+        """Have all engines serve the policy of a folder, under a version label.
 
         Raises:
-            EngineUnavailable: one that died or missed the deadline could not be replaced.
+            EngineUnavailable: an engine died or missed the deadline and could not be replaced.
         """
         deadline_s = self.config.sync_deadline_s + 2 * _healing_s(self.config)
         answer_of(self.actor.deploy.remote(str(policy), version), deadline_s)
 
     def engines(self) -> list[Any]:
-        """Handles of all replicas, for a trainer that is going to send weights to them; replaces those that died.
+        """Return the handles of all replicas, for a trainer that will send weights to them. Replaces dead ones first.
 
         Raises:
-            EngineUnavailable: one died and could not be replaced.
+            EngineUnavailable: a replica died and could not be replaced.
         """
         return list(answer_of(self.actor.engines.remote(), _healing_s(self.config)))
 
     def enter(self, round_number: int, stage: str) -> None:
-        """Label what the pool reports from now on; waits for nothing."""
+        """Label the pool's reports with a round and a stage from now on. Does not wait."""
         self.actor.enter.remote(round_number, stage)
 
     def counts(self) -> Counter[str]:
-        """What has happened since the pool started.
+        """Return the pool's counters since its start.
 
-        `requests` that were answered, `requests_moved` from an engine that failed to another one, `engine_restarts`;
-        and in tokens `prompt_tokens`, of which the prefix caches held `cached_tokens`, and `response_tokens`.
+        `requests` were answered. `requests_moved` went from a failed engine to another one. `engine_restarts` counts
+        replacements. In tokens there are `prompt_tokens`, of which the prefix caches held `cached_tokens`, and
+        `response_tokens`.
         """
         return Counter(answer_of(self.actor.counts.remote(), CONTROL_DEADLINE_S))
 
 
 def _healing_s(config: EnginesConfig) -> float:
-    """How long an answer of the pool may take that waits for a replica to be replaced."""
+    """Compute the deadline in seconds of a pool call that may wait for the replacement of a replica."""
     return config.stall_deadline_s + config.start_deadline_s + 2 * CONTROL_DEADLINE_S
 
 
@@ -139,7 +143,7 @@ def answer_of(reference: Any, timeout_s: float) -> Any:
     """Wait for an answer of the pool.
 
     Raises:
-        RunFailed: what the pool raised, or an EngineUnavailable if it died or missed the deadline.
+        RunFailed: raised by the pool itself; an EngineUnavailable if the pool died or missed the deadline.
     """
     try:
         return ray.get(reference, timeout=timeout_s)

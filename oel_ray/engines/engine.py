@@ -1,6 +1,7 @@
-"""One vLLM replica. Runs as a Ray actor on the node of its CPUs or GPUs.
+"""Run one vLLM replica. Runs as a Ray actor on the node of its CPUs or GPUs.
 
-vLLM starts its engine core in a process below it, which runs the model; with tensor parallelism one more per rank.
+vLLM starts its engine core, which runs the model, in a child process. With tensor parallelism it starts one more
+process per rank.
 """
 
 import asyncio
@@ -20,8 +21,8 @@ from oel_ray.records import Generation, Sampling
 
 CANARY_DEADLINE_S = 30.0
 _PORT_ATTEMPTS = 3
-# vLLM takes the first free port from one on, and binds it later. Engines that start together look in different ranges,
-# below the ports that a kernel hands out by itself and above those of Ray's workers.
+# vLLM searches for a free port upwards from a given one and binds it later. Engines that start together search
+# different ranges. The ranges lie below the kernel's ephemeral ports and above those of Ray's workers.
 _PORTS = range(20_000, 32_000, 20)
 
 
@@ -32,7 +33,7 @@ class Engine(Named):
     """
 
     def __init__(self, index: int, config: EnginesConfig, policy: str, *, on_gpu: bool, **vllm_args: Any) -> None:
-        """`policy`: an HF folder. `vllm_args` go to vLLM as they are, over ours. `start` does the work."""
+        """`policy`: an HF folder. `vllm_args` override our arguments of vLLM. `start` does the work."""
         self.index = index
         self._llm: Any = None
         self._requests = 0
@@ -67,11 +68,11 @@ class Engine(Named):
             await self._llm.update_weight_version(version)
 
     async def generate(self, prompt_ids: list[int], sampling: Sampling, seed: int, deadline_s: float) -> Generation:
-        """One response.
+        """Generate one response.
 
         Raises:
-            TimeoutError: nothing complete within `deadline_s`; the request is aborted.
-            EngineUnavailable: this engine cannot serve any more.
+            TimeoutError: no complete response within `deadline_s`; the request is aborted.
+            EngineUnavailable: this engine can no longer serve.
             RuntimeError: the response mixes weight versions.
         """
         self._requests += 1
@@ -92,7 +93,7 @@ class Engine(Named):
             raise RuntimeError(f"a response of engine {self.index} carries weight versions {sorted(versions)}")
         token_ids = list(output.token_ids)
         said = token_ids[:-1] if output.finish_reason == "stop" else token_ids
-        # Once for the whole response: token by token, as vLLM would, takes a tenth of a core.
+        # Decode the whole response at once, because vLLM's decoding token by token takes a tenth of a core.
         text = self._llm.get_tokenizer().decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Generation(
             token_ids=token_ids,
@@ -103,21 +104,21 @@ class Engine(Named):
         )
 
     async def check_health(self) -> str:
-        """The weight version that is served.
+        """Check the health of the engine and return the weight version that it serves.
 
         Raises:
-            EngineUnavailable: a process below this one is gone, or a weight sync failed or was left unfinished.
+            EngineUnavailable: a child process is gone, or a weight sync failed or was left unfinished.
         """
-        if self._sync_open:  # nobody asks during a sync, so its sender is gone
+        if self._sync_open:  # nobody asks during a sync, so its sender must be gone
             raise EngineUnavailable(f"engine {self.index} was left in the middle of a weight sync and cannot serve")
         with self._able_to_serve():
             await self._llm.check_health()
             return str(await self._llm.get_weight_version())
 
     async def progress(self) -> None:
-        """Come back when vLLM's engine core has come round between two steps: it does not only live, it goes on.
+        """Return after vLLM's engine core has answered between two steps, which proves that it still makes progress.
 
-        At once during a weight sync, which holds it up and has a deadline of its own.
+        Returns at once during a weight sync, because a sync blocks the core and has a deadline of its own.
 
         Raises:
             EngineUnavailable: see `check_health`.
@@ -126,10 +127,10 @@ class Engine(Named):
             await self.check_health()
 
     async def canary(self) -> None:
-        """Answer a request of one token: what an engine must do before it may serve.
+        """Answer a request of one token, as every engine must before it may serve.
 
         Raises:
-            RunFailed: it cannot.
+            RunFailed: the engine cannot.
         """
         greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1)
         answer = await self.generate([1], greedy, 0, CANARY_DEADLINE_S)
@@ -138,7 +139,7 @@ class Engine(Named):
 
     @contextmanager
     def _able_to_serve(self) -> Iterator[None]:
-        """Answer with an error of ours where vLLM would raise its own, which a client had to import vLLM to read."""
+        """Translate vLLM's error into one of ours, because a client would have to import vLLM to unpickle that."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if self._sync_failed:
@@ -148,8 +149,8 @@ class Engine(Named):
         except EngineDeadError:
             raise EngineUnavailable(f"engine {self.index} lost a vLLM process") from None
 
-    # A sync is init (once per group), start, update, finish, each on all engines before the next. Once one of the last
-    # three failed, the weights are neither the old nor the new ones, and vLLM would start another update on top.
+    # A sync is init (once per group), start, update, finish, each on all engines before the next. If one of the last
+    # three fails, the weights are neither the old nor the new ones. vLLM would start another update on top of them.
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -166,7 +167,7 @@ class Engine(Named):
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
 
     async def start_weight_update(self) -> None:
-        """Let requests in flight finish, hold back new ones, and open the model for new weights."""
+        """Wait for requests in flight, hold back new ones, and open the model for new weights."""
         with self._all_or_nothing():
             self._sync_open = True
             await self._llm.pause_generation(mode="wait", clear_cache=False)
@@ -179,7 +180,7 @@ class Engine(Named):
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
 
     async def finish_weight_update(self, version: str) -> None:
-        """Check and close the update, drop the stale prefix cache, take the version, serve again.
+        """Check and close the update, drop the stale prefix cache, set the version, and serve again.
 
         Raises:
             RuntimeError: the weights were incomplete or the cache could not be dropped. The engine must not serve.
@@ -192,12 +193,12 @@ class Engine(Named):
             self._sync_open = False
 
     async def drop_cache(self) -> None:
-        """Forget all cached prefixes. vLLM's reset does nothing while requests run, and only its result says so."""
+        """Drop the prefix cache. While requests run vLLM's reset does nothing, and only its result says so."""
         if not await self._llm.reset_prefix_cache():
             raise RuntimeError(f"engine {self.index} could not reset its prefix cache")
 
     async def load_policy(self, folder: str, version: str) -> None:
-        """Take the weights of an HF folder that has the same tensors as the one the engine was started from."""
+        """Load the weights of an HF folder that has the same tensors as the one the engine was started from."""
         await self.start_weight_update()
         await self.update_weights({"folder": folder})
         await self.finish_weight_update(version)
@@ -209,12 +210,12 @@ class Engine(Named):
 
 
 def engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str, Any]:
-    """What vLLM is started with."""
+    """Build the arguments that vLLM is started with."""
     from vllm.config import WeightTransferConfig
 
     from oel_ray.weights.plugin import GLOO, NCCL
 
-    if config.dtype == "auto":  # vLLM would take it for the precision of the folder
+    if config.dtype == "auto":  # to vLLM it would mean the precision of the folder
         raise ValueError("engines.dtype is auto: see RunConfig.settled")
     args: dict[str, Any] = {
         "model": policy,
@@ -226,24 +227,24 @@ def engine_args(config: EnginesConfig, policy: str, *, on_gpu: bool) -> dict[str
         "weight_transfer_config": WeightTransferConfig(backend=NCCL if on_gpu else GLOO),
         "disable_log_stats": True,
         "seed": 0,
-        # Not Ray, which vLLM would take for its ranks in an actor with a place of its own.
+        # Not "ray", which vLLM would choose for its ranks inside an actor with a placement group.
         "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
     }
     if on_gpu:
         return args | {"gpu_memory_utilization": config.gpu_memory_utilization}
-    # A prompt that is prefilled in pieces makes vLLM rewind the seeded generator, which a CPU generator cannot do: the
-    # worker dies. So prompts go in whole.
+    # Prompts are prefilled whole. In pieces vLLM would rewind the seeded generator, a CPU generator cannot do that, and
+    # the worker would die.
     return args | {
         "kv_cache_memory_bytes": config.cpu_kv_cache_gib * 2**30,
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(config.max_model_len, 4096),
-        # The smallest that CPU attention is fast with: games grow by less than vLLM's 128 tokens a turn.
+        # The smallest size that is fast on CPUs, because a game grows by less than vLLM's default of 128 tokens a turn.
         "block_size": 32,
     }
 
 
 def stat_loggers() -> list[Any]:
-    """What vLLM tells its own metrics: Ray, where the packages are that its logger imports (the extra `metrics`)."""
+    """Return vLLM's metrics logger for Ray, if the packages that it imports are installed (the extra `metrics`)."""
     try:
         importlib.import_module("ray.serve")
     except ImportError:
@@ -254,18 +255,18 @@ def stat_loggers() -> list[Any]:
 
 
 def prepare_cpu(index: int, config: EnginesConfig) -> None:
-    """Set what vLLM's processes read from the environment before they load torch."""
+    """Set the environment variables that vLLM's processes read before they load torch."""
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.exists() and "LD_PRELOAD" not in os.environ:
         os.environ["LD_PRELOAD"] = str(openmp)
     if config.tensor_parallel == 1:
-        # The model in vLLM's scheduler process: with one of its own the two wait for each other by spinning, and take
+        # Run the model in vLLM's scheduler process. Two processes would wait for each other by spinning, and would take
         # half of the cores that they share.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
         return
-    # Cores of every rank's own. vLLM's "auto" puts every engine of a node on the same ones.
+    # Every rank gets cores of its own, because vLLM's "auto" puts all engines of a node on the same ones.
     cores, threads = sorted(os.sched_getaffinity(0)), config.cpu_threads
     first = index * config.tensor_parallel * threads
     mine = [str(cores[(first + n) % len(cores)]) for n in range(config.tensor_parallel * threads)]

@@ -1,8 +1,9 @@
-"""The engine pool. `EnginePool` is the one control actor that owns the replicas; `PoolClient` is what players, chains
-and training ranks hold; `engine_pool` runs in the driver.
+"""Run the engine pool. `EnginePool` is the single control actor and owns the replicas. Players, chains and training
+ranks hold a `PoolClient`. `engine_pool` runs in the driver.
 
-Requests go straight from a client to an engine; the pool only says which one. It is asked for a lease before and told
-after, so it knows the tokens in flight on every engine, and its answers never wait behind generation or a sync.
+Requests go straight from a client to an engine; the pool only chooses the engine. A client takes a lease before a
+request and releases it after. So the pool knows the tokens in flight on every engine. Its answers never wait for
+generation or a sync.
 """
 
 import asyncio
@@ -33,9 +34,9 @@ class EnginePool(Named):
     """The control actor. State: the replicas, their health, the leases on them, which key lives where, the policy that
     replacements load, and what has happened so far.
 
-    A replica that fails or stands still is ended and replaced; the new one has the current weights and answers a canary
-    before it serves. While a trainer sends weights they are known to it alone: what fails then is ended, and replaced
-    when all engines are next asked for.
+    A replica that fails or makes no progress is killed and replaced. The new one loads the current weights and answers
+    a canary before it serves. During training only the trainer knows the weights. Replicas that fail then are killed at
+    once, and replaced when `engines` is next called.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class EnginePool(Named):
         engine: type = Engine,
         router: type[Router] = Router,
     ) -> None:
-        """`places`: a placement group for each replica, which it keeps while it is replaced, whoever waits for room."""
+        """`places`: a placement group for each replica, which keeps the resources reserved while it is replaced."""
         self._config = config
         self._places = places
         self._on_gpu = on_gpu
@@ -69,14 +70,16 @@ class EnginePool(Named):
         self._policy = policy
         self.enter(0, "start")
         replicas = [Replica(index, self._new_engine(index, 1)) for index in range(self._config.count)]
-        self._router.replicas = replicas  # before they run, so that `shutdown` reaches those that do
+        self._router.replicas = replicas  # before they run, so that `shutdown` reaches all
         await self._on_all(replicas, "start", self._version, deadline_s=self._config.start_deadline_s)
         for replica in replicas:
             self._mark(replica, healthy=True)
         self._watching = asyncio.create_task(self._watch())
 
     async def deploy(self, policy: str, version: str) -> None:
-        """Load a policy folder into every replica and label it. Who misses the deadline is replaced by one that has it.
+        """Load a policy folder into every replica and label it.
+
+        A replica that misses the deadline is replaced by a new one, started from this policy.
 
         Raises:
             EngineUnavailable: a replica died and could not be replaced.
@@ -87,12 +90,13 @@ class EnginePool(Named):
         await self._make_whole()
 
     async def lease(self, lease: str, key: str, tokens: int) -> Any:
-        """Handle of the replica for a request. Give the lease, whose name the client made up, back with `release`.
+        """Return the handle of the replica for a request. The client chooses the lease's name and returns it by
+        `release`.
 
         Waits for a replacement if no healthy replica is left.
 
         Raises:
-            EngineUnavailable: none is left, and none is coming.
+            EngineUnavailable: no healthy replica is left, and none is being started.
         """
         while not any(replica.healthy for replica in self._router.replicas) and (coming := self._replacements()):
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
@@ -104,7 +108,7 @@ class EnginePool(Named):
         return replica.handle
 
     def release(self, lease: str, *, failed: bool = False, counts: Mapping[str, int] | None = None) -> None:
-        """Take a lease back, and what there is to count of its request. One that was never given is no error.
+        """Take a lease back, with the counts of its request. A lease that was never granted is no error.
 
         With `failed`, its replica gets no more requests.
         """
@@ -112,7 +116,7 @@ class EnginePool(Named):
         for name, count in (counts or {}).items():
             report(Series[name.upper()], count)
         if lease not in self._leases:
-            # Calls to an async actor may overtake each other, so that the lease may yet be asked for.
+            # Calls of an async actor may overtake each other, so the request for this lease may still arrive.
             self._given_back_early[lease] = None
             if len(self._given_back_early) > REMEMBERED:
                 self._given_back_early.popitem(last=False)
@@ -120,18 +124,19 @@ class EnginePool(Named):
         replica, tokens, handle, since = self._leases.pop(lease)
         report(Series.TURN_LATENCY, time.monotonic() - since if counts and "requests" in counts else None)
         if replica.handle is not handle:
-            return  # a replacement stands there by now, and none of this is its own
+            return  # meanwhile replaced; the replacement is not concerned
         replica.load -= tokens
         if failed:
             self._lose(replica)
 
     async def engines(self) -> list[Any]:
-        """Handles of all replicas, in order, for a trainer that is going to send weights to them.
+        """Return the handles of all replicas, in order, for a trainer that will send weights to them.
 
-        Only at its start, when nothing else is asked of them: leases are those of a trainer that died.
+        Called only when a trainer starts. No requests are in flight then, so remaining leases belong to a trainer that
+        died.
 
         Raises:
-            EngineUnavailable: a replica died and could not be replaced, so that a sync cannot reach all.
+            EngineUnavailable: a replica died and could not be replaced, so a sync cannot reach all.
         """
         for lease in list(self._leases):
             self.release(lease)
@@ -144,7 +149,7 @@ class EnginePool(Named):
         return dict(self._counts)
 
     def enter(self, round_number: int, stage: str) -> None:
-        """Label what happens from now on with a round and a stage."""
+        """Label all later reports with a round and a stage."""
         enter(round_number, stage)
 
     async def shutdown(self) -> None:
@@ -172,12 +177,12 @@ class EnginePool(Named):
         report(Series.ENGINE_HEALTHY, healthy, engine=str(replica.index), round="", stage="")
 
     def _lose(self, replica: Replica) -> None:
-        """Give up a replica; a replacement starts unless only a trainer knows the weights."""
+        """Give up a replica, and start a replacement unless only a trainer knows the weights."""
         if replica.healthy:
             self._mark(replica, healthy=False)
             log.warning("engine %d is given up", replica.index)
             if self._trainer_sends:
-                ray.kill(replica.handle)  # so that whoever waits for it asks another one now
+                ray.kill(replica.handle)  # so that its clients turn to another one now
             else:
                 self._replace(replica)
 
@@ -188,11 +193,11 @@ class EnginePool(Named):
         return [replica.replacement for replica in self._router.replicas if replica.replacement]
 
     async def _replacement(self, replica: Replica) -> None:
-        """End a replica and start another in its place, as often as the budget allows."""
+        """Kill a replica and start another in its place, as often as the budget allows."""
         config = self._config
         try:
             while replica.starts <= config.max_restarts:
-                ray.kill(replica.handle)  # with whatever still hangs in it
+                ray.kill(replica.handle)  # with its hung requests
                 self._counts["engine_restarts"] += 1
                 report(Series.ENGINE_RESTARTS, 1)
                 replica.starts += 1
@@ -212,10 +217,10 @@ class EnginePool(Named):
             replica.replacement = None
 
     async def _make_whole(self) -> None:
-        """Have every replica healthy: look at all of them, replace those that are not.
+        """Check all replicas and replace the unhealthy ones.
 
         Raises:
-            EngineUnavailable: one could not be replaced.
+            EngineUnavailable: a replica could not be replaced.
         """
         replicas = self._router.replicas
         await asyncio.gather(*(self._look_at(replica, "check_health") for replica in replicas if replica.healthy))
@@ -229,7 +234,7 @@ class EnginePool(Named):
             raise EngineUnavailable(f"engines {indices} are dead: {reasons}")
 
     async def _load(self, replica: Replica) -> None:
-        """Load the current policy into a replica; lose it if it dies over that, or misses the deadline."""
+        """Load the current policy into a replica, and give it up if it dies meanwhile or misses the deadline."""
         load, deadline_s = (self._policy, self._version), self._config.sync_deadline_s
         try:
             await self._on_all([replica], "load_policy", *load, deadline_s=deadline_s)
@@ -237,14 +242,14 @@ class EnginePool(Named):
             self._lose(replica)
 
     async def _watch(self) -> None:
-        """Find out what has died or stands still, although no request may tell of it."""
+        """Watch for replicas that died or make no progress, because no request may reveal them."""
         while True:
             await asyncio.sleep(self._config.stall_deadline_s / 2)
             healthy = [replica for replica in self._router.replicas if replica.healthy]
             await asyncio.gather(*(self._look_at(replica, "progress") for replica in healthy))
 
     async def _look_at(self, replica: Replica, question: str) -> None:
-        """Lose a replica that does not answer a question in time."""
+        """Give up a replica that does not answer a call in time."""
         handle = replica.handle
         try:
             await asyncio.wait_for(getattr(handle, question).remote(), self._config.stall_deadline_s)
@@ -258,7 +263,7 @@ class EnginePool(Named):
         calls = [getattr(replica.handle, method).remote(*args) for replica in replicas]
         try:
             await asyncio.wait_for(asyncio.gather(*calls), deadline_s)
-        except RayTaskError:  # before TimeoutError: what an engine raises also is of the class of its cause
+        except RayTaskError:  # before TimeoutError, because an engine's error is also of its cause's class
             raise
         except TimeoutError:
             await asyncio.to_thread(dump_stacks)
@@ -269,12 +274,12 @@ class EnginePool(Named):
 def engine_pool(
     config: EnginesConfig, policy: Path, *, on_gpu: bool, engine: type = Engine, router: type[Router] = Router
 ) -> Iterator[Pool]:
-    """Start a pool on a policy folder; at the end no process of it is left.
+    """Start a pool on a policy folder, and end all its processes afterwards.
 
     Raises:
         RunFailed: an engine did not start; the message says why.
     """
-    # Beside the driver: it must not go with a node that others could do without.
+    # On the driver's node, because the pool must not die with another node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(concurrency_groups={WATCH: 1}, num_cpus=0, max_concurrency=10_000)(EnginePool)
     start = actor.options(name=POOL_NAME, scheduling_strategy=here).remote
@@ -285,7 +290,7 @@ def engine_pool(
         answer_of(handle.start.remote(str(policy)), config.start_deadline_s + CONTROL_DEADLINE_S)
         yield Pool(handle, config)
     finally:
-        with suppress(RunFailed):  # what does not stop by itself is ended with its actor
+        with suppress(RunFailed):  # a replica that does not stop is killed with its actor
             answer_of(handle.shutdown.remote(), 2 * CONTROL_DEADLINE_S)
         ray.kill(handle)
         for place in places:

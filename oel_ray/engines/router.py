@@ -16,8 +16,8 @@ REMEMBERED = 100_000
 class Replica:
     """One engine as the pool sees it. `load` counts the tokens of its requests in flight, prompts and responses.
 
-    `starts` counts the actors that stood here, `replacement` is the task that puts the next one here, and `why_dead`
-    says what the last one died of that could not be replaced.
+    `starts` counts the actors started for this replica. `replacement` is the task that starts the next one. `why_dead`
+    is the cause of death of the last one, if it could not be replaced.
     """
 
     index: int
@@ -31,16 +31,16 @@ class Replica:
 
 @dataclass
 class Router:
-    """Which replica serves a key: the one that served it last, unless it is much busier than the least busy one."""
+    """Route each key to the replica that served it last, unless that is much busier than the least busy one."""
 
     replicas: list[Replica]
     _home: OrderedDict[str, int] = field(default_factory=OrderedDict)
 
     def pick(self, key: str, tokens: int) -> Replica:
-        """The replica for a request of `tokens` tokens; counts them as its load.
+        """Choose the replica for a request of `tokens` tokens, and add them to its load.
 
         Raises:
-            EngineUnavailable: no healthy replica is left; says what the last ones died of.
+            EngineUnavailable: no healthy replica is left; names the causes of death.
         """
         healthy = [replica for replica in self.replicas if replica.healthy]
         if not healthy:
@@ -56,7 +56,7 @@ class Router:
         return chosen
 
     def choose(self, healthy: Sequence[Replica], home: Replica | None, tokens: int) -> Replica:
-        """One of the `healthy` ones. `home` served the key last; None for a new key or a dead replica."""
+        """Choose one of the `healthy` replicas. `home` served the key last; None for a new key or a dead replica."""
         idlest = min(healthy, key=lambda replica: replica.load)
-        # A prefix hit is worth a wait, but not any wait: beyond twice the least load the request moves.
+        # A prefix hit is worth some waiting. Beyond twice the least load the request moves.
         return home if home and home.load <= 2 * idlest.load + tokens else idlest

@@ -1,7 +1,7 @@
-"""Why a vLLM engine did not start, in one line. Runs in the engine's actor.
+"""Find out in one line why a vLLM engine did not start. Runs in the engine's actor.
 
-vLLM's processes log what went wrong and its front end only raises "See root cause above". Under Ray they all write to
-the actor's own log files, so the actor can read there what was logged since it began.
+vLLM's processes log the error, and its front end only raises "See root cause above". Under Ray they all write to the
+actor's own log files. So the actor can read the lines that were logged since its start.
 """
 
 import os
@@ -16,7 +16,7 @@ _STANDARD_STREAMS = (1, 2)
 
 
 class StartLog:
-    """What this process and its children write to standard output and error from now on, as far as they are files."""
+    """Remember where standard output and error end now, if they are files, so that later lines can be read."""
 
     def __init__(self) -> None:
         self._begin = {
@@ -24,7 +24,7 @@ class StartLog:
         }
 
     def cause(self, error: Exception) -> str:
-        """The first error that a vLLM process logged, or what `error` itself says."""
+        """Return the first error that a vLLM process logged, or else the message of `error` itself."""
         if isinstance(error, ValidationError):
             return error.errors()[0]["msg"].removeprefix("Value error, ")
         for stream, begin in self._begin.items():
@@ -35,7 +35,7 @@ class StartLog:
 
 
 def _read(stream: int, begin: int) -> str:
-    # Opened anew: the descriptor itself is for writing.
+    # Opened again, because the descriptor itself is for writing.
     with Path(f"/proc/self/fd/{stream}").open("rb") as file:
         file.seek(begin)
         return file.read().decode(errors="replace")

@@ -1,4 +1,4 @@
-"""What a random and a perfect player reach on given maps: the lines beside every pass rate. Runs in the driver."""
+"""Compute the pass rates of a random and a perfect player, the baselines of every pass rate. Runs in the driver."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from oel_ray.seeds import derive_seed
 
 
 def random_rate(episodes: Sequence[Episode], max_turns: int, games: int, run_seed: int) -> float | None:
-    """Pass rate of uniformly random actions over `games` games per episode; None where no list of actions exists."""
+    """Measure the pass rate of random actions over `games` games per episode; None if there is no list of actions."""
     wins = []
     for episode in episodes:
         for game in range(games):
@@ -21,7 +21,7 @@ def random_rate(episodes: Sequence[Episode], max_turns: int, games: int, run_see
 
 
 def oracle_rate(episodes: Sequence[Episode], max_turns: int) -> float | None:
-    """Share of episodes that can be won within `max_turns` moves; None where nobody can tell."""
+    """Compute the share of episodes that can be won within `max_turns` moves; None if solutions are unknown."""
     solved = []
     for episode in episodes:
         solution = make(episode.env, episode.seed, episode.params).solution()

@@ -1,7 +1,7 @@
-"""Whether an environment keeps to what `oel_ray.envs.base` says. Runs in `oel check-env` and in tests, in no run.
+"""Check that an environment keeps the contract of `oel_ray.envs.base`. Runs in `oel check-env` and tests, in no run.
 
-The rest of the system relies on it: plans are made in one process and played in another, evaluation games are played
-again by `oel verify`, and many games take turns in one event loop.
+The rest of the system relies on the contract. Games are planned in one process and played in another. `oel verify`
+replays evaluation games. Many games take turns in one event loop.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ RULES = {
     "maps": "draw the map from the seed, or evaluation has no maps apart from those that are learnt on",
     "speed": "be quicker: while a game computes, all other games of its player wait",
 }
-"""Every rule with what to do about a breach."""
+"""Every rule, with the remedy for a breach."""
 
 NOTES = {"maps", "speed"}
 """Rules that an environment may break and still be played."""
@@ -75,7 +75,7 @@ ODD_RESPONSES = (
 _PLAIN_RESPONSES = ("[1]", "[A1]", "[0 0]", "[2 3]", "[a]", "yes")
 _BRACKETED = re.compile(r"\[[^\[\]\n]{1,20}\]")
 
-# How a game is played again: the rule at stake, the random state of the process, whether another game takes turns.
+# The replays of a game: the rule at stake, the random state of the process, whether another game takes turns.
 _REPETITIONS = (("same seed", 1, False), ("global random", 2, False), ("two games", 1, True))
 
 _LONG_GAME = 100
@@ -86,7 +86,7 @@ _SLOW_BUILD_S = 1.0
 
 
 class Finding(NamedTuple):
-    """A broken rule, a key of `RULES`, and what was seen."""
+    """A broken rule (a key of `RULES`), and the observation."""
 
     rule: str
     problem: str
@@ -100,7 +100,7 @@ class Finding(NamedTuple):
 
 
 def check_environment(env_id: str, params: Params) -> list[Finding]:
-    """What is wrong with an environment, one finding per rule at most; [] if nothing is.
+    """List the faults of an environment, at most one finding per rule.
 
     Raises:
         UserError: there is no such environment or parameter, or TextArena's game cannot be played here.
@@ -109,7 +109,7 @@ def check_environment(env_id: str, params: Params) -> list[Finding]:
 
 
 def write_trace(env_id: str, params: str, path: str) -> None:
-    """Play one game in this process, a child of `check_environment`, and write down what happened."""
+    """Play one game in this process, a child of `check_environment`, and write its trace."""
     check = _Check(env_id, json.loads(params))
     trace: Trace = []
     problem = ""
@@ -122,11 +122,11 @@ def write_trace(env_id: str, params: str, path: str) -> None:
 
 
 Trace = list[tuple[str, str]]
-"""What a game said, every text behind a name of the place where it was said."""
+"""The texts of a game, each with the name of the call that returned it."""
 
 
 class _Broken(Exception):
-    """Ends a part of the check; the finding has been noted."""
+    """Ends a part of the check, after the finding has been noted."""
 
 
 class _Check:
@@ -157,7 +157,7 @@ class _Check:
         raise _Broken
 
     def call(self, rule: str, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call into the environment; whatever it raises is a finding."""
+        """Call the environment, and make any error a finding."""
         try:
             return function(*arguments)
         except (Exception, SystemExit) as error:
@@ -165,7 +165,7 @@ class _Check:
             raise _Broken from error
 
     def load(self) -> None:
-        """Build a game, so that all is imported. What the registry refuses is the user's mistake and no finding."""
+        """Build a game, so that all is imported. An error of the registry is the user's mistake and no finding."""
         try:
             make(self.env_id, 0, self.params)
         except UserError as error:
@@ -175,7 +175,7 @@ class _Check:
             return
 
     def trace(self, *, chance: int, among_others: bool = False) -> Trace:
-        """All that a game says, played under a random state of the process, alone or in turn with another game."""
+        """Record all texts of a game under a random state of the process, played alone or in turn with another game."""
         with _global_chance(chance):
             untouched = random.random(), np.random.uniform()
         with _global_chance(chance):
@@ -339,7 +339,7 @@ class _Game:
         return solution
 
     def likely_responses(self, count: int) -> list[str]:
-        """What a player might say: the game's actions, or what its instructions show in brackets."""
+        """List plausible responses: the game's actions, or the bracketed words of its instructions."""
         instructions, _, actions = self.attributes
         choices = actions or [*_BRACKETED.findall(instructions), *_PLAIN_RESPONSES]
         return random.Random(5).choices(choices, k=count)
@@ -349,7 +349,7 @@ class _Game:
         return self.check.call(rule, what, lambda: getattr(self.environment, name)(*arguments))
 
     def _attributes(self) -> tuple[str, str, list[str]]:
-        """Instructions, map hash and actions."""
+        """Read instructions, map hash and actions."""
         names = ("instructions", "map_hash", "actions")
         values = [self.check.call("attributes", f"reading {name}", getattr, self.environment, name) for name in names]
         for name, value in zip(names, values, strict=True):
@@ -364,7 +364,7 @@ class _Game:
 
 @contextlib.contextmanager
 def _global_chance(seed: int) -> Iterator[None]:
-    """The process's random state seeded inside, as it was before afterwards."""
+    """Seed the process's random state inside the block, and restore it afterwards."""
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -380,7 +380,7 @@ def _are_texts(value: Any) -> bool:
 
 
 def _difference(first: Trace, second: Trace) -> str:
-    """The first place where two traces differ, and how; "" if they agree."""
+    """Describe the first difference between two traces; "" if they agree."""
     for (name, one), (again, other) in itertools.zip_longest(first, second, fillvalue=("the end", "")):
         if (name, one) != (again, other):
             equal = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
@@ -390,7 +390,7 @@ def _difference(first: Trace, second: Trace) -> str:
 
 
 def _short(value: Any) -> str:
-    """At most sixty characters, also of objects whose `repr` raises."""
+    """Shorten a `repr` to sixty characters. Works for objects whose `repr` raises, too."""
     form = reprlib.Repr()
     form.maxstring = form.maxother = 60
     return form.repr(value)

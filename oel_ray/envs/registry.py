@@ -1,9 +1,9 @@
-"""From an environment's name to an environment. Runs wherever environments run.
+"""Find and build an environment by its name. Runs wherever environments run.
 
-A package adds environments with entry points of the group `oel_ray.environments`: a name, and a factory
-`(seed: int, params: dict) -> Environment`. The factory may have an attribute `defaults`, its parameters with their
-values: then unknown parameters are refused and missing ones filled in. Every other name is a TextArena id; TextArena is
-imported when one is asked for.
+A package adds environments with entry points of the group `oel_ray.environments`: a name, and a factory `(seed: int,
+params: dict) -> Environment`. The factory may have an attribute `defaults`, its parameters with their values. Unknown
+parameters are then refused and missing ones filled in. Every other name is a TextArena id. TextArena is imported only
+for such a name.
 """
 
 import difflib
@@ -43,14 +43,14 @@ def make(env_id: str, seed: int, params: Params) -> Environment:
 
 
 def known_ids() -> list[str]:
-    """Every name that `make` takes: registered ones first, then TextArena's single-player games."""
+    """List every name that `make` accepts: registered ones first, then TextArena's single-player games."""
     from oel_ray.envs.textarena import single_player_ids
 
     return [*sorted(registered()), *(name for name in single_player_ids() if name not in registered())]
 
 
 def parameters(env_id: str) -> Mapping[str, Any] | None:
-    """The parameters of an environment with their defaults; None if a registered factory does not tell.
+    """List the parameters of an environment with their defaults; None if a registered factory declares none.
 
     Raises:
         UserError: the name is unknown, or the environment cannot be loaded here.
@@ -69,7 +69,10 @@ def parameters(env_id: str) -> Mapping[str, Any] | None:
 
 @lru_cache(maxsize=1)
 def registered() -> dict[str, EntryPoint]:
-    """The environments of installed packages. Read once: looking through all packages takes milliseconds."""
+    """List the environments of installed packages.
+
+    Read once, because the search through all packages takes milliseconds.
+    """
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 

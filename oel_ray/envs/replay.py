@@ -1,4 +1,4 @@
-"""Plays recorded responses again and compares. Runs in `oel verify --replay`, in the main thread."""
+"""Replay recorded responses and compare. Runs in `oel verify --replay`, in the main thread."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from oel_ray.text.prompts import with_result
 
 
 def replay(trajectory: Trajectory) -> tuple[bool, str]:
-    """Whether the recorded game was won, and the first difference between record and game ("" if they agree)."""
+    """Replay a recorded game. Returns whether it was won, and its first difference from the record ("" if none)."""
     environment = make(trajectory.env, trajectory.seed, trajectory.params)
     for where, recorded, real in _compared(trajectory, environment):
         if recorded != real:
@@ -19,7 +19,7 @@ def replay(trajectory: Trajectory) -> tuple[bool, str]:
 
 
 def _compared(trajectory: Trajectory, environment: Environment) -> Iterator[tuple[str, str, str]]:
-    """Place, record and game, while the game is played again; to be read up to the first difference."""
+    """Replay the game and yield (place, recorded value, replayed value). The caller stops at the first difference."""
     shown, done, outcome = environment.reset(), False, ""
     yield "map_hash", trajectory.map_hash, environment.map_hash
     yield "instructions", trajectory.instructions, environment.instructions

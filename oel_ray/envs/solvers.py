@@ -1,4 +1,4 @@
-"""Shortest solutions of the two grid games, by breadth-first search. Runs where baselines are planned; pure functions.
+"""Find shortest solutions of the two grid games by breadth-first search. Runs where baselines are planned; pure.
 
 Actions are in the games' canonical form, e.g. "[up]".
 """
@@ -17,7 +17,7 @@ _WALL, _TARGET, _BOX_ON_TARGET, _BOX, _PLAYER = 0, 2, 3, 4, 5
 
 
 def solve_frozen_lake(grid: Sequence[Sequence[str]], start: Cell) -> list[str]:
-    """Shortest way from `start` to a "G" that avoids every "H"; [] if there is none."""
+    """Find the shortest way from `start` to a "G" that avoids every "H"; [] if there is none."""
     cells = {(r, c): cell for r, row in enumerate(grid) for c, cell in enumerate(row)}
 
     def neighbours(position: Cell) -> Iterator[tuple[str, Cell]]:
@@ -32,7 +32,7 @@ def solve_frozen_lake(grid: Sequence[Sequence[str]], start: Cell) -> list[str]:
 def solve_sokoban(
     fixed: Sequence[Sequence[int]], room: Sequence[Sequence[int]], *, limit: int = 200_000
 ) -> list[str] | None:
-    """Shortest play that puts every box on a target; [] if there is none, None beyond `limit` positions.
+    """Find the shortest play that puts every box on a target; [] if there is none, None beyond `limit` positions.
 
     `fixed` holds walls and targets, `room` the player and the boxes, in TextArena's cell codes.
     """

@@ -1,7 +1,7 @@
-"""Which games a run plays, fixed before any is played. Runs in the driver; builds environments, plays none.
+"""Choose the games of a run before any is played. Runs in the driver; builds environments, plays none.
 
-With `env.split=by_map` maps are told apart by content, not by seed: two seeds often draw the same board. With `paper`
-the seeds are the official code's, and maps may repeat within a split and between splits.
+With `env.split=by_map` maps are compared by content, because two seeds often draw the same board. With `paper` the
+seeds are the official code's, and maps may repeat within a split and between splits.
 """
 
 from collections.abc import Iterator, Set
@@ -14,13 +14,13 @@ from oel_ray.ids import held_out_id, training_id
 from oel_ray.records import Episode, Split, TrainingSplit
 from oel_ray.seeds import derive_seed
 
-# Draws in a row that may bring nothing new before the environment counts as exhausted.
+# After this many draws in a row without a new map the environment counts as exhausted.
 _PATIENCE = 1000
 _NONE_FITS = "lower env.min_solution or raise env.max_turns"
 
 
 def held_out_episodes(env: EnvironmentConfig, run_seed: int, maps: int) -> list[Episode]:
-    """Games on `maps` maps, for evaluation alone; the same in every round. By map they are distinct.
+    """Choose games on `maps` maps for evaluation only, the same in every round. With `by_map` the maps are distinct.
 
     Raises:
         UserError: the environment has fewer such maps, or cannot tell solutions and `env.min_solution` asks for them.
@@ -45,7 +45,7 @@ def training_episodes(
     count: int,
     held_out: Set[str],
 ) -> list[Episode]:
-    """`count` games of one round to learn from; maps may repeat. By map none has a hash that is in `held_out`.
+    """Choose `count` games of one round to learn from; maps may repeat. With `by_map` no map's hash is in `held_out`.
 
     Raises:
         UserError: every map that the environment draws is held out, or it cannot tell solutions; see above.
@@ -66,7 +66,7 @@ def training_episodes(
 def _draw(
     env: EnvironmentConfig, seeds: Iterator[int], count: int, excluded: Set[str], *, repeat: bool
 ) -> tuple[list[tuple[int, str]], set[str]]:
-    """Seeds and hashes of the first `count` maps that may be played, and every map met that is long enough.
+    """Draw seeds until `count` maps are found. Returns their seeds and hashes, and all maps seen that are long enough.
 
     There are fewer than `count` if the environment seems exhausted.
     """
@@ -87,7 +87,7 @@ def _draw(
 
 
 def _look_at(env: EnvironmentConfig, seed: int) -> tuple[str, bool]:
-    """The hash of a seed's map, and whether its solution has a length that is asked for."""
+    """Compute the hash of a seed's map, and whether the length of its solution is within the bounds."""
     environment = make(env.id, seed, env.params)
     if not env.min_solution:
         return environment.map_hash, True
@@ -110,13 +110,13 @@ def _seeds(env: EnvironmentConfig, run_seed: int, split: Split, round_number: in
 
 
 def _maps(env: EnvironmentConfig) -> str:
-    """The maps that are asked for, in words."""
+    """Describe the wanted maps in words."""
     wanted = f" and solutions of {env.min_solution} to {env.max_turns} moves" if env.min_solution else ""
     return f"{env.id} with {env.params}{wanted}"
 
 
 def episode(name: str, round_number: int, split: Split, env: EnvironmentConfig, seed: int, map_hash: str) -> Episode:
-    """The game of a seed, under a name that no other game has."""
+    """Build the game of a seed, under a unique id."""
     return Episode(
         id=name, round=round_number, split=split, env=env.id, params=env.params, seed=seed, map_hash=map_hash
     )

@@ -1,8 +1,8 @@
-"""Any single-player TextArena game as an environment. Runs wherever environments run, never in threads.
+"""Wrap any single-player TextArena game as an environment. Runs wherever environments run, never in threads.
 
-TextArena seeds the process-wide `random` and keeps state in modules, so every call into it runs under the game's own
-random state and puts the caller's back afterwards. The raw variant of a game is played, without TextArena's wrappers:
-they pile up text over resets and glue the rules to the board. What TextArena sends is filtered by message type.
+TextArena seeds the process-wide `random` and keeps state in modules. So every call runs under the game's own random
+state and restores the caller's afterwards. Games are played raw, because TextArena's wrappers accumulate text over
+resets and join the rules to the board. Messages of TextArena are filtered by type.
 """
 
 import ast
@@ -41,7 +41,7 @@ _ACTIONS_TEXT = (
 
 
 class _GridGame(NamedTuple):
-    """What this project knows about a game whose rules it hides."""
+    """The project's own data on a game whose rules it hides."""
 
     instructions: str
     content: Callable[[Any], tuple[Any, ...]]
@@ -62,7 +62,7 @@ _GRID_GAMES = {
 }
 
 
-# Games that lay out their board at the first move only: nothing but the state of chance tells two of them apart.
+# Games that lay out their board only at the first move. Before that only the random state distinguishes two of them.
 _DRAWN_LATER = ("Minesweeper-v0",)
 
 
@@ -98,7 +98,7 @@ class TextArenaEnvironment:
             self.instructions = grid_game.instructions
         else:
             self.instructions = "\n\n".join(text.strip() for _, text, kind in messages if kind == kinds.PROMPT)
-            # A hidden number or deck is part of what the seed drew although no text shows it.
+            # A hidden number or deck is part of the map, although no text shows it.
             content = (self.instructions, self._first, _plain(self._game.state.game_state))
             if env_id.startswith(_DRAWN_LATER):
                 content += (str(self._random[0]),)
@@ -123,7 +123,7 @@ class TextArenaEnvironment:
         return self._solve()
 
     def _shown(self, messages: Sequence[tuple[int, str, Any]]) -> str:
-        # Three games mix up the arguments for a player's action: what stands where the text should be is a number.
+        # Three games swap the arguments for a player's action, so a number is in the place of the text.
         texts = (text.strip("\n") for _, text, kind in messages if kind not in self._hidden and isinstance(text, str))
         return "\n\n".join(text for text in texts if text.strip())
 
@@ -132,7 +132,7 @@ class TextArenaEnvironment:
 
     @contextlib.contextmanager
     def _isolated(self) -> Iterator[None]:
-        """The game's own random state inside, the caller's afterwards; what a game prints goes to stderr."""
+        """Run the block under the game's own random state, then restore the caller's. Prints of a game go to stderr."""
         outer = random.getstate(), np.random.get_state()
         random.setstate(self._random[0])
         np.random.set_state(self._random[1])
@@ -146,10 +146,10 @@ class TextArenaEnvironment:
 
 
 def read_action(response: str, *, moves_only: bool) -> str:
-    """The last bracketed token behind a closed thinking block, or of the whole response if none was closed.
+    """Read the last bracketed token after a closed thinking block, or of the whole response if none was closed.
 
-    With `moves_only` the token must be a move and comes back as "[up]", "[down]", "[left]" or "[right]", or "" if there
-    is none. Otherwise it comes back as it stands, and an answer without brackets as a whole.
+    With `moves_only` the token must be a move. The result is then "[up]", "[down]", "[left]" or "[right]", or "" if
+    there is none. Otherwise the token is returned unchanged, and an answer without brackets as a whole.
     """
     answer = response.rpartition(THINK_CLOSE)[2]
     if not moves_only:
@@ -159,7 +159,7 @@ def read_action(response: str, *, moves_only: bool) -> str:
 
 
 def single_player_ids() -> list[str]:
-    """The TextArena ids that one player can play."""
+    """List the TextArena ids that one player can play."""
     return sorted(_sources())
 
 
@@ -169,7 +169,7 @@ def _textarena() -> Any:
 
 @lru_cache(maxsize=128)
 def parameters(env_id: str) -> dict[str, Any]:
-    """The parameters of a game with their defaults. Read from its source: nothing is imported, nothing downloaded.
+    """List the parameters of a game with their defaults, from its source text. Nothing is imported or downloaded.
 
     Raises:
         UserError: the game cannot be played here, and why.
@@ -201,9 +201,9 @@ class _Source(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _sources() -> dict[str, _Source]:
-    """Where every single-player game is written, and the parameters that its id stands for.
+    """Find the source of every single-player game, and the parameters that its id stands for.
 
-    The source text tells them apart: importing the games would fetch word lists and fail on the broken ones.
+    Reads the source text, because an import of the games would download word lists and fail on the broken ones.
     """
     packages = Path(_textarena().__file__).parent.parent
     found = {}
@@ -216,7 +216,7 @@ def _sources() -> dict[str, _Source]:
 
 
 def _mend(state: Any) -> None:
-    """Have `set_invalid_move` take its reason and its reward in either order: four games mix them up."""
+    """Let `set_invalid_move` accept its reason and reward in either order, because four games swap them."""
     take = state.set_invalid_move
 
     def set_invalid_move(reason: Any, reward: Any = -1.0) -> None:
@@ -249,7 +249,7 @@ def _is_downloaded(name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """The part of a game's state that is plain data, in a form that is the same in every process."""
+    """Extract the plain data of a game's state, in a form that is the same in every process."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Extraction: from trajectories to experiential knowledge. Server side: reads trajectories, never an environment.
+"""Extract experiential knowledge from trajectories. Server side: reads trajectories, never an environment.
 
-`items` and `chain` are the algorithm and run in extraction workers; `stage` starts those from the driver.
+`items` and `chain` are the algorithm and run in extraction workers. `stage` starts those from the driver.
 """

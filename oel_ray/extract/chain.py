@@ -1,4 +1,4 @@
-"""One accumulation: reads the trajectories one after the other and grows one knowledge text.
+"""Run one accumulation, which reads the trajectories one after the other and grows one knowledge text.
 
 Runs as a coroutine in an extraction worker; many share its event loop. Imports no Ray.
 """
@@ -21,7 +21,7 @@ from oel_ray.text.chat import ChatFormat, strip_thinking
 def reading_order(
     trajectories: Sequence[Experience], run_seed: int, round_number: int, seed_index: int
 ) -> list[Experience]:
-    """The order in which an accumulation reads T: as collected for the first, shuffled for the others."""
+    """Choose the order in which an accumulation reads T: as collected for the first one, shuffled for the others."""
     order = list(trajectories)
     if seed_index > 0:
         random.Random(derive_seed(run_seed, "reading_order", round_number, seed_index)).shuffle(order)
@@ -29,7 +29,7 @@ def reading_order(
 
 
 def extraction_prompt(game: str, previous: str, config: ExtractConfig) -> str:
-    """What the extractor is asked about a game (a `prompts.transcript`), with the knowledge accumulated so far."""
+    """Write the extractor's prompt about a game (a `prompts.transcript`), with the knowledge accumulated so far."""
     structured = config.format == "structured"
     return prompts.extraction_prompt(game, previous, structured=structured, show_previous=config.show_previous)
 
@@ -37,9 +37,9 @@ def extraction_prompt(game: str, previous: str, config: ExtractConfig) -> str:
 def extraction_prompt_ids(
     trajectory: Experience, previous: str, config: ExtractConfig, chat: ChatFormat, max_model_len: int
 ) -> list[int] | None:
-    """The extractor's prompt, with room for its response in the context. None if not even the last turn fits.
+    """Tokenise the extractor's prompt so that its response fits in the context. None if not even the last turn fits.
 
-    As few as possible of the oldest turns are left out. The end of the game, the knowledge and the question stay whole.
+    The fewest oldest turns that suffice are left out. The end of the game, the knowledge and the question stay whole.
     """
 
     def render(skipped: int) -> list[int]:
@@ -68,7 +68,7 @@ async def accumulate(
 ) -> KnowledgeText:
     """Accumulate one knowledge text from an empty one: a step per trajectory, no selection.
 
-    Goes on behind the first steps if they are `known`.
+    Resumes after the first steps if those are `known`.
 
     Raises:
         EngineUnavailable: `generate` found no engine.

@@ -1,7 +1,7 @@
-"""Experience items: read from an extractor's answer, kept within a token budget. Pure; any process.
+"""Read experience items from an extractor's answer, and keep them within a token budget. Pure; any process.
 
-An item is the text that it contributes to the knowledge text; a structured item carries its marker. The knowledge
-text is always `join_items` of its items, for every format.
+An item is the text that it contributes to the knowledge text. A structured item includes its marker. In every format
+the knowledge text is `join_items` of its items.
 """
 
 import re
@@ -17,30 +17,30 @@ _PATTERNS: dict[Rejection, str] = {
     "code": r"```|<script|#!/|\$\(|\b(sudo|curl|wget|rm) -|\b(eval|exec|system)\(|^\W*(import \w+$|(def|class) \w+\()",
 }
 _SUSPECT = {reason: re.compile(pattern, re.IGNORECASE | re.MULTILINE) for reason, pattern in _PATTERNS.items()}
-"""Marks of a turn in any model's style: knowledge may be read by another one."""
+"""Patterns of items to reject. Turn markers of all models are among them, because another model may read the text."""
 
 
 def structured_items(answer: str) -> list[str]:
-    """The marked statements of an answer, one line each. Everything else is dropped, continuation lines too."""
+    """Read the marked statements of an answer, one line each. All else is dropped, continuation lines too."""
     statements = [
         statement.strip()
         for line in answer.splitlines()
-        for statement in line.split(ITEM_MARKER)[1:]  # [0] is what stands before the first marker
+        for statement in line.split(ITEM_MARKER)[1:]  # [0] is the text before the first marker
     ]
     return [f"{ITEM_MARKER} {statement}" for statement in statements if statement]
 
 
 def unstructured_items(answer: str) -> list[str]:
-    """The whole answer as one item; none if it is blank."""
+    """Take the whole answer as one item; none if it is blank."""
     return [answer.strip()] if answer.strip() else []
 
 
 def screen(
     items: Sequence[str], reasons: Sequence[Rejection], control_tokens: Iterable[str]
 ) -> tuple[list[str], Counter[str]]:
-    """The items that nothing speaks against, and for each of the reasons how many it ruled out.
+    """Drop items with suspect content. Returns the others, and the number of dropped items by reason.
 
-    Knowledge is read as advice by every later prompt, and what it says ends in the weights.
+    This matters because every later prompt shows the knowledge as advice, and training puts it into the weights.
     """
 
     def against(item: str) -> Iterator[Rejection]:
@@ -56,9 +56,9 @@ def screen(
 def admit(
     items: Sequence[str], held: Sequence[str], max_tokens: int, count: Callable[[str], int]
 ) -> tuple[list[str], Counter[str]]:
-    """The items that may enter a text, and how many may not, by reason.
+    """Select the items that may enter a text. Returns them, and the number of others by reason.
 
-    "over_long" is what does not fit the budget by itself: `fit` would drop all else for it. "repeated" is what came
+    "over_long" items exceed the budget by themselves, so `fit` would drop all others for them. "repeated" items came
     before, among `items` or in `held`.
     """
     admitted: list[str] = []
@@ -74,16 +74,20 @@ def admit(
 
 
 def fit(items: Sequence[str], max_tokens: int, count: Callable[[str], int]) -> tuple[list[str], int]:
-    """Drop the oldest items until the joined text has at most `max_tokens` tokens: what is kept, how many went."""
+    """Drop the oldest items until the joined text has at most `max_tokens` tokens.
+
+    Returns the kept items and the number of dropped ones.
+    """
     dropped = 0
-    # The joined text is counted, not the sum over items: line breaks cost tokens and may merge with what they touch.
+    # Count the joined text, not the sum over items, because line breaks cost tokens and may merge with their
+    # neighbours.
     while dropped < len(items) and count(join_items(items[dropped:])) > max_tokens:
         dropped += 1
     return list(items[dropped:]), dropped
 
 
 def items_after(steps: Iterable[AccumulationStep]) -> list[KnowledgeItem]:
-    """The items that are in a knowledge text after these steps of its accumulation, the first one included."""
+    """Rebuild the items of a knowledge text from the steps of its accumulation, given from the first one on."""
     items: list[KnowledgeItem] = []
     for step in steps:
         items += [KnowledgeItem(text=item, trajectory_id=step.trajectory_id) for item in step.added]
@@ -92,7 +96,7 @@ def items_after(steps: Iterable[AccumulationStep]) -> list[KnowledgeItem]:
 
 
 def text_after(knowledge: KnowledgeText, steps: int) -> KnowledgeText:
-    """A knowledge text as it was after the first `steps` trajectories that its accumulation read."""
+    """Rebuild a knowledge text as it was after the first `steps` trajectories of its accumulation."""
     done = knowledge.steps[:steps]
     items = [item for item in items_after(done) if item.trajectory_id not in knowledge.withdrawn]
     text, tokens = join_items([item.text for item in items]), done[-1].knowledge_tokens if done else 0
@@ -100,9 +104,9 @@ def text_after(knowledge: KnowledgeText, steps: int) -> KnowledgeText:
 
 
 def growth(knowledge: Sequence[KnowledgeText], steps: Iterable[int]) -> list[list[KnowledgeText]]:
-    """The knowledge texts of a round after each of these steps, in order, and at last as they are.
+    """Rebuild the knowledge texts of a round after each of these steps, in order; the complete texts come last.
 
-    Steps that the accumulations did not go beyond are left out: texts from elsewhere have none.
+    Steps at or beyond the end of the accumulations are left out. Imported texts have no steps.
     """
     end = min((len(text.steps) for text in knowledge), default=0)
     earlier = [step for step in sorted(set(steps)) if step < end]

@@ -1,4 +1,4 @@
-"""The extraction stage: K accumulations at once, spread over Ray actors. `extract` runs in the driver."""
+"""Run the extraction stage: K concurrent accumulations, spread over Ray actors. `extract` runs in the driver."""
 
 from collections.abc import Callable, Sequence
 from itertools import takewhile
@@ -22,11 +22,11 @@ from oel_ray.text.chat import ChatFormat
 
 _POLL_S = 0.5
 _LIVES = {"max_restarts": 3, "max_task_retries": -1}
-"""A worker that dies is started again, on another node if its own is gone, and asked again."""
+"""Ray restarts a worker that dies, on another node if its own is gone, and retries its calls."""
 
 
 class ExtractionWorker(Named):
-    """An async Ray actor: any number of accumulations as coroutines, with `progress` answering in between."""
+    """An async Ray actor that runs any number of accumulations as coroutines and answers `progress` in between."""
 
     def __init__(self, policy: Path, generate: Generate, config: RunConfig, frame: Frame | None = None) -> None:
         self._chat = ChatFormat.from_pretrained(policy, thinking=config.thinking, frame=frame)
@@ -42,9 +42,9 @@ class ExtractionWorker(Named):
         round_number: int,
         journal: Journal[AccumulationStep] | None = None,
     ) -> KnowledgeText:
-        """One accumulation, which goes on behind the steps in the journal and adds its own to it.
+        """Run one accumulation. It resumes after the steps in the journal and appends its own.
 
-        If this process dies, Ray calls the next one in the same way, and there are more steps in the file by then.
+        If this process dies, Ray repeats the call on the next one, which finds the further steps in the file.
         """
         journal = journal and journal.read_again()
         known = list(journal.records) if journal else []
@@ -66,11 +66,11 @@ class ExtractionWorker(Named):
         return await accumulate(*job, known=known, on_step=on_step)
 
     async def progress(self) -> int:
-        """Steps finished so far, over all accumulations of this worker."""
+        """Count the steps finished so far, over all accumulations of this worker."""
         return self._finished_steps
 
     async def stop(self) -> None:
-        """End every accumulation behind the step that it is at."""
+        """End every accumulation after its current step."""
         self._stopping = True
 
 
@@ -84,14 +84,14 @@ def extract(
     journal: Callable[[str, type[AccumulationStep]], Journal[AccumulationStep]] | None = None,
     frame: Frame | None = None,
 ) -> list[KnowledgeText]:
-    """All accumulations of a round, in the order of their seeds.
+    """Run all accumulations of a round. Returns their texts in the order of their seeds.
 
     `on_progress(finished steps, all steps)` is called about twice a second, whether or not a step has finished. With
-    `journal`, which opens one by its name, accumulations go on where theirs end. `frame` is the run's own, see
+    `journal`, which opens a journal by name, accumulations resume after its last step. `frame` is the run's own, see
     `ChatFormat`.
 
     Raises:
-        RunFailed: an accumulation failed; the others are given up.
+        RunFailed: an accumulation failed; the others are cancelled.
         KeyboardInterrupt: the run was asked to stop. Steps that have begun may end first, see `draining`.
     """
     chains = config.extract.seeds
@@ -121,7 +121,7 @@ def extract(
                     for worker in workers:
                         worker.stop.remote()
                 ready, waiting = ray.wait(waiting, timeout=_POLL_S)
-                # Accumulations that were asked to stop have no text, and theirs is in the journals.
+                # Accumulations that were asked to stop return no text; their steps are in the journals.
                 for reference in ready if not drain.asked else []:
                     texts[seeds[reference]] = _result(reference, seeds[reference])
                 finished_steps = _finished_steps(workers, finished_steps)
@@ -135,7 +135,7 @@ def extract(
 def _finished_steps(workers: list[Any], before: int) -> int:
     try:
         return sum(ray.get([worker.progress.remote() for worker in workers], timeout=_POLL_S))
-    except RayError:  # a worker that still loads its tokenizer, or a dead one, whose accumulations say so in a moment
+    except RayError:  # the worker is still starting, or dead; then its accumulations fail in a moment
         return before
 
 

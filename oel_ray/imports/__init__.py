@@ -1,1 +1,1 @@
-"""Games and knowledge from elsewhere, checked line by line."""
+"""Import games and knowledge from elsewhere, checked line by line."""

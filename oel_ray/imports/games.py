@@ -1,12 +1,12 @@
-"""Trajectories from elsewhere: read, checked line by line, put into a round. Runs in the driver.
+"""Import trajectories: read them, check them line by line, put them into a round. Runs in the driver.
 
-A few bad lines of many do not make the others useless: they are left out, and kept in the quarantine with the reasons.
+A few bad lines of many are left out, and kept in the quarantine with the reasons.
 
-A trajectory needs `instructions` and `turns`, a turn `observation` and `response`; all else is filled in:
+A trajectory needs `instructions` and `turns`, and a turn `observation` and `response`. All else is filled in:
 
     {"instructions": "Open the lock.", "turns": [{"observation": "Locked.", "response": "[left]"}], "outcome": "Open."}
 
-Token ids and weight versions are never taken over: they belong to the tokenizer and the weights of whoever wrote them.
+Token ids and weight versions are dropped, because they belong to another tokenizer and other weights.
 """
 
 import codecs
@@ -43,11 +43,11 @@ _UNKNOWN = {"prompt_ids": [], "response_ids": [], "weight_version": ""}
 _NAMED = 5
 _ID = re.compile(r"\w[\w.:-]{0,199}", re.ASCII)
 _LINE_BYTES = 2**24
-"""What a line may have at most. Depth and the kinds of values are bounded by the schema, tokens by the model."""
+"""Most bytes of a line. The schema bounds depth and types of values, the model's context the tokens."""
 
 
 class Imported(NamedTuple):
-    """What a file of games amounts to."""
+    """The content of a file of games: trajectories and bad lines."""
 
     trajectories: list[Trajectory]
     bad: list[BadLine]
@@ -80,7 +80,7 @@ class _GivenTrajectory(Record, allow_inf_nan=False):
 
 
 def put_trajectories(folder: RunFolder, number: int, split: TrainingSplit, imported: Imported) -> None:
-    """Put trajectories into a round, as what `extract` or `consolidate` reads, and bad lines into the quarantine."""
+    """Put trajectories into a round, for `extract` or `consolidate`, and bad lines into the quarantine."""
     stage = Stage(folder, number, IMPORT_OF[split])
     target = stage.begin().trajectories(split)
     counts = {split: write_jsonl(target, imported.trajectories), BAD_LINES: len(imported.bad)}
@@ -93,10 +93,10 @@ def put_trajectories(folder: RunFolder, number: int, split: TrainingSplit, impor
 def read_trajectories(
     path: Path, number: int, split: TrainingSplit, config: RunConfig, chat: ChatFormat, max_bad: float = 0.01
 ) -> Imported:
-    """The trajectories of a JSONL file, one a line, as those of a round. `max_bad` of the lines may be bad, as a share.
+    """Read the trajectories of a JSONL file, one a line, for a round. `max_bad` is the share of lines that may be bad.
 
     Raises:
-        UserError: the file cannot be read, holds none, or has more bad lines than that; names them.
+        UserError: the file cannot be read, holds no trajectory, or has too many bad lines; names them.
     """
     trajectories: list[Trajectory] = []
     bad: list[BadLine] = []
@@ -114,7 +114,7 @@ def read_trajectories(
             trajectory.to_json()
         except ValidationError as error:
             problem = first_problem(error)
-        except (ValueError, TypeError) as error:  # the last for numbers of more than 64 bits
+        except (ValueError, TypeError) as error:  # TypeError for numbers of more than 64 bits
             problem = str(error)
         if problem:
             bad.append(BadLine(line=line, reason=problem, text=text[:_LINE_BYTES].decode(errors="backslashreplace")))

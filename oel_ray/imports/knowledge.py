@@ -1,4 +1,4 @@
-"""Knowledge texts from elsewhere. Runs in the driver."""
+"""Import knowledge texts. Runs in the driver."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +16,18 @@ from oel_ray.runs.stage import Stage
 from oel_ray.text.chat import ChatFormat
 
 ELSEWHERE = "elsewhere"
-"""The trajectory that an imported knowledge item names if nobody knows a better one."""
+"""The trajectory id of imported knowledge items whose game is unknown."""
 
 
 def put_knowledge(folder: RunFolder, number: int, texts: Sequence[KnowledgeText]) -> None:
-    """Put knowledge texts into a round, instead of extracted ones."""
+    """Put knowledge texts into a round, in place of extracted ones."""
     stage = Stage(folder, number, IMPORT_KNOWLEDGE)
     stage.begin()
     stage.commit_knowledge(texts)
 
 
 def read_knowledge(paths: Sequence[Path], number: int, config: RunConfig, chat: ChatFormat) -> list[KnowledgeText]:
-    """Knowledge texts, as those of a round: `.json` files of a run folder's `knowledge/`, or plain text.
+    """Read knowledge texts for a round, from `.json` files of a run folder's `knowledge/` or from plain text.
 
     Raises:
         UserError: a file cannot be read or is too long; names it.

@@ -1,1 +1,1 @@
-"""Model folders: where they come from, what is in them, and what a model can do."""
+"""Find, check and load model folders, and tell what a model supports."""

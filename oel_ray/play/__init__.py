@@ -1,1 +1,1 @@
-"""Playing games: player actors, and the evaluation games of a policy."""
+"""Play games: player actors, and the evaluation games of a policy."""

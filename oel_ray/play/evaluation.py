@@ -1,4 +1,4 @@
-"""Evaluation: held-out maps, several sampling seeds, with knowledge in the prompt or without. Runs in the driver."""
+"""Plan and score evaluation games on held-out maps, with or without knowledge in the prompt. Runs in the driver."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,11 @@ def plan_games(
     round_number: int,
     knowledge: Sequence[Sequence[KnowledgeText]] = (),
 ) -> list[Game]:
-    """Every held-out map with every sampling seed.
+    """Plan a game for every held-out map and every sampling seed.
 
-    With `knowledge` this is the teacher's view: every game once with each of these sets of texts, the last of which is
-    complete (see `growth`). The texts of a set take turns over maps and seeds, so that each is read on about as many
-    games as any other.
+    With `knowledge` this is the teacher's view: every game is played once with each of these sets of texts. The last
+    set is complete (see `growth`). The texts of a set take turns over maps and seeds, so each is used in about the same
+    number of games.
     """
     sets = knowledge or [()]
     steps = [len(texts[0].steps) if texts else None for texts in sets]
@@ -36,7 +36,7 @@ def plan_games(
 
 
 def as_evaluation_game(game: Game, trajectory: Trajectory, success: bool) -> EvaluationGame:
-    """A game of an evaluation as it is kept."""
+    """Convert a played game into the record that is stored."""
     return EvaluationGame(
         **trajectory.model_dump(),
         condition="in_context" if game.knowledge else "policy",
@@ -50,7 +50,7 @@ def as_evaluation_game(game: Game, trajectory: Trajectory, success: bool) -> Eva
 def score_round(
     folder: RunFolder, number: int, games: list[EvaluationGame], config: GateConfig, baselines: dict[str, float | None]
 ) -> Evaluation:
-    """What `evaluation.json` says of a round by the games of its new policy, and by those that lie in its folder."""
+    """Compute `evaluation.json` from the games of the new policy and the in-context games in the round's folder."""
     seen, gate = folder.files(number).in_context, None
     if config.enabled and number:
         old = folder.deployed(number)

@@ -1,8 +1,8 @@
-"""Plays games with a policy. `Player` is made into a Ray actor with many seats.
+"""Play games with a policy. `Player` is made into a Ray actor with many seats.
 
-All seats of an actor share one event loop and no threads: environments are not safe in threads, and a step takes
-microseconds while a response takes seconds. An environment that does not come back stops them all, so a second loop, in
-a thread of its own, tells which one it is.
+All seats of an actor share one event loop and use no threads, because environments are not thread-safe. A step takes
+microseconds, a response seconds. An environment that hangs stops all seats. A watchdog in a thread of its own then
+names the game.
 """
 
 import asyncio
@@ -23,9 +23,9 @@ from oel_ray.text.chat import ChatFormat
 
 
 class Player(Named):
-    """The user's side of a run: builds games from episodes and plays them. Made into a Ray actor by `player_actor`.
+    """Build games from episodes and play them: the user's side of a run. `player_actor` makes it a Ray actor.
 
-    State: the games in play, and which of them is inside its environment.
+    State: the games in play, and which of them is inside a call of its environment.
     """
 
     def __init__(self, policy: Path, generate: Generate, config: RunConfig, frame: Frame | None = None) -> None:
@@ -45,8 +45,8 @@ class Player(Named):
     ) -> tuple[Trajectory, bool]:
         """Play one episode to its end; returns the trajectory, and whether the game was won.
 
-        `key` is the routing key (the episode's id by default). `sampling_seed` tells repeated games of one episode
-        apart.
+        `key` is the routing key (the episode's id by default). `sampling_seed` differs between repeated games of one
+        episode.
 
         Raises:
             EnvironmentFailed: the environment raised an error, or wanted to exit.
@@ -108,7 +108,7 @@ class Player(Named):
 
     @contextmanager
     def _inside_of(self, episode: Episode) -> Iterator[None]:
-        """For calls of the environment that plays an episode."""
+        """Guard a call of an episode's environment: note that it runs, and turn any error into `EnvironmentFailed`."""
         self._inside = [episode.id]
         try:
             yield
@@ -118,9 +118,9 @@ class Player(Named):
             self._inside = []
 
     async def stuck(self, deadline_s: float) -> str:
-        """After so many seconds: the game that has been in one call of its environment all the while, or "".
+        """Return the id of the game that was inside one environment call for all of `deadline_s` seconds, or "".
 
-        Runs beside the games, in the thread of the concurrency group `watch`.
+        Runs in parallel with the games, in the thread of the concurrency group `watch`.
         """
         before = self._inside
         await asyncio.sleep(deadline_s)
@@ -128,12 +128,13 @@ class Player(Named):
 
 
 def player_actor(seats: int, **options: Any) -> Any:
-    """`Player` as a Ray actor class that plays up to `seats` games at a time; `options` are Ray's actor options.
+    """Make `Player` a Ray actor class that plays up to `seats` games at a time; `options` are Ray's actor options.
 
-    Ray starts it again whenever it dies.
+    Ray restarts the actor whenever it dies.
     """
     import ray
 
-    # Without retries for the actor Ray refuses calls while it starts again; those that must not be repeated say so.
+    # Retries are on for the actor, because Ray otherwise refuses calls during a restart. Calls that must not be
+    # repeated set `max_task_retries=0` themselves.
     actor = ray.remote(concurrency_groups={WATCH: 1000})(Player)
     return actor.options(max_concurrency=seats, max_restarts=-1, max_task_retries=-1, **options)

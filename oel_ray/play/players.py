@@ -1,7 +1,7 @@
-"""Playing many games: player actors with many seats each. Runs in the driver.
+"""Play many games on player actors with many seats each. Runs in the driver.
 
-Nothing waits for the slowest of a batch: whenever a game ends its seat takes the next one. A game that fails, and those
-of a player that dies, are played again, elsewhere if a seat is free there.
+A seat takes the next game as soon as its own has ended, so nothing waits for the slowest game of a batch. Games that
+fail and games of a player that dies are played again. They go to another player if one has a free seat.
 """
 
 import itertools
@@ -33,13 +33,13 @@ _ATTEMPTS = 3
 _ERRORS_IN_ANY_CASE = 5
 _DIED = "a player died"
 _START_S = 300.0
-"""How long a player that starts may be silent, if no other plays meanwhile."""
+"""Seconds that a starting player may take to answer while no other player has a seat."""
 
 Played = TypeVar("Played", bound=Trajectory)
 
 
 class Game(NamedTuple):
-    """An episode as it is to be played: how responses are sampled, and with which knowledge text in the prompt."""
+    """An episode to be played, with its sampling and the knowledge text in its prompt."""
 
     episode: Episode
     sampling: Sampling
@@ -48,7 +48,7 @@ class Game(NamedTuple):
 
 
 class _Try(NamedTuple):
-    """A game by its place in the list, which time it is played, and the player where it failed last."""
+    """One attempt at a game: its index in the list, the number of the attempt, and the player where it failed last."""
 
     game: int
     number: int = 1
@@ -57,9 +57,9 @@ class _Try(NamedTuple):
 
 @dataclass
 class Players:
-    """The player actors of a run, and what went wrong with them and their games.
+    """The player actors of a run, and the failures of players and games.
 
-    `start` makes as many more players as it is asked for, which are there for one `play`.
+    `start` creates the given number of extra players, which live for one `play`.
     """
 
     actors: Sequence[Any]
@@ -76,37 +76,37 @@ class Players:
     ) -> list[tuple[Trajectory, bool]]:
         """Play all games; returns trajectory and success of each, in the order of `games`.
 
-        `on_played` is told of each as soon as it has ended.
+        `on_played` is called for each game as soon as it has ended.
 
         Raises:
-            RunFailed: a game failed three times, or there were more failures than `collect.max_error_rate` allows;
-                names the game or the most frequent error.
+            RunFailed: a game failed three times, or there were more failures than `collect.max_error_rate` allows.
+                The message names the game or the most frequent error.
             KeyboardInterrupt: the run was asked to stop. Games in play may end first, see `draining`.
         """
         useful = min(math.ceil(len(games) / self.seats), self.limits.max_players)
         more = self.start(max(useful - len(self.actors), 0))
         playing = _Playing(self, games, on_played)
-        for actor in more:  # some may have to wait for a node with room
+        for actor in more:  # Ray may start some only once a node has room
             playing.invite(actor)
         try:
             with draining() as drain:
                 while playing.done < len(games) and not drain.over and (playing.running or not drain.asked):
                     playing.step(begin=not drain.asked)
                     on_progress(playing.done)
-        finally:  # their room may be wanted by the next stage
+        finally:  # the next stage may need their resources
             for actor in more:
                 ray.kill(actor)
         return [result for result in playing.results if result is not None]
 
     def pop_failures(self) -> dict[str, int]:
-        """How often each kind of failure has happened since this was asked last."""
+        """Count the failures of each kind since the last call, and forget them."""
         kinds = Counter(map(_kind, self.failures))
         self.failures.clear()
         return dict(kinds)
 
 
 class _Playing:
-    """Many games in play. State: which seat plays what. An actor that died is started again by Ray."""
+    """Run many games at once. State: the game of every seat. Ray restarts actors that died."""
 
     def __init__(
         self, players: Players, games: Sequence[Game], on_played: Callable[[Game, Trajectory, bool], None]
@@ -120,18 +120,18 @@ class _Playing:
         self._lost: list[Any] = []
         self._waiting = deque(_Try(game) for game in range(len(games)))
         self.running: dict[Any, tuple[_Try, Any]] = {}
-        # Seats in turn over the actors, so that few games spread over all of them.
+        # Seats alternate between the actors, so that even a few games spread over all of them.
         self._free = deque(actor for _ in range(players.seats) for actor in players.actors)
-        # Questions to players: to whom, when, and seats that it gets with its answer.
+        # Watchdog calls that are not answered yet: the player, the time, and the seats that it gets with its answer.
         self._watches: dict[Any, tuple[Any, float, int]] = {}
         for actor in players.actors:
             self._watch(actor)
 
     def step(self, *, begin: bool) -> None:
-        """Fill the free seats, if games are to `begin`, and take what has ended; comes back within a second or so."""
+        """Start games on free seats if `begin`, then handle results that are ready. Returns within about a second."""
         while begin and self._waiting and self._free:
             self._start(self._waiting.popleft())
-        # The watches first: where there always is a result to take, they would wait for ever.
+        # Handle watchdog answers first, because a steady stream of results would starve them.
         ready, _ = ray.wait([*self._watches, *self.running], timeout=_POLL_S)
         for reference in ready:
             if reference in self._watches:
@@ -156,12 +156,12 @@ class _Playing:
         self.running[play.remote(game.episode, game.sampling, text, key, game.sampling_seed)] = this, actor
 
     def invite(self, actor: Any) -> None:
-        """Give a player its seats as soon as it answers."""
+        """Give a player its seats after its first answer."""
         self._watch(actor, self._seats)
 
     def _watch(self, actor: Any, seats: int = 0) -> None:
-        # What is asked of a player that was ended Ray repeats until the next one answers, which is all that it says. In
-        # a second the last one is gone.
+        # For an invited player Ray retries this call on the restarted actor, so an answer only means that a new
+        # player is up. The delay of one second lets the killed process exit.
         deadline_s, retries = (1.0, -1) if seats else (self._limits.step_deadline_s, 0)
         stuck = actor.stuck.options(concurrency_group=WATCH, max_task_retries=retries)
         self._watches[stuck.remote(deadline_s)] = actor, time.monotonic(), seats
@@ -200,7 +200,7 @@ class _Playing:
         self._free.append(actor)
 
     def _lose(self, actor: Any, what: str, episode: str = "") -> None:
-        """End a player and play its games again; `episode` is the one that was the cause, if that is known."""
+        """Kill a player and queue its games again. `episode` is the game at fault, if that is known."""
         if not what.startswith(_DIED):
             dump_stacks()
             ray.kill(actor, no_restart=False)
@@ -215,12 +215,12 @@ class _Playing:
         self._watches = {reference: watch for reference, watch in self._watches.items() if watch[0] != actor}
         self.invite(actor)
         if not episode:
-            if actor not in self._lost:  # once for each it may have been the node
+            if actor not in self._lost:  # the first loss of a player may be its node's fault
                 self._lost.append(actor)
             self._count(what)
 
     def _again(self, this: _Try, actor: Any, what: str) -> None:
-        """Play a game again that failed by itself."""
+        """Queue a game again that failed by its own fault."""
         if this.number == _ATTEMPTS:
             raise RunFailed(f"game {self._games[this.game].episode.id} failed {_ATTEMPTS} times: {what}")
         self._waiting.append(_Try(this.game, this.number + 1, actor))
@@ -244,9 +244,10 @@ def play_missing(
     record: Callable[[Game, Trajectory, bool], Played],
     on_progress: Callable[[int], None],
 ) -> list[Played]:
-    """The records of all games in their order: those in the journal, and those that are played now and added to it.
+    """Play the games that the journal lacks and add them to it. Returns the records of all games, in order.
 
-    Raises what `Players.play` raises.
+    Raises:
+        RunFailed, KeyboardInterrupt: see `Players.play`.
     """
     known = {played.id: played for played in journal.records}
     missing = [game for game in games if game.episode.id not in known]
@@ -263,7 +264,10 @@ def play_missing(
 
 @contextmanager
 def player_pool(config: RunConfig, policy: Path, generate: Generate, frame: Frame | None = None) -> Iterator[Players]:
-    """Start the player actors of a run; `policy` gives the tokenizer, which no round changes, `frame` is the run's."""
+    """Start the player actors of a run, and kill them at the end.
+
+    `policy` provides the tokenizer, which no round changes. `frame` is the run's own, see `ChatFormat`.
+    """
     collect, resources = config.collect, ray_options(config.collect.resources)
     numbers = itertools.count()
 
@@ -280,5 +284,5 @@ def player_pool(config: RunConfig, policy: Path, generate: Generate, frame: Fram
 
 
 def _kind(what: str) -> str:
-    """A failure without its details."""
+    """Strip the details from a failure."""
     return what.partition(":")[0]

@@ -1,4 +1,4 @@
-"""From evaluation games to the numbers of `evaluation.json`. Any process; pure functions."""
+"""Compute the numbers of `evaluation.json` from evaluation games. Any process; pure functions."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from oel_ray.records import EvaluationGame, Gate, Record
 
 
 class Score(Record):
-    """How one condition did. `seeds` counts the sampling seeds; the standard error is clustered by map."""
+    """The result of one condition. `seeds` counts the sampling seeds; the standard error is clustered by map."""
 
     pass_rate: float
     pass_rate_se: float
@@ -20,17 +20,17 @@ class Score(Record):
 
 
 class StepScore(Score):
-    """With the knowledge as it was after so many trajectories."""
+    """The score with the knowledge after `step` trajectories."""
 
     step: int
 
 
 class Evaluation(Score):
-    """`evaluation.json`: the bare policy's score, and what to read it against.
+    """`evaluation.json`: the bare policy's score and its baselines.
 
-    `random` and `oracle` are those players' pass rates on the same maps; `in_context` is the policy with knowledge in
-    its prompt. Each is null where it does not exist. `in_context_steps` has the scores with the knowledge of earlier
-    steps. `gate` is null where every policy is deployed.
+    `random` and `oracle` are the pass rates of those players on the same maps. `in_context` is the policy with
+    knowledge in its prompt. Each is null if it does not exist. `in_context_steps` holds the scores with the knowledge
+    of earlier steps. `gate` is null if every policy is deployed.
     """
 
     random: float | None
@@ -41,11 +41,11 @@ class Evaluation(Score):
 
 
 def score(games: Sequence[EvaluationGame]) -> Score:
-    """The score of the games of one condition; there must be at least one.
+    """Score the games of one condition; there must be at least one.
 
-    The pass rate is the share of games won. Its standard error has maps as clusters, since games on one map are no
-    independent draws: the sample deviation of the maps' own pass rates over the root of their number; 0 for a single
-    map. A response's end token counts; without any turn the length is 0.
+    The pass rate is the share of games won. Its standard error is clustered by map, because games on one map are not
+    independent draws. It is the sample deviation of the maps' pass rates divided by the root of their number, and 0 for
+    a single map. A response's end token counts. Without any turn the length is 0.
     """
     lengths = [len(turn.response_ids) for game in games for turn in game.turns]
     return Score(
@@ -65,7 +65,7 @@ def summarize(
     oracle: float | None,
     gate: Gate | None = None,
 ) -> Evaluation:
-    """What `evaluation.json` holds; no `in_context` games give null there."""
+    """Build the content of `evaluation.json`. Without `in_context` games that field is null."""
     steps = by_step(in_context)
     complete = steps.pop(max(steps), None) if steps else None
     return Evaluation(
@@ -81,7 +81,7 @@ def summarize(
 def passed_gate(
     old_round: int, old: Sequence[EvaluationGame], new_round: int, new: Sequence[EvaluationGame], config: GateConfig
 ) -> Gate:
-    """Hold a new policy against the deployed one, map by map; there must be a map that both played."""
+    """Compare a new policy with the deployed one, map by map; there must be a map that both played."""
     before, after = _rates_by_map(old), _rates_by_map(new)
     differences = [rate - before[name] for name, rate in after.items() if name in before]
     difference, error = statistics.fmean(differences), _standard_error(differences)
@@ -90,7 +90,7 @@ def passed_gate(
 
 
 def by_step(in_context: Sequence[EvaluationGame]) -> dict[int, list[EvaluationGame]]:
-    """Games by how many trajectories had been read for the text in their prompt, in order: complete texts come last."""
+    """Group games by the number of trajectories that their text was made from, in ascending order."""
     steps: dict[int, list[EvaluationGame]] = defaultdict(list)
     for game in in_context:
         steps[game.knowledge_step or 0].append(game)

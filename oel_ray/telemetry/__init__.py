@@ -1,1 +1,1 @@
-"""What a run tells while it works: metrics, trackers, the progress line."""
+"""Report on a run while it works: metrics, trackers, the progress line."""

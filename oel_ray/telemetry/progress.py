@@ -1,4 +1,4 @@
-"""What a run says while it works: bars in a terminal, status lines elsewhere. Runs in the driver."""
+"""Show the progress of a run: bars in a terminal, status lines elsewhere. Runs in the driver."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ STATUS_INTERVAL_S = 1.0
 
 
 class StageProgress:
-    """How far one stage is, told from when the block is entered. `update` may be called from any thread."""
+    """The progress of one stage, shown from the start of the block. `update` may be called from any thread."""
 
     def __init__(self, owner: "Progress", round_number: int, rounds: int, name: str, total: int, unit: str) -> None:
         self.done = 0
@@ -38,7 +38,7 @@ class StageProgress:
             )
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` of the stage's total are done; `note` adds a few words, e.g. the current loss."""
+        """Set how many of the stage's total are done; `note` adds a few words, e.g. the current loss."""
         with self._guard:
             self.done, self._note = done, note
             if self._bars:
@@ -70,7 +70,7 @@ class StageProgress:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until all is done if it goes on as it went so far; None as long as nothing is done."""
+        """Estimate the seconds until all is done, from the speed so far; None until something is done."""
         elapsed = time.monotonic() - self._started
         return elapsed / self.done * (self.total - self.done) if self.done else None
 
@@ -96,7 +96,7 @@ class StageProgress:
 
 
 class Progress:
-    """Where a run reports to. Without a terminal no stage is silent for longer than `interval_s`."""
+    """The progress output of a run. Without a terminal a stage prints a line at least every `interval_s` seconds."""
 
     def __init__(
         self, folder: RunFolder | None = None, console: Console | None = None, interval_s: float = 30.0
@@ -105,11 +105,11 @@ class Progress:
         self.console = console or Console(stderr=True)
         self.interval_s = interval_s
         self.on_status: Callable[[StageProgress], None] = lambda stage: None
-        """Told about once a second how far a stage is, from any thread."""
+        """Called about once a second with the progress of the stage, from any thread."""
 
     def stage(self, round_number: int, rounds: int, name: str, total: int, unit: str) -> StageProgress:
         return StageProgress(self, round_number, rounds, name, total, unit)
 
     def note(self, text: str) -> None:
-        """Print one line, above the bars where there are any."""
+        """Print one line, above the bars if there are any."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,6 @@
-"""What a run tells of its stages and training steps: its own files, Ray's metrics, what tracks it. Runs in the driver.
+"""Report stages and training steps of a run to its files, Ray's metrics and the trackers. Runs in the driver.
 
-Each number is told once, where it is recorded; which metrics there are says `oel_ray.telemetry.series`.
+Each number is reported once, at the place where it is recorded. `oel_ray.telemetry.series` lists the metrics.
 """
 
 from collections import Counter
@@ -22,21 +22,21 @@ Row = dict[str, Any]
 
 
 class CountsRequests(Protocol):
-    """The engine pool, as far as telemetry asks it; see `oel_ray.engines.client.Pool`."""
+    """The part of the engine pool that telemetry uses; see `oel_ray.engines.client.Pool`."""
 
     def enter(self, round_number: int, stage: str) -> None: ...
     def counts(self) -> Counter[str]: ...
 
 
 class CountsFailures(Protocol):
-    """The players, as far as telemetry asks them; see `oel_ray.play.players.Players`."""
+    """The part of the players that telemetry uses; see `oel_ray.play.players.Players`."""
 
     def pop_failures(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
 class Telemetry:
-    """Tells of the stages and steps of one run."""
+    """The reports on the stages and steps of one run."""
 
     folder: RunFolder
     progress: Progress
@@ -46,7 +46,10 @@ class Telemetry:
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
-        """For the time of a stage. If it is committed then, its metrics are written and what went wrong is told."""
+        """Report on a stage inside the block.
+
+        If it was committed at the end, write its metrics and report its failures.
+        """
         self.progress.on_status = progressed
         enter(stage.round, stage.name)
         self.pool.enter(stage.round, stage.name)
@@ -70,14 +73,14 @@ class Telemetry:
         self.track(stage.name, row, stage.round)
 
     def serves(self, round_number: int, step: int = 0) -> None:
-        """The engines serve the weights of this step, or with 0 the policy that the round ended with."""
+        """Record that the engines serve the weights of this step, or with 0 the policy that the round ended with."""
         report(Series.WEIGHT_ROUND, round_number, round="", stage="")
         report(Series.WEIGHT_STEP, step, round="", stage="")
 
     def trained(
         self, progress: StageProgress, number: int, steps: int, done: int, text: str, rows: list[StepRow]
     ) -> None:
-        """So many of the steps of a round are done; these are the metrics of those that have not been told of."""
+        """Report that `done` steps of a round are done, with the metrics of the steps since the last call."""
         progress.update(done, text)
         for row in rows:
             report(Series.KL_PER_TOKEN, row.kl_per_token)
@@ -97,6 +100,6 @@ class Telemetry:
 
 
 def progressed(stage: StageProgress) -> None:
-    """How far a stage is."""
+    """Report the progress of a stage."""
     report(Series.STAGE_PROGRESS, stage.done / max(stage.total, 1))
     report(Series.STAGE_ETA, stage.eta_s)

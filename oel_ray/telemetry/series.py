@@ -1,8 +1,8 @@
-"""Every metric that a run reports through Ray, and the reporting itself. Any process of a run.
+"""Declare every metric that a run reports through Ray, and report it. Any process of a run.
 
-Ray exports them on every node: `oel_turns` as `ray_oel_turns_total`, since it counts, others as `ray_` and the name.
-All carry the run, the round and the stage, and none the name of a game. What outlives a stage leaves the last two
-empty: else the last value of every stage before would stand beside the current one.
+Ray exports them on every node: the counter `oel_turns` as `ray_oel_turns_total`, others as `ray_` and the name. All
+have tags for run, round and stage, and none for a game. Metrics that outlive a stage leave `round` and `stage` empty.
+Otherwise Ray would keep exporting one stale series per earlier stage.
 """
 
 import logging
@@ -11,15 +11,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 SECONDS = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0]
-"""The upper ends of a histogram's buckets."""
+"""Upper bounds of a histogram's buckets, in seconds."""
 _METHODS = {"Counter": "inc", "Gauge": "set", "Histogram": "observe"}
 _where = {"run": "", "round": "", "stage": ""}
 log = logging.LoggerAdapter(logging.getLogger("oel_ray"), _where)
-"""Every record says where the run is; Ray adds the actor."""
+"""Adds run, round and stage to every log record; Ray adds the actor."""
 
 
 class Spec(NamedTuple):
-    """What a metric is. `kind` is the class that Ray has for it; `tags` are its own, besides those that all have."""
+    """The declaration of a metric. `kind` is Ray's class for it; `tags` are those in addition to the common ones."""
 
     name: str
     kind: str
@@ -29,7 +29,7 @@ class Spec(NamedTuple):
 
 
 class Series(Enum):
-    """The metrics of a run, from its games to its weights. What is counted elsewhere has the same name there."""
+    """The metrics of a run, from its games to its weights. Counters of other classes use the same names."""
 
     STAGE_PROGRESS = Spec("oel_stage_progress", "Gauge", "ratio", "Share of the stage that is done")
     STAGE_ETA = Spec("oel_stage_eta_seconds", "Gauge", "s", "Time until the stage is done, as fast as it went so far")
@@ -57,7 +57,7 @@ class Series(Enum):
 
 
 def enter(round_number: int, stage: str) -> None:
-    """Label all that this process reports from now on with a round and a stage."""
+    """Label all later reports of this process with a round and a stage."""
     import ray
 
     run = ray.get_runtime_context().namespace.removeprefix("oel-") if ray.is_initialized() else ""
@@ -65,7 +65,7 @@ def enter(round_number: int, stage: str) -> None:
 
 
 def report(series: Series, value: float | None, **tags: str) -> None:
-    """Add to a counter, set a gauge or observe for a histogram. Nothing to tell, or nobody to tell it, is no error."""
+    """Add to a counter, set a gauge or observe for a histogram. Does nothing for None, or without Ray."""
     import ray
 
     kind = series.value.kind
@@ -75,7 +75,7 @@ def report(series: Series, value: float | None, **tags: str) -> None:
 
 @cache
 def _made(spec: Spec) -> Any:
-    """Ray's own object of a metric."""
+    """Create Ray's object of a metric."""
     from ray.util import metrics
 
     settings = {"boundaries": SECONDS} if spec.kind == "Histogram" else {}

@@ -1,6 +1,7 @@
-"""Where the scalars of a run go besides its own files: TensorBoard, always, and Weights & Biases if asked. The driver.
+"""Write the scalars of a run to TensorBoard, and to Weights & Biases if configured. Runs in the driver.
 
-W&B may not hurt the run: a thread of its own writes to it, and if it fails that is told once and it is left alone.
+W&B must not harm the run, so a thread of its own writes to it. A failure is reported once, and W&B gets nothing after
+it.
 """
 
 import queue
@@ -14,16 +15,16 @@ from oel_ray.config.schema import RunConfig
 
 Note = Callable[[str], None]
 Write = Callable[[Mapping[str, float], int], None]
-"""Takes scalars by name, and the step that they are of."""
+"""Takes scalars by name, and their step."""
 Track = Callable[[str, Mapping[str, Any], int], None]
-"""Takes a row of a group, whose numbers are its scalars `GROUP/KEY`, and the step that it is of."""
+"""Takes a group, a row, whose numbers are the scalars `GROUP/KEY`, and its step."""
 LAST_WORDS_S = 20.0
-"""How long the end of a run waits for what has not been written yet."""
+"""Seconds that the end of a run waits for scalars that are not written yet."""
 
 
 @contextmanager
 def tracking(config: RunConfig, run_id: str, folder: Path, note: Note) -> Iterator[Track]:
-    """For the time that a run works; at the end all that was told is written."""
+    """Open the trackers for the time of a run. At the end all scalars are written."""
     from tensorboardX import SummaryWriter
 
     wandb = wandb_run(run_id, folder, config.model_dump(mode="json"))
@@ -41,7 +42,7 @@ def tracking(config: RunConfig, run_id: str, folder: Path, note: Note) -> Iterat
 
 @contextmanager
 def aside(name: str, writer: AbstractContextManager[Write], note: Note) -> Iterator[Write]:
-    """A writer that comes back at once, whether the one behind it works, fails or hangs."""
+    """Wrap a writer so that calls return at once, whether the writer works, fails or hangs."""
     waiting: queue.SimpleQueue[tuple[Mapping[str, float], int] | None] = queue.SimpleQueue()
 
     def work() -> None:
@@ -63,9 +64,9 @@ def aside(name: str, writer: AbstractContextManager[Write], note: Note) -> Itera
 
 @contextmanager
 def wandb_run(run_id: str, folder: Path, config: Mapping[str, Any]) -> Iterator[Write]:
-    """A W&B run of that id, which a resumed run goes on with. wandb's own variables say where and how.
+    """Open a W&B run with that id, which a resumed run continues. wandb's own variables configure it.
 
-    W&B has one axis, which never goes back: steps of stages and of training are scalars, `GROUP/at`.
+    W&B has one axis, which never goes back, so the steps of stages and of training are scalars `GROUP/at`.
     """
     import wandb
 

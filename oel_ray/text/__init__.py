@@ -1,1 +1,1 @@
-"""Prompts, and the chat format that turns them into token ids."""
+"""Write prompts, and turn them into token ids with a chat format."""

@@ -1,13 +1,13 @@
-"""From text to token ids and back: the one place where prompts are tokenised. Any process with transformers.
+"""Turn text into token ids and back; prompts are tokenised here only. Any process with transformers.
 
 A chat prompt is one user message. Its ids are those of up to five pieces, each tokenised by itself:
 
     template before the message | head | knowledge section | situation | template behind the message
 
-The cuts lie at special tokens or line breaks. Student, teacher and in-context evaluation all use these pieces, so a
-teacher's prompt is the student's with ids inserted, and whatever is generated is appended as ids. Head and knowledge
-are cut apart too, because some tokenizers read the blank line between them differently when a word follows.
-Text from games and models is tokenised with special tokens switched off: it cannot open or close a turn.
+The cuts lie at special tokens or line breaks. Student, teacher and in-context evaluation all use these pieces. So a
+teacher's prompt is the student's with ids inserted. Responses are appended as ids. Head and knowledge are separate
+pieces, because some tokenizers read the blank line between them differently if a word follows. Text from games and
+models is tokenised without special tokens, so it cannot open or close a turn.
 """
 
 from pathlib import Path
@@ -24,9 +24,9 @@ _REMEMBERED = 64
 
 
 def strip_thinking(response: str, *, thinking: bool) -> str | None:
-    """What a response says after its thinking block; None if the thought was never closed.
+    """Return the text of a response after its thinking block; None if the block was never closed.
 
-    With `thinking` the template or the model has opened a block, so a response without an end of it is all thought.
+    With `thinking` the template or the model has opened a block, so a response without its end is all thought.
     """
     _, closed, answer = response.rpartition(THINK_CLOSE)
     if (thinking and not closed) or THINK_OPEN in answer:
@@ -38,11 +38,12 @@ class ChatFormat:
     """A tokenizer with its chat template, reduced to what this project needs."""
 
     def __init__(self, tokenizer: Any, *, thinking: bool, frame: Frame | None = None) -> None:
-        """`tokenizer`: a transformers tokenizer with a chat template. `frame` stands in place of what that gives today.
+        """`tokenizer`: a transformers tokenizer with a chat template. `frame` replaces the text that the template gives
+        today.
 
         Raises:
-            UserError: the tokenizer has no chat template, or one that changes the user's message or that text in it
-                could imitate; or the end of a thought would not be seen.
+            UserError: the tokenizer has no chat template, or one that changes the user's message or that text could
+                imitate; or the end of a thought would be invisible.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("the model's tokenizer has no chat template: use an instruction-tuned model")
@@ -84,7 +85,7 @@ class ChatFormat:
         return cls(tokenizer, thinking=thinking, frame=frame)
 
     def check_thinking(self) -> None:
-        """Whether responses will begin as `thinking` says; what a model does by itself cannot be known.
+        """Check that the template starts responses as `thinking` says. A model's own habit cannot be checked.
 
         Raises:
             UserError: the template opens a thinking block that is not wanted, or none where one is.
@@ -97,7 +98,7 @@ class ChatFormat:
                 f"thinking is false, and the model's chat template opens a {THINK_OPEN} block all the same: "
                 "set thinking=true"
             )
-        # Templates of models that always think know the block's end at least: they cut earlier thoughts out.
+        # Templates of models that always think contain the block's end at least, because they cut out earlier thoughts.
         knows = text != other or any(mark in str(self.tokenizer.chat_template) for mark in (THINK_OPEN, THINK_CLOSE))
         if self.thinking and (not knows or closed > opened):
             raise UserError(

@@ -1,8 +1,8 @@
-"""Every text that a model reads, in one place. Any process; pure functions of text.
+"""Write every text that a model reads. Any process; pure functions of text.
 
-A game prompt is one user message in two parts, `GAME_HEAD` and `game_situation(...)`. The student sees the two; the
-teacher sees the same two with `knowledge_section(...)` between them. The parts are tokenised apart
-(`oel_ray.text.chat`), so each ends with a line break and the next starts with a letter.
+A game prompt is one user message in two parts, `GAME_HEAD` and `game_situation(...)`. The student reads these two. The
+teacher reads them with `knowledge_section(...)` between them. The parts are tokenised separately (`oel_ray.text.chat`),
+so each ends with a line break and the next starts with a letter.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ _QUESTION = "Which action do you take now? Finish with exactly one action in squ
 
 
 def game_template(*, show_actions: bool) -> str:
-    """The name of the wording that games are played with."""
+    """Name the wording of game prompts."""
     return GAME_TEMPLATE if show_actions else WITHOUT_ACTIONS
 
 
 def knowledge_section(knowledge: str) -> str:
-    """What stands between head and situation in a prompt with knowledge; "" for no knowledge."""
+    """Write the section between head and situation in a prompt with knowledge; "" for no knowledge."""
     if not knowledge.strip():
         return ""
     return (
@@ -44,7 +44,7 @@ def knowledge_section(knowledge: str) -> str:
 
 
 def game_situation(instructions: str, turns: Sequence[Turn], observation: str, template: str = GAME_TEMPLATE) -> str:
-    """The second part of a game prompt: the instructions, every exchange so far, what is shown now, the question."""
+    """Write the second part of a game prompt: instructions, every exchange so far, the observation, the question."""
     parts = ["What you were told:", instructions.strip(), ""]
     for number, turn in enumerate(turns, start=1):
         parts += [f"Shown at turn {number}:", turn.observation.strip("\n"), ""]
@@ -55,14 +55,14 @@ def game_situation(instructions: str, turns: Sequence[Turn], observation: str, t
 
 
 def with_result(outcome: str, *, won: bool) -> str:
-    """An outcome that says in words how the game ended."""
+    """Add the result of the game, in words, to an outcome."""
     return f"The game was {'won' if won else 'lost'}. {outcome}".strip()
 
 
 def transcript(instructions: str, turns: Sequence[Turn], outcome: str, skipped: int = 0) -> str:
-    """A played game as the extractor reads it: observations and whole responses in turn, then the outcome.
+    """Write a played game for the extractor: observations and whole responses in turn, then the outcome.
 
-    `skipped` leading turns are left out, and the text says so.
+    The first `skipped` turns are left out, and the text says so.
     """
     parts = ["Instructions given to the player:", instructions.strip(), ""]
     if skipped:
@@ -78,7 +78,7 @@ def transcript(instructions: str, turns: Sequence[Turn], outcome: str, skipped: 
 
 
 def extraction_prompt(game: str, previous: str, *, structured: bool, show_previous: bool) -> str:
-    """Asks for what one game teaches. `game` is a `transcript`; `previous` the knowledge accumulated so far."""
+    """Ask for the lessons of one game. `game` is a `transcript`; `previous` is the knowledge accumulated so far."""
     parts = [
         "You keep a growing notebook of experience about a game whose rules nobody has explained.",
         "Below is the record of one more game.",

@@ -1,1 +1,1 @@
-"""The wire that carries weights from the trainer to the engines, and policies to folders."""
+"""Carry weights from the trainer to the engines, and policies to folders."""

@@ -17,7 +17,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.in
 
 
 class WeightSource(Protocol):
-    """Weights to be written: names, dtypes and shapes at once, tensors one after the other."""
+    """Weights to be written: `metadata` lists names, dtypes and shapes; iteration yields one tensor at a time."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -57,7 +57,7 @@ def export_policy(
 
 
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Tokenizer, chat template, generation config, configuration: all but the weights. The dtype is set to ours."""
+    """Copy tokenizer, chat template, generation config and configuration; set the configured dtype to ours."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, ".*"), dirs_exist_ok=True)
     path = target / "config.json"
     config = json.loads(path.read_text())

@@ -1,7 +1,7 @@
-"""The wire between trainer and engines on CPUs: one gloo group, weights in large flat buckets. Both sides import it.
+"""Send weights from the trainer to engines on CPUs: one gloo group, large flat buckets. Both sides import it.
 
-Sender is rank 0; engine workers follow. Sender and receiver cut the stream at the same places because both cut the
-same list of (name, dtype, shape) with the same bucket size.
+The sender is rank 0; engine workers have the ranks after it. Sender and receiver cut the stream at the same places,
+because both cut the same list of (name, dtype, shape) with the same bucket size.
 """
 
 import math
@@ -19,12 +19,12 @@ from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPSt
 from oel_ray.buckets import buckets
 
 BUCKET_BYTES = 32 * 2**20
-"""Small enough that one is loaded while the next one is on its way."""
+"""Small enough that one bucket is loaded while the next one is sent."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What one tensor looks like on the wire."""
+    """Name, dtype and shape of one tensor in the stream."""
 
     name: str
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class TensorSpec:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """CRC-32 of a tensor's bytes, wherever it lies."""
+    """Compute the CRC-32 of a tensor's bytes, on any device."""
     return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
@@ -44,11 +44,11 @@ def gloo_group(address: str, port: int, rank: int, world_size: int, timeout_s: f
     """Join a gloo group that is independent of the process's default group. Rank 0 hosts the rendezvous.
 
     Raises:
-        RuntimeError, torch.distributed.DistError: not everybody came within `timeout_s`.
+        RuntimeError, torch.distributed.DistError: not all ranks joined within `timeout_s`.
     """
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
-    # A torch "backend", with all methods of a group that we need; torch's stubs know neither that nor its options.
+    # A torch "backend" has all methods of a group that we need. torch's stubs know neither it nor its options.
     gloo: Any = ProcessGroupGloo
     options = gloo._Options()
     options._timeout = timeout
@@ -57,16 +57,16 @@ def gloo_group(address: str, port: int, rank: int, world_size: int, timeout_s: f
 
 
 def _own_address(peer: str) -> str:
-    """The address of this machine that `peer` can reach. Gloo's own choice, the host name's, often is a loopback."""
+    """Find the address of this machine that `peer` can reach. Gloo would use the host name's, often a loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 1))  # sends nothing
         return str(probe.getsockname()[0])
 
 
 def broadcast(group: ProcessGroup, flat: torch.Tensor) -> Any:
-    """Begin to broadcast one bucket (uint8, 1-D) from rank 0. `wait` of what it returns sees it done.
+    """Start the broadcast of one bucket (uint8, 1-D) from rank 0. `wait` of the result returns when it is done.
 
-    `wait` raises when a peer is gone or the group's timeout passes.
+    `wait` raises if a peer is gone or the group's timeout passes.
     """
     options = torch.distributed.BroadcastOptions()
     options.rootRank = 0
@@ -80,9 +80,9 @@ def send_stream(
     tensors: Iterable[tuple[str, torch.Tensor]],
     bucket_bytes: int = BUCKET_BYTES,
 ) -> None:
-    """Sender side: pack `tensors`, which must come in the order of `specs`, and broadcast bucket after bucket.
+    """Pack `tensors`, which must come in the order of `specs`, and broadcast bucket after bucket (sender side).
 
-    While one is on its way the next one is packed.
+    The next bucket is packed while one is sent.
 
     Raises:
         ValueError: the stream differs from `specs`.
@@ -112,9 +112,9 @@ def send_stream(
 def receive_stream(
     group: ProcessGroup, specs: Sequence[TensorSpec], bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Receiver side: the tensors of each bucket, as views into memory of their own.
+    """Yield the tensors of each bucket, as views into memory of that bucket (receiver side).
 
-    While a bucket is used the next one is on its way.
+    The next bucket is received while one is used.
     """
 
     def ask(run: list[TensorSpec]) -> tuple[list[TensorSpec], torch.Tensor, Any]:
@@ -129,7 +129,7 @@ def receive_stream(
         this = next(coming, None)
         tensors = []
         for spec, piece in zip(run, torch.split(flat, _sizes(run)), strict=True):
-            # A view of another dtype needs an aligned start; a clone of the slice always has one.
+            # Clone the slice, because a view of another dtype needs an aligned start.
             aligned = piece if piece.storage_offset() % spec.dtype.itemsize == 0 else piece.clone()
             tensors.append((spec.name, aligned.view(spec.dtype).view(spec.shape)))
         yield tensors

@@ -1,4 +1,4 @@
-"""Entry point `vllm.general_plugins`: makes our weight-transfer backends known. Runs in every vLLM process.
+"""Register our weight-transfer backends (entry point `vllm.general_plugins`). Runs in every vLLM process.
 
 vLLM loads plug-ins in the front end, in EngineCore and in each Worker, and may do so twice in one process.
 """

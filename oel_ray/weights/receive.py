@@ -1,11 +1,11 @@
-"""Worker side of the weight transfer. Runs inside vLLM's Worker processes.
+"""Receive weights in the workers. Runs inside vLLM's Worker processes.
 
-What vLLM's own engines do not do, and what makes a sync safe to serve after:
+These checks, which vLLM's own transfer engines lack, make it safe to serve after a sync:
 
-- every tensor of the checkpoint must have come, with its full shape, or the sync fails (vLLM only logs a missing
-  tensor, and a half-sent fused layer keeps uninitialised memory);
-- a tied output head that the CPU backend keeps in a packed form of its own is packed again;
-- tensors of which the sender tells the checksums are compared with what the model holds in the end.
+- every tensor of the checkpoint must have come, with its full shape, or the sync fails; vLLM only logs a missing
+  tensor, and a half-sent fused layer keeps uninitialised memory;
+- a tied output head that the CPU backend keeps in a packed form is packed again;
+- tensors whose checksums the sender gives are compared with those that the model holds at the end.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from oel_ray.weights import gloo
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What a sync brings: tensors over the wire, or a `folder` that the worker reads itself; or `checksums` at last."""
+    """One update of a sync: tensors from the stream, or a `folder` that the worker reads, or the final `checksums`."""
 
     names: list[str] = field(default_factory=list)
     dtype_names: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
-    """What our receivers have in common: layerwise reload, loading from a folder, completeness, the tied head."""
+    """The common part of our receivers: layerwise reload, loading from a folder, completeness, the tied head."""
 
     update_info_cls = UpdateInfo
 
@@ -73,10 +73,10 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
         self.check_sums()
 
     def check_complete(self) -> None:
-        """Compare what came with the checkpoint that this engine was started from.
+        """Compare the received tensors with the checkpoint that this engine was started from.
 
         Raises:
-            RuntimeError: naming the first tensors that are missing, unknown or of another shape.
+            RuntimeError: tensors are missing, unknown or of another shape; names the first ones.
         """
         expected, received = checkpoint_shapes(self.model_config.model), self._received
         if received != expected:
@@ -89,17 +89,17 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
             )
 
     def check_sums(self) -> None:
-        """Compare the model with the checksums of what was sent, where it holds a tensor whole and by itself.
+        """Compare the model's tensors with the checksums of the sent ones.
 
-        Fused, partitioned, packed and converted ones it holds in another form.
+        Fused, partitioned, packed and converted tensors are skipped, because the model holds them in another form.
 
         Raises:
-            RuntimeError: naming a tensor that differs.
+            RuntimeError: a tensor differs; names it.
         """
         held = dict(self.model.named_parameters())
         for name in held.keys() & self._checksums.keys():
             shape = torch.Size(self._received[name])
-            tensor = held[name][: shape[0]] if shape else held[name]  # a vocabulary may be padded
+            tensor = held[name][: shape[0]] if shape else held[name]  # vLLM may pad the vocabulary
             is_comparable = tensor.shape == shape and tensor.dtype == self._dtypes[name]
             if is_comparable and gloo.checksum(tensor) != self._checksums[name]:
                 raise RuntimeError(f"the engine does not hold what was sent: {name} differs")
@@ -107,7 +107,7 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
     def repack_tied_head(self) -> None:
         """Pack a tied head again from the embedding that it shares.
 
-        On CPU vLLM's first load packs the head into a buffer of its own; the reload refreshes layers that received
+        On CPUs vLLM's first load packs the head into a separate buffer. A reload refreshes only layers that received
         weights, and a tied head receives none.
         """
         head = getattr(self.model, "lm_head", None)
@@ -118,7 +118,7 @@ class CheckedReceiver(WeightTransferEngine[Any, UpdateInfo]):
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """Where the group meets. The worker's rank is `rank_offset` plus its rank inside the engine."""
+    """The rendezvous of the group. The worker's rank is `rank_offset` plus its rank inside the engine."""
 
     address: str
     port: int
@@ -128,7 +128,7 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 
 class GlooReceiver(CheckedReceiver):
-    """Receives over gloo: for engines on CPUs."""
+    """Receive over gloo, for engines on CPUs."""
 
     init_info_cls = GlooInitInfo
     _group: ProcessGroup | None = None
@@ -150,7 +150,7 @@ class GlooReceiver(CheckedReceiver):
 
 
 class NcclReceiver(CheckedReceiver, NCCLWeightTransferEngine):
-    """Receives over NCCL: vLLM's own engine with our checks around it."""
+    """Receive over NCCL with vLLM's own transfer engine and our checks around it."""
 
     init_info_cls = NCCLWeightTransferEngine.init_info_cls
     update_info_cls = UpdateInfo

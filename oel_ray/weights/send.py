@@ -1,7 +1,7 @@
-"""Trainer side of the weight transfer. Runs in every training rank; rank 0 is the sender.
+"""Send weights from the trainer. Runs in every training rank; rank 0 is the sender.
 
-A source is re-iterable: `metadata()` says what will come, iterating yields (name, full tensor) in that order. Iterating
-may be a collective (ZeRO-3 gathers), so every rank iterates and only rank 0 transmits.
+A source can be iterated repeatedly. `metadata()` lists the tensors, and iteration yields (name, full tensor) in that
+order. Iteration may be a collective (ZeRO-3 gathers), so every rank iterates and only rank 0 transmits.
 """
 
 import random
@@ -25,12 +25,12 @@ from oel_ray.weights import gloo
 from oel_ray.weights.plugin import GLOO, NCCL
 
 _FEW = 8
-"""Tensors whose checksums are told in every sync."""
+"""Number of tensors whose checksums are sent in every sync."""
 
 
 @dataclass
 class GlooTrainerInitInfo(TrainerInitInfo):
-    """Where the group meets; `world_size` counts the sender and all engine workers."""
+    """The rendezvous of the group; `world_size` counts the sender and all engine workers."""
 
     backend: ClassVar[str] = GLOO
 
@@ -41,7 +41,7 @@ class GlooTrainerInitInfo(TrainerInitInfo):
 
 
 class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
-    """Sends over gloo: for engines on CPUs."""
+    """Send over gloo, for engines on CPUs."""
 
     init_info_cls = GlooTrainerInitInfo
     _group: ProcessGroup | None = None
@@ -55,17 +55,17 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             return sender
         meeting = asdict(init_info)
         rank = meeting.pop("rank")
-        # Workers block until the sender joins and the other way round, so the two must overlap.
+        # Overlap the two calls, because workers block until the sender joins and the sender until they do.
         with _alongside(client.init_weight_transfer_engine, {**meeting, "rank_offset": rank + 1}):
             sender._group = gloo.gloo_group(**meeting, rank=rank)
         return sender
 
     def send_weights(self) -> None:
-        """One sync, called on every training rank.
+        """Do one sync. Called on every training rank.
 
         Raises:
-            whatever the client raises when an engine fails or misses its deadline; the engines that took part
-            cannot serve any more then.
+            whatever the client raises if an engine fails or misses its deadline. The engines that took part can then no
+            longer serve.
         """
         if self.source is None:
             raise ValueError("a sender needs a weight source")
@@ -87,7 +87,7 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
 
 @dataclass
 class NcclTrainerInitInfo(NCCLTrainerInitInfo):
-    """vLLM's own, dispatched to our receivers by another name."""
+    """vLLM's own info, under a name that selects our receivers."""
 
     backend: ClassVar[str] = NCCL
 
@@ -101,7 +101,7 @@ class NcclSender(NCCLTrainerWeightTransferEngine):
 class NamedTensors(WeightSource):
     """A `WeightSource` over anything that has `metadata()` rows of (name, dtype, shape) and yields (name, tensor).
 
-    `checksums` has those of the last pass, of a few tensors, others each time, or of all.
+    `checksums` holds those of the last pass: of a few tensors drawn anew in each pass, or of all.
     """
 
     def __init__(self, weights: Any, check: Literal["few", "all"] = "few") -> None:
@@ -131,10 +131,10 @@ def _update_info(specs: list[gloo.TensorSpec]) -> dict[str, Any]:
 
 @contextmanager
 def _alongside(call: Callable[[dict[str, Any]], None], info: dict[str, Any]) -> Iterator[None]:
-    """Run `call(info)`, the engines' side of something collective, beside the body, which is ours.
+    """Run `call(info)`, the engines' side of a collective, in parallel with the body, which is our side.
 
     Raises:
-        the engines' error if both sides failed: ours is only what it led to.
+        the engines' error if both sides failed, because ours is only its consequence.
     """
     side = ThreadPoolExecutor(1, thread_name_prefix="weight-sync")
     try:
@@ -147,4 +147,4 @@ def _alongside(call: Callable[[dict[str, Any]], None], info: dict[str, Any]) -> 
             raise
         theirs.result()
     finally:
-        side.shutdown(wait=False)  # the engines may be blocked until a deadline of their own
+        side.shutdown(wait=False)  # the engines may block until their own deadline

@@ -1,7 +1,7 @@
-"""Weights from the training ranks to all engines. Runs in every training rank; only rank 0 imports vLLM and transmits.
+"""Sync weights from the training ranks to all engines. Runs in every rank; only rank 0 imports vLLM and transmits.
 
-One `WeightSync` lives as long as the training group. A sync that fails leaves its engines unable to serve, so its error
-must end the training attempt.
+One `WeightSync` lives as long as the training group. After a failed sync its engines cannot serve, so its error must
+end the training attempt.
 """
 
 import math
@@ -22,7 +22,7 @@ class EngineSyncClient:
     """vLLM's `VLLMWeightSyncClient` over our engine actors: every call reaches all engines and has a deadline.
 
     Raises (from every method):
-        EngineUnavailable: an engine failed, with what it says, or missed the deadline.
+        EngineUnavailable: an engine missed the deadline, or failed; the message holds the engine's own.
     """
 
     def __init__(self, engines: Sequence[Any], workers_per_engine: int, deadline_s: float) -> None:
@@ -31,10 +31,10 @@ class EngineSyncClient:
         self._deadline_s = deadline_s
         self.version = ""
         self.checksums: Mapping[str, int] = {}
-        """Of tensors of the sync that is under way, to be compared with what the engines hold."""
+        """Checksums of tensors of the current sync, which the engines compare with their own."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        # The engines are independent replicas: each gets ranks of its own behind the sender's rank 0.
+        # The engines are independent replicas; each gets its own ranks after the sender's rank 0.
         offsets = range(1, 1 + len(self._engines) * self._workers_per_engine, self._workers_per_engine)
         self._get(
             [
@@ -51,7 +51,7 @@ class EngineSyncClient:
         self._get([engine.update_weights.remote(update_info) for engine in self._engines])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        # vLLM's own NCCL sender passes no version: the one set for this sync counts.
+        # vLLM's own NCCL sender passes no version, so use the one that was set for this sync.
         version = weight_version or self.version
         if self.checksums:
             self.update_weights({"checksums": dict(self.checksums)})
@@ -59,7 +59,7 @@ class EngineSyncClient:
 
     def _get(self, references: list[Any]) -> None:
         waiting, until = references, time.monotonic() + self._deadline_s
-        while waiting:  # whoever fails first is the reason: others may wait for it in a collective
+        while waiting:  # report the first failure; other engines may be waiting for it in a collective
             ready, waiting = ray.wait(waiting, timeout=max(until - time.monotonic(), 0))
             late = [str(number) for number, reference in enumerate(references) if reference in waiting]
             if not ready:
@@ -76,16 +76,16 @@ class EngineSyncClient:
 
 
 class WeightSync:
-    """The sending end of all syncs of one training group."""
+    """The sender of all syncs of one training group."""
 
     def __init__(self, engines: Sequence[Any], weights: Any, config: EnginesConfig, *, rank: int, on_gpu: bool) -> None:
-        """A collective over sender and engines; ranks other than 0 only take part in the gathering of weights.
+        """Join the group of sender and engines, on rank 0 alone; other ranks only help to gather weights.
 
         `weights` are full tensors under their checkpoint names, as `send.NamedTensors` takes them.
         """
         self._weights = weights
         self.nbytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in weights.metadata())
-        """What every sync sends."""
+        """Bytes that every sync sends."""
         self._sender: Any = None
         if rank != 0:
             return
@@ -109,7 +109,7 @@ class WeightSync:
         self._sender = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=source)
 
     def send(self, version: str) -> None:
-        """Bring all engines to the current weights, labelled `version`. Called on every rank."""
+        """Send the current weights to all engines, labelled `version`. Called on every rank."""
         if self._sender is None:
             for _ in self._weights:
                 pass

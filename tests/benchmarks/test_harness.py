@@ -36,7 +36,7 @@ def test_a_process_that_fails_is_an_error() -> None:
         harness.transient_bytes(f"{__name__}:no_such_setup", "cpu", {})
 
 
-def test_ratio_of_medians_with_the_extremes_of_the_pairs() -> None:
+def test_the_ratio_is_of_the_medians_and_the_spread_of_the_pairs() -> None:
     pairs = harness.Pairs((4.0, 100.0, 6.0), (2.0, 4.0, 1.0))
     assert pairs.ratio == 3.0
     assert pairs.spread == (2.0, 25.0)
@@ -58,7 +58,7 @@ def test_pairs_are_measured_side_by_side_in_either_order() -> None:
     assert orders == {("a", "b"), ("b", "a")}
 
 
-def test_the_result_says_what_was_compared_on_what() -> None:
+def test_a_result_holds_ratio_goal_spread_and_machine() -> None:
     machine = harness.machine("cpu")
     assert "cores" in machine and "torch" in machine
     line: dict[str, Any] = harness.result("x", harness.Pairs((4.0,), (2.0,)), ">= 2", machine, unit="s")

@@ -10,7 +10,7 @@ SMALL = ["--tokens", "64", "--vocabulary", "4000", "--width", "16", "--chunk-tok
 
 
 @pytest.mark.parametrize("forward", [False, True])
-def test_both_ways_leave_the_same_gradients(forward: bool) -> None:
+def test_our_loss_and_the_naive_one_give_the_same_gradients(forward: bool) -> None:
     case = LossCase(50, 300, 12, 8, forward)
     gradients = []
     for way in ("ours", "naive"):
@@ -23,7 +23,7 @@ def test_both_ways_leave_the_same_gradients(forward: bool) -> None:
         assert torch.allclose(ours, naive, rtol=1e-3, atol=1e-6)
 
 
-def test_loss_memory() -> None:
+def test_the_memory_benchmark_finds_the_chunked_loss_smaller_than_the_naive_one() -> None:
     line = last_line("benchmarks.loss_memory", *SMALL, "--vocabulary", "100000")
     check(line, "loss_memory", ">= 10", "naive", "ours")
     assert line["runs"] == 2 and line["ratio"] > 3
@@ -31,7 +31,7 @@ def test_loss_memory() -> None:
 
 
 @pytest.mark.slow
-def test_loss_time_with_a_sweep_a_figure_and_a_table(tmp_path: Path) -> None:
+def test_the_time_benchmark_writes_a_sweep_a_figure_and_a_table(tmp_path: Path) -> None:
     line = last_line("benchmarks.loss_time", *SMALL, "--forward", "--sweep", "--out", str(tmp_path / "plots"))
     check(line, "loss_time", "<= 1.0", "ours", "naive")
     assert len(line["sweep"]) == 10 and {point["tokens"] for point in line["sweep"]} == {8, 16, 32, 64}

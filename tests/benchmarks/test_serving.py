@@ -42,7 +42,7 @@ def test_move_replies_are_legal_moves_of_many_lengths() -> None:
     assert max(lengths) <= config.collect.sampling.max_tokens and len(set(lengths)) > 20
 
 
-def test_routing_policies_do_what_they_are_called() -> None:
+def test_each_routing_policy_picks_replicas_as_its_name_says() -> None:
     def picks(name: str) -> list[int]:
         router = rollout_sweep.ROUTERS[name]([Replica(index, handle=None) for index in range(2)])
         return [router.pick(key, 10).index for key in "aaaab"]
@@ -54,14 +54,14 @@ def test_routing_policies_do_what_they_are_called() -> None:
 
 
 @pytest.mark.slow
-def test_rollout() -> None:
+def test_the_rollout_benchmark_plays_every_episode_and_reports_its_ratio() -> None:
     line = small("rollout")
     check(line, "rollout", ">= 0.95", "ours", "plain")
     assert line["episodes"] == 8 and 8 <= line["turns"] <= 80 and line["tokens"] > line["turns"]
 
 
 @pytest.mark.slow
-def test_lockstep_plays_the_same_games() -> None:
+def test_the_lockstep_benchmark_plays_the_same_games_both_ways() -> None:
     line = small("lockstep")
     check(line, "lockstep", ">= 1.5", "lockstep", "ours")
     simulated = line["simulated"]
@@ -70,21 +70,21 @@ def test_lockstep_plays_the_same_games() -> None:
 
 
 @pytest.mark.slow
-def test_collectors() -> None:
+def test_the_collectors_benchmark_plays_every_game_with_every_player() -> None:
     line = small("collectors")
     check(line, "collectors", ">= 0.9", "all", "one_times_players")
     assert line["players"] == 2 and line["games"] == 8
 
 
 @pytest.mark.slow
-def test_sync() -> None:
+def test_the_sync_benchmark_times_each_sync_against_load_weights() -> None:
     line = small("sync")
     check(line, "sync", "<= 1.5", "sync", "load_weights")
     assert line["calls"] == 3 and line["tensors"] > 3
 
 
 @pytest.mark.slow
-def test_extraction() -> None:
+def test_the_extraction_benchmark_finds_accumulations_side_by_side_faster_when_simulated() -> None:
     line = small("extraction")
     check(line, "extraction", ">= 5", "one_after_the_other", "ours")
     assert (line["accumulations"], line["trajectories"]) == (3, 2) and line["response_tokens"] > 0
@@ -92,7 +92,7 @@ def test_extraction() -> None:
 
 
 @pytest.mark.slow
-def test_round() -> None:
+def test_the_round_benchmark_measures_work_within_the_wall_time_of_every_stage() -> None:
     line = small("round")
     (stages,) = line["stages"]
     assert list(stages) == ["collect", "extract", "evaluate_in_context", "consolidate", "evaluate"]
@@ -102,7 +102,7 @@ def test_round() -> None:
 
 
 @pytest.mark.slow
-def test_sweep(tmp_path: Path) -> None:
+def test_the_sweep_covers_engines_and_seats_and_sticky_routing_reuses_more(tmp_path: Path) -> None:
     line = small("rollout", "--sweep", "--out", str(tmp_path))
     assert "<svg" in (tmp_path / "rollout.svg").read_text()
     assert [(point["engines"], point["seats"]) for point in line["seats"]] == [(1, 1), (1, 4), (2, 1), (2, 4)]

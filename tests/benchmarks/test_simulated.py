@@ -66,7 +66,7 @@ def test_a_request_joins_between_two_steps() -> None:
     assert times == {0: pytest.approx(9.0), 1: pytest.approx(6.0)}
 
 
-def test_what_was_given_up_is_not_written() -> None:
+def test_a_cancelled_request_takes_no_time_of_the_batch() -> None:
     batch = ContinuousBatch(simulation(), slots=1)
     first, second = Request([1], reply(50)), Request([2], reply(2))
     batch.add(first, 0.0)
@@ -123,7 +123,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
-def test_it_keeps_the_contract_of_engines(loop: asyncio.AbstractEventLoop) -> None:
+def test_a_simulated_engine_keeps_the_contract_of_engines(loop: asyncio.AbstractEventLoop) -> None:
     quick = simulation(replies=tuple(reply(tokens) for tokens in (4, 8, 9)), decode_step_s=0.01, decode_sequence_s=0.0)
     engine = simulated(quick)(0, engines_config("float32"), "anywhere", on_gpu=False)
 

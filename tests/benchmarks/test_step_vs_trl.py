@@ -30,7 +30,7 @@ def test_without_trl_it_says_so_in_one_line() -> None:
 
 @needs_trl
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_step_vs_trl(precision: str) -> None:
+def test_the_trl_benchmark_compares_steps_with_equal_loss_and_gradient_norm(precision: str) -> None:
     line = last_line("benchmarks.step_vs_trl", *options(SIZES), "--runs", "1", "--precision", precision)
     check(line, "step_vs_trl", ">= 1.5", "trl", "ours")
     assert [point["knowledge"] for point in line["sweep"]] == [24, 96]
@@ -57,7 +57,7 @@ step_vs_trl.compare(step_vs_trl.StepCase(**SIZES), runs=1)
 
 
 @needs_trl
-def test_other_work_is_no_result() -> None:
+def test_the_trl_benchmark_fails_if_the_losses_differ() -> None:
     """A teacher of TRL's without the knowledge finds another loss. (In a process of its own, where the group stays.)"""
     code = UNKNOWING.replace("SIZES", repr(SIZES))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -137,7 +137,7 @@ def test_an_interrupted_run_can_be_resumed(folder: Path, number: signal.Signals)
 
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
-def test_what_has_begun_ends_after_one_signal_and_not_after_two(
+def test_games_in_play_end_after_one_signal_and_are_dropped_after_two(
     folder: Path, number: signal.Signals, times: int
 ) -> None:
     process = start(folder, "run", "game.yaml", "--run-dir", "run", loop="drains")
@@ -202,7 +202,7 @@ def test_config_prints_what_it_resolves_to(folder: Path) -> None:
     assert "# games        T = 2 and T' = 7 a round, 18 in all\n" in output
 
 
-def test_what_only_prints_is_light() -> None:
+def test_commands_that_only_print_import_no_heavy_library() -> None:
     heavy = "{'ray', 'torch', 'vllm', 'transformers', 'deepspeed', 'textarena', 'matplotlib', 'jinja2'}"
     modules = "oel_ray.cli.main, oel_ray.cluster.session, oel_ray.runs.folder, oel_ray.views.report.page"
     modules += ", oel_ray.views.verify, oel_ray.views.show"
@@ -212,7 +212,7 @@ def test_what_only_prints_is_light() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "said"), [("--help", "Commands:"), ("config quickstart", "# tokens")])
-def test_what_only_prints_is_quick(arguments: str, said: str) -> None:
+def test_commands_that_only_print_end_within_seconds(arguments: str, said: str) -> None:
     times = []
     for _ in range(3):
         began = time.monotonic()

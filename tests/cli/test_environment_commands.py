@@ -31,19 +31,19 @@ def oel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-def test_the_list(oel: Oel) -> None:
+def test_oel_envs_lists_installed_games_and_those_of_textarena(oel: Oel) -> None:
     code, output, errors = oel("envs")
     assert (code, errors) == (0, "")
     assert output.index("games-for-tests") < output.index("Good") < output.index("2048-v0")
 
 
-def test_one_environment(oel: Oel) -> None:
+def test_oel_envs_with_an_id_measures_it_with_the_turns_asked_for(oel: Oel) -> None:
     code, output, errors = oel("envs", "FrozenLake-v0", "size=3", "num_holes=2", "--turns", "3")
     assert (code, errors) == (0, "")
     assert "measured with 3 turns" in output and "0.0% won" in output
 
 
-def test_checks(oel: Oel) -> None:
+def test_check_env_fails_only_if_a_rule_is_broken(oel: Oel) -> None:
     code, output, errors = oel("check-env", "Good")
     assert (code, errors) == (0, "")
     assert output.startswith("Good can be played; checked: build,") and output.count("\n") == 1
@@ -70,7 +70,7 @@ def test_checks(oel: Oel) -> None:
         (["check-env", "Klondike-v0"], "choose another game"),
     ],
 )
-def test_a_mistake_is_one_line(oel: Oel, arguments: list[str], message: str) -> None:
+def test_a_mistake_in_an_environment_command_is_one_line(oel: Oel, arguments: list[str], message: str) -> None:
     code, output, errors = oel(*arguments)
     assert (code, output) == (2, "")
     assert errors.startswith("oel: error: ") and message in errors and errors.count("\n") == 1

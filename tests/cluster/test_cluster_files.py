@@ -37,7 +37,7 @@ def locked(name: str) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in pairs}
 
 
-def test_ray_takes_the_cluster_of_machines() -> None:
+def test_ray_accepts_the_cluster_file_for_machines_and_refuses_a_misspelt_key() -> None:
     cluster = read("vms.yaml")
     prepared = prepare_config(deepcopy(cluster))
     validate_config(prepared)
@@ -57,7 +57,7 @@ def test_ray_takes_the_cluster_of_machines() -> None:
 
 
 @pytest.mark.parametrize("name", KUBERNETES)
-def test_kuberay_takes_the_manifests(name: str) -> None:
+def test_kuberay_accepts_the_manifests(name: str) -> None:
     jsonschema.validate(read(name), SCHEMA)
 
 
@@ -72,7 +72,7 @@ def test_kuberay_takes_the_manifests(name: str) -> None:
         lambda spec: spec["workerGroupSpecs"][1]["template"]["spec"]["volumes"][0].update(claimName="runs"),
     ],
 )
-def test_the_schema_finds_what_the_api_would_drop(break_it: Any) -> None:
+def test_the_schema_refuses_fields_that_the_api_would_silently_drop(break_it: Any) -> None:
     manifest = read("raycluster.yaml")
     break_it(manifest["spec"])
     with pytest.raises(jsonschema.ValidationError):
@@ -107,7 +107,7 @@ def test_pods_are_private_and_share_their_storage() -> None:
     assert "nvidia.com/gpu" in gpus["template"]["spec"]["containers"][0]["resources"]["limits"]
 
 
-def test_ray_takes_the_runtime_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_accepts_the_runtime_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = read("runtime_env.yaml")
     monkeypatch.chdir(ROOT)
     RuntimeEnv(**environment)
@@ -130,7 +130,7 @@ def test_the_image_holds_the_lock_and_the_package() -> None:
     assert read("raycluster.yaml")["spec"]["rayVersion"] == gpu["ray"]
 
 
-def test_the_gpu_lock_is_what_the_project_asks_for_and_what_is_tested_on_cpus() -> None:
+def test_the_gpu_lock_meets_the_project_and_differs_from_the_cpu_lock_in_torch_alone() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     gpu, cpu = locked("gpu.lock"), locked("cpu.lock")
     asked = [
@@ -145,7 +145,7 @@ def test_the_gpu_lock_is_what_the_project_asks_for_and_what_is_tested_on_cpus() 
     assert cpu["torch"] == f"{gpu['torch']}+cpu"
 
 
-def test_everything_to_fill_in_is_explained() -> None:
+def test_the_guide_explains_every_placeholder_of_the_cluster_files() -> None:
     guide = (ROOT / "docs" / "cluster.md").read_text()
     wanted = {mark for file in CLUSTER.iterdir() if file.is_file() for mark in FILL_IN.findall(file.read_text())}
     explained = set(re.findall(rf"^\| `({FILL_IN.pattern})` \|", guide, re.MULTILINE))

@@ -13,7 +13,7 @@ from oel_ray.views.explain import explain, headline
 AUTO = Auto(precision="float32", because="of this")
 
 
-def test_the_sizes_of_a_preset() -> None:
+def test_the_plan_of_a_preset_counts_stages_games_samples_resources_and_tokens() -> None:
     config = load_config("smollm2")
     assert explain(config, AUTO) == [
         "stages       12 in rounds 0 to 2",
@@ -34,7 +34,7 @@ def test_the_sizes_of_a_preset() -> None:
     assert headline(config).endswith("12 extractions, at most 30 training samples, 32 evaluation games")
 
 
-def test_without_evaluation_and_extraction() -> None:
+def test_the_plan_leaves_out_evaluation_and_extraction_that_do_not_happen() -> None:
     config = load_config("smollm2", ["evaluate.enabled=false", "extract.format=raw"])
     assert [budget.name for budget in budgets(config)] == ["play", "student", "teacher"]
     assert explain(config, AUTO)[0] == "stages       7 in rounds 0 to 2"
@@ -47,7 +47,7 @@ def test_every_step_of_the_accumulation_is_a_set_of_games_in_context() -> None:
     assert headline(config).endswith(" 64 evaluation games")
 
 
-def test_what_is_read_by_whom() -> None:
+def test_each_reader_has_a_budget_of_the_knowledge_and_response_that_it_reads() -> None:
     config = load_config("smollm2", ["extract.show_previous=false", "collect.sampling.max_tokens=99"])
     assert [(budget.knowledge, budget.response) for budget in budgets(config)] == [
         (0, 99),
@@ -65,7 +65,7 @@ def test_what_is_read_by_whom() -> None:
     ]
 
 
-def test_the_demand_on_cpus_and_on_gpus() -> None:
+def test_engines_and_trainers_demand_gpus_where_there_are_and_else_all_their_threads() -> None:
     changes = ["engines.cpu_threads=3", "engines.tensor_parallel=2", "consolidate.workers=4", "engines.device=auto"]
     config = load_config("smollm2", [*changes, "extract.resources={CPU: 6, reader: 1}"])
     cpu, gpu = demands(config, on_gpu=False), demands(config, on_gpu=True)
@@ -102,13 +102,13 @@ def test_an_engine_needs_its_gpus_on_one_node() -> None:
     assert not left and on["a"]["trainer"] * on["a"]["engines"] == 0
 
 
-def test_a_resource_of_ones_own_keeps_a_pool_on_its_nodes() -> None:
+def test_a_custom_resource_keeps_a_pool_on_the_nodes_that_have_it() -> None:
     nodes = {"a": GPU_NODE, "b": {"CPU": 64.0}, "c": {"CPU": 64.0, "collector": 2.0}}
     on, left = placed(nodes, "engines.count=1", "collect.players=3", "collect.resources={collector: 1}")
     assert on["c"]["players"] == 2 and left == {"players": 1}
 
 
-def test_nodes_that_are_alike_are_told_together() -> None:
+def test_nodes_that_are_alike_are_listed_together() -> None:
     config = load_config("smollm2", ["engines.count=2", "collect.players=1", "consolidate.workers=2"])
     nodes = {"head": {"CPU": 0.0, "memory": 1.0}, "x": {"CPU": 2.0}, "y": {"CPU": 2.0}, "z": {"CPU": 2.0}}
     said = placement(demands(config, on_gpu=False), nodes)
@@ -121,7 +121,7 @@ def test_nodes_that_are_alike_are_told_together() -> None:
 SIZE = ModelSize(10**9, values_per_token=2**16, own=10**9, trained=10**9, teacher=10**9)
 
 
-def test_what_a_gpu_holds_against_what_it_has() -> None:
+def test_the_outlook_warns_if_a_gpu_is_too_small_for_an_engine_or_a_rank() -> None:
     config = load_config("frozenlake-qwen3-1.7b", ["engines.device=cuda", "consolidate.workers=4"])
     nodes = {"head": {"CPU": 4.0}, "gpus": {"GPU": 8.0, GPU_MEMORY: 80.0 * 2**30}}
     _, engine, rank = outlook(config, SIZE, nodes, on_gpu=True)
@@ -136,7 +136,7 @@ def test_what_a_gpu_holds_against_what_it_has() -> None:
     assert unknown == "an engine's GPU: weights 1.86 GiB, caches in what is left"
 
 
-def test_a_process_on_cpus_has_the_cache_that_is_configured() -> None:
+def test_the_outlook_on_cpus_counts_the_configured_cache() -> None:
     config = load_config("smollm2", ["engines.cpu_kv_cache_gib=2"])
     where, engine, _ = outlook(config, SIZE, {"here": {"CPU": 2.0, "memory": 24.0 * 2**30}}, on_gpu=False)
     assert where.startswith("nodes: 1 x (2 CPU) for 2 engines")

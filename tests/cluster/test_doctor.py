@@ -61,9 +61,7 @@ def test_a_teacher_that_is_not_there_is_found(tmp_path: Path) -> None:
     assert "absent does not exist" in errors(here_is(tmp_path, config))
 
 
-def test_a_package_that_is_too_large_to_be_submitted_is_told_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_is_too_large_to_be_submitted_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.yaml").write_text("base: quickstart")
     assert doctor.package(str(tmp_path / "mine.yaml")) == doctor.package("quickstart") == []
     monkeypatch.setattr(submit, "LARGEST_PACKAGE", 1)
@@ -77,7 +75,7 @@ def test_gpus_that_ray_counts_and_the_driver_does_not_see_are_found(tmp_path: Pa
     assert "has 0 GPUs and Ray counts 2.0" in errors(here_is(tmp_path, gpus=2.0))
 
 
-def test_what_may_do_harm_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_may_do_harm_are_notes_and_no_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 1, 1))
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
@@ -88,7 +86,7 @@ def test_what_may_do_harm_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert part in said
 
 
-def test_other_versions_than_the_drivers_are_found(tmp_path: Path) -> None:
+def test_package_versions_that_differ_from_the_drivers_are_found(tmp_path: Path) -> None:
     assert errors(here_is(tmp_path, **versions())) == ""
     said = errors(here_is(tmp_path, **versions() | {"ray": "2.59.0"}))
     assert f"has ray {versions()['ray']} (driver: 2.59.0): install the same everywhere" in said

@@ -60,13 +60,15 @@ def test_the_folder_of_a_file_goes_with_it(tmp_path: Path, monkeypatch: pytest.M
         ("HF_ENDPOINT", "https://me:canary@hub.example.org", False),
     ],
 )
-def test_what_goes_with_a_job(name: str, value: str, passed: bool) -> None:
+def test_variables_of_libraries_go_with_a_job_but_secrets_and_those_of_this_machine_do_not(
+    name: str, value: str, passed: bool
+) -> None:
     assert submit.passed_on({name: value}) == ({name: value} if passed else {})
     job = submit.plan_job("first", "quickstart", [], RUNS, {name: value})
     assert "canary" not in job.model_dump_json()
 
 
-def test_a_name_is_a_run_and_its_jobs_are_attempts() -> None:
+def test_jobs_of_one_name_are_numbered_attempts_and_only_one_may_be_under_way() -> None:
     others = {"raysubmit_1": False, "oel-first-run-4": False, "oel-second-9": False, "None": False}
     assert submit.next_attempt("first", others) == 1
     assert submit.next_attempt("first", others | {"oel-first-1": True, "oel-first-10": True, "oel-first-9": True}) == 11
@@ -75,7 +77,7 @@ def test_a_name_is_a_run_and_its_jobs_are_attempts() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "../up", "é", 65 * "x", "a\n"])
-def test_a_name_that_is_none(name: str) -> None:
+def test_a_name_that_cannot_name_a_run_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="is no name for a run"):
         submit.plan_job(name, "quickstart", [], RUNS, {})
 
@@ -90,7 +92,7 @@ def test_only_what_ray_would_pack_is_counted(tmp_path: Path) -> None:
     assert set(submit.packed(tmp_path)) == kept | {".gitignore"}
 
 
-def test_this_repository_is_a_small_package() -> None:
+def test_this_repository_packs_to_less_than_5_mib() -> None:
     assert sum(submit.packed(ROOT).values()) < 5 * 2**20
 
 
@@ -146,7 +148,7 @@ def test_the_exit_code_is_that_of_the_job(
     assert capsys.readouterr().out == "oel-first-1: one\ntwo\n"
 
 
-def test_a_job_that_cannot_be_followed() -> None:
+def test_a_job_that_cannot_begin_or_be_followed_fails_with_the_reason() -> None:
     with pytest.raises(RunFailed, match="could not begin: no such package here"):
         submit.follow(EndedJob("FAILED", None, "no such\npackage here"), "oel-first-1")
     with pytest.raises(

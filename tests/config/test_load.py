@@ -27,7 +27,7 @@ def test_overrides_change_dotted_keys(source: str) -> None:
     assert config.engines.max_model_len == 20000
 
 
-def test_the_printed_configuration_loads_to_the_same(source: str, tmp_path: Path) -> None:
+def test_the_printed_configuration_loads_to_the_same_configuration(source: str, tmp_path: Path) -> None:
     config = load_config(source, ["evaluate.maps=5"])
     copy = tmp_path / "copy.yaml"
     copy.write_text(config.to_yaml())
@@ -49,7 +49,9 @@ def test_the_printed_configuration_loads_to_the_same(source: str, tmp_path: Path
         ("engines.max_model_len=100", "leaves no room for a prompt"),
     ],
 )
-def test_a_bad_override_is_named(source: str, override: str, message: str) -> None:
+def test_an_override_that_is_wrong_is_refused_in_one_line_that_names_it(
+    source: str, override: str, message: str
+) -> None:
     with pytest.raises(UserError) as error:
         load_config(source, [override])
     assert message in str(error.value)
@@ -57,7 +59,7 @@ def test_a_bad_override_is_named(source: str, override: str, message: str) -> No
 
 
 @pytest.mark.parametrize("text", ["- a list\n", "rounds: [\n", "just words\n"])
-def test_a_bad_file_is_named(tmp_path: Path, text: str) -> None:
+def test_a_configuration_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):
@@ -69,7 +71,7 @@ def test_an_unknown_source_lists_the_presets() -> None:
         load_config("no-such-preset")
 
 
-def test_a_policy_is_kept_of_steps_before_the_last_alone() -> None:
+def test_keep_steps_refuses_the_last_step() -> None:
     assert parse_config({"consolidate": {"steps": 4, "keep_steps": [1, 3]}}).consolidate.keep_steps == (1, 3)
     with pytest.raises(UserError, match=r"keep_steps names step 4, .* the last of steps=4"):
         parse_config({"consolidate": {"steps": 4, "keep_steps": [1, 4]}})
@@ -117,7 +119,9 @@ def test_a_section_that_is_absent_can_be_filled_by_dotted_keys(source: str) -> N
         ("env: {id: a}", ["env.id.more=1"], "id is a value, not a section"),
     ],
 )
-def test_a_mistake_in_layers_is_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+def test_a_mistake_in_a_base_file_or_switch_is_refused_in_one_line(
+    tmp_path: Path, text: str, overrides: list[str], message: str
+) -> None:
     path = tmp_path / "self.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as error:

@@ -32,7 +32,7 @@ def processor(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
         ("", [], "float32, because this processor has neither avx512_bf16 nor amx_bf16"),
     ],
 )
-def test_the_processor_decides(
+def test_auto_is_bfloat16_only_on_processors_with_instructions_for_it(
     text: str, units: list[str], choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor(monkeypatch, tmp_path, text)
@@ -41,7 +41,7 @@ def test_the_processor_decides(
 
 
 @pytest.mark.parametrize(("limit", "hidden"), [("AVX2", True), ("avx512_core", True), ("AVX512_CORE_BF16", False)])
-def test_instructions_that_onednn_may_not_use_do_not_count(
+def test_instructions_that_onednn_is_forbidden_to_use_do_not_count(
     limit: str, hidden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor(monkeypatch, tmp_path, WITH)
@@ -49,7 +49,7 @@ def test_instructions_that_onednn_may_not_use_do_not_count(
     assert (bfloat16_units() == []) == hidden
 
 
-def test_one_node_without_instructions_decides_for_a_cluster() -> None:
+def test_one_node_without_bfloat16_instructions_makes_the_whole_cluster_use_float32() -> None:
     assert auto_on_nodes([], 3).precision == "bfloat16"
     slow = auto_on_nodes(["abc"], 3)
     assert str(slow).startswith("float32, because 1 of 3 nodes have neither avx512_bf16 nor amx_bf16, e.g. abc")
@@ -65,7 +65,7 @@ def test_one_node_without_instructions_decides_for_a_cluster() -> None:
     ],
     ids=["all have them", "one lacks them", "the head computes nothing", "GPUs"],
 )
-def test_a_cluster_is_looked_at_node_by_node(
+def test_the_precision_of_a_cluster_follows_from_what_its_nodes_report(
     nodes: dict[str, dict[str, float]], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "nodes_at", lambda _: nodes)
@@ -73,7 +73,7 @@ def test_a_cluster_is_looked_at_node_by_node(
     assert session.check_resources(config).precision == expected
 
 
-def test_only_what_is_auto_is_settled() -> None:
+def test_settling_the_precision_changes_only_settings_that_are_auto() -> None:
     config = RunConfig.model_validate({"engines": {"dtype": "bfloat16"}})
     assert list(precisions(config).values()) == ["bfloat16", "auto", "auto"]
     assert list(precisions(config.settled("float32")).values()) == ["bfloat16", "float32", "float32"]
@@ -94,7 +94,7 @@ def test_a_run_keeps_the_precision_that_it_began_with(tmp_path: Path, monkeypatc
         assert folder.auto.precision == "float32"
 
 
-def test_a_run_that_does_not_say_was_begun_in_bfloat16(tmp_path: Path) -> None:
+def test_a_run_without_a_recorded_precision_reads_as_bfloat16(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, RunConfig(), Auto(precision="float32", because="of this")):
         pass
     write_json(tmp_path / "run.json", {k: v for k, v in read_json(tmp_path / "run.json").items() if k != "auto"})

@@ -37,7 +37,7 @@ def value(config: RunConfig, key: str) -> Any:
 
 @pytest.mark.parametrize("switches", [[], ["paper=true"]])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_preset_holds_the_values_of_the_paper(name: str, switches: list[str]) -> None:
+def test_the_presets_of_the_paper_hold_its_published_values(name: str, switches: list[str]) -> None:
     config = load_config(name, switches)
     extract, consolidate, evaluate = config.extract, config.consolidate, config.evaluate
     assert (
@@ -55,7 +55,7 @@ def test_a_preset_holds_the_values_of_the_paper(name: str, switches: list[str]) 
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_the_switch_takes_the_official_codes_ways(name: str) -> None:
+def test_the_switch_paper_sets_what_the_official_code_does(name: str) -> None:
     clean, paper = load_config(name), load_config(name, ["paper=true"])
     game = name.partition("-")[0]
     assert (paper.env.params, paper.env.max_turns, paper.env.min_solution) == (GAMES[game], 5, 0)

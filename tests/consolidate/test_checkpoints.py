@@ -59,7 +59,7 @@ def changed(job: Job, **consolidate: Any) -> Job:
     return dataclasses.replace(job, config=parse_config({"consolidate": consolidate}).settled("bfloat16"))
 
 
-def test_the_newest_two_of_this_very_job_stay(job: Job) -> None:
+def test_only_the_newest_two_checkpoints_of_this_job_are_kept(job: Job) -> None:
     oldest, older, newer = saved(job, 2), saved(job, 8), saved(job, 10, "b")
     (job.scratch / "a" / ".step-0012").mkdir()
     (job.scratch / "a" / "step-0014").mkdir()  # without a state
@@ -81,7 +81,7 @@ def test_the_newest_two_of_this_very_job_stay(job: Job) -> None:
         lambda job: dataclasses.replace(job, knowledge=[job.knowledge[0].model_copy(update={"text": "right"})]),
     ],
 )
-def test_another_job_starts_over(job: Job, change: Any) -> None:
+def test_a_job_with_other_inputs_or_settings_ignores_and_deletes_the_checkpoints(job: Job, change: Any) -> None:
     saved(job, 2)
     checkpoints.next_attempt(job)
     number, said = checkpoints.prepare(change(job))
@@ -90,7 +90,7 @@ def test_another_job_starts_over(job: Job, change: Any) -> None:
     assert list(job.scratch.iterdir()) == []
 
 
-def test_how_the_work_is_spread_makes_no_other_job(job: Job) -> None:
+def test_a_job_spread_over_other_ranks_or_precision_may_use_the_checkpoint(job: Job) -> None:
     saved(job, 2)
     spread = {"workers": 1, "zero_stage": 3, "precision": "float32"}
     other = changed(job, **spread, micro_batch_tokens=7, packing="always", offload_optimizer=True)
@@ -99,7 +99,7 @@ def test_how_the_work_is_spread_makes_no_other_job(job: Job) -> None:
     assert str(found.state.spread) == "2 ranks, ZeRO stage 2, bfloat16"
 
 
-def test_damage_is_found(job: Job) -> None:
+def test_a_changed_or_missing_file_of_a_checkpoint_is_found(job: Job) -> None:
     checkpoint = saved(job, 2)
     assert checkpoint.damage() == ""
     path = checkpoint.folder / checkpoints.OUTPUTS / "metrics.jsonl"
@@ -109,7 +109,7 @@ def test_damage_is_found(job: Job) -> None:
     assert checkpoint.damage() == f"{path} is missing"
 
 
-def test_attempts_are_counted_on(job: Job) -> None:
+def test_attempt_numbers_go_on_after_a_restart(job: Job) -> None:
     job.scratch.mkdir()
     assert [checkpoints.next_attempt(job) for _ in range(3)] == [0, 1, 2]
     saved(job, 2)
@@ -127,7 +127,7 @@ def test_a_checkpoint_keeps_the_rows_of_its_own_steps(job: Job, tmp_path: Path) 
         ).read_bytes() == b'{"step": 0}\n' * 2 + b'{"step": 1}\n'
 
 
-def test_without_a_checkpoint_nothing_is_said_or_left(job: Job) -> None:
+def test_without_a_checkpoint_old_attempts_are_deleted_and_nothing_is_reported(job: Job) -> None:
     job.scratch.mkdir()
     (job.scratch / "old").mkdir()
     job.target.mkdir()

@@ -110,7 +110,7 @@ def test_a_step_without_prefixes_is_an_error(batching: Literal["shuffled", "by_g
         plan(some_prefixes(1, 1, 1), batching)
 
 
-def test_knowledge_is_drawn_uniformly_and_per_prefix() -> None:
+def test_knowledge_is_drawn_uniformly_for_each_prefix_whatever_the_batching() -> None:
     items = some_prefixes(*[5] * 800)
     shuffled = plan(items, "shuffled", knowledge_count=10)
     draws = Counter(draw.knowledge for batch in shuffled for draw in batch)

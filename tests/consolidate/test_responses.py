@@ -114,7 +114,7 @@ def test_the_next_steps_responses_are_written_while_this_one_trains() -> None:
     assert engine.answered == 6, "the round has no such step"
 
 
-def test_a_response_of_other_weights_is_refused() -> None:
+def test_a_response_generated_by_other_weights_is_refused() -> None:
     engine = Engine()
     asked = responses(engine)
     asked.ask(0, "r000")

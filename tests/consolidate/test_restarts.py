@@ -84,7 +84,9 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_in_a_step(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_restarts_from_the_last_checkpoint_and_repeats_its_steps(
+    undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
     ended = drive(model, tmp_path, kill="1:consolidate:3:rank-1:attempt-0")
     assert ended.returncode == 0
     assert ended.stdout.count("note:") == 1
@@ -96,7 +98,9 @@ def test_a_rank_that_is_killed_in_a_step(undisturbed: Path, model: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_before_the_first_checkpoint(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+def test_a_rank_killed_before_the_first_checkpoint_restarts_from_the_beginning(
+    undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
     ended = drive(model, tmp_path, kill="1:consolidate:1:rank-0:attempt-0")
     assert ended.returncode == 0
     assert "attempt 1, from the start" in ended.stdout
@@ -105,7 +109,9 @@ def test_a_rank_that_is_killed_before_the_first_checkpoint(undisturbed: Path, mo
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed(undisturbed: Path, killed: Path, model: Path, tmp_path: Path) -> None:
+def test_after_its_driver_is_killed_a_resumed_round_gives_the_same_bytes(
+    undisturbed: Path, killed: Path, model: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(killed, tmp_path / "again")
     done = kept(folder)[-1]
     assert done >= 3
@@ -117,7 +123,9 @@ def test_a_driver_that_is_killed(undisturbed: Path, killed: Path, model: Path, t
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_takes_the_weights_alone(killed: Path, model: Path, tmp_path: Path) -> None:
+def test_another_number_of_ranks_resumes_with_the_weights_and_a_fresh_optimizer(
+    killed: Path, model: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(killed, tmp_path / "again")
     ended = drive(model, folder, "consolidate.workers=1")
     assert ended.returncode == 0
@@ -128,7 +136,7 @@ def test_another_number_of_ranks_takes_the_weights_alone(killed: Path, model: Pa
 
 
 @pytest.mark.slow
-def test_checkpoints_of_another_job_are_thrown_away(killed: Path, model: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_another_job_are_deleted(killed: Path, model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(killed, tmp_path / "again")
     ended = drive(model, folder, "consolidate.learning_rate=2e-3", kill="1:consolidate:0-done")
     assert "consolidation starts over: its checkpoints are damaged, or of other settings" in ended.stdout
@@ -137,7 +145,7 @@ def test_checkpoints_of_another_job_are_thrown_away(killed: Path, model: Path, t
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_costs_the_steps_behind_the_one_before(
+def test_with_its_newest_checkpoint_damaged_a_round_resumes_from_the_one_before(
     undisturbed: Path, killed: Path, model: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(killed, tmp_path / "again")
@@ -154,7 +162,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_behind_the_one_before(
 
 
 @pytest.mark.slow
-def test_without_a_sound_checkpoint_a_round_begins_anew(
+def test_without_an_undamaged_checkpoint_a_round_starts_from_the_beginning(
     undisturbed: Path, killed: Path, model: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(killed, tmp_path / "again")
@@ -175,7 +183,9 @@ def damage(folder: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_one_step_ahead_a_killed_rank_begins_with_the_weights_of_the_checkpoint(model: Path, tmp_path: Path) -> None:
+def test_with_staleness_1_a_restart_generates_its_first_responses_with_the_checkpoint(
+    model: Path, tmp_path: Path
+) -> None:
     ended = drive(model, tmp_path, "consolidate.max_staleness=1", kill="1:consolidate:3:rank-1:attempt-0")
     assert ended.returncode == 0
     assert [row["generated_by"] for row in rows(tmp_path, "metrics")] == [
@@ -189,7 +199,9 @@ def test_one_step_ahead_a_killed_rank_begins_with_the_weights_of_the_checkpoint(
 
 
 @pytest.mark.slow
-def test_what_would_come_again_ends_at_once_and_the_last_good_weights_stay(model: Path, tmp_path: Path) -> None:
+def test_an_error_that_would_repeat_ends_the_run_without_a_restart_and_keeps_good_weights(
+    model: Path, tmp_path: Path
+) -> None:
     ended = drive(model, tmp_path, "consolidate.learning_rate=1e30", "consolidate.max_skipped_steps=1")
     assert ended.returncode == 1
     assert (
@@ -207,7 +219,7 @@ def test_what_would_come_again_ends_at_once_and_the_last_good_weights_stay(model
 
 
 @pytest.mark.slow
-def test_a_step_in_which_a_rank_computes_nans_is_skipped_and_told(model: Path, tmp_path: Path) -> None:
+def test_a_step_with_nans_on_one_rank_is_skipped_on_all_ranks_and_reported(model: Path, tmp_path: Path) -> None:
     ended = drive(model, tmp_path, "consolidate.keep_steps=[2,3,4]", spoilt="2")
     assert ended.returncode == 0
     assert "progress: 3 KL not finite\n" in ended.stdout
@@ -225,7 +237,7 @@ def test_a_step_in_which_a_rank_computes_nans_is_skipped_and_told(model: Path, t
 
 
 @pytest.mark.slow
-def test_too_many_steps_with_nans_end_the_run_in_a_line_and_it_can_go_on(
+def test_too_many_steps_with_nans_end_the_run_in_one_line_and_it_can_be_resumed(
     undisturbed: Path, model: Path, tmp_path: Path
 ) -> None:
     ended = drive(model, tmp_path, EACH_STEP, "consolidate.max_skipped_steps=1", spoilt="2,3")
@@ -252,7 +264,9 @@ def undisturbed_adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.slow
-def test_a_rank_with_adapters_that_is_killed_in_a_step(undisturbed_adapters: Path, model: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_with_adapters_restarts_from_the_last_checkpoint_with_the_same_bytes(
+    undisturbed_adapters: Path, model: Path, tmp_path: Path
+) -> None:
     ended = drive(model, tmp_path, *ADAPTERS, kill="1:consolidate:3:rank-1:attempt-0")
     assert ended.returncode == 0
     assert f"attempt 1, after step 2 of {STEPS}" in ended.stdout
@@ -260,7 +274,7 @@ def test_a_rank_with_adapters_that_is_killed_in_a_step(undisturbed_adapters: Pat
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_takes_the_adapters_alone(
+def test_another_number_of_ranks_resumes_with_the_adapters_and_a_fresh_optimizer(
     undisturbed_adapters: Path, model: Path, tmp_path: Path
 ) -> None:
     ended = drive(model, tmp_path, *ADAPTERS, kill=AFTER_FOUR)

@@ -118,7 +118,7 @@ def test_neighbours_in_length_are_together_and_the_longest_come_first() -> None:
     assert length_groups([], 60) == []
 
 
-def test_weights_of_both_means() -> None:
+def test_token_weights_average_over_responses_or_over_tokens() -> None:
     samples = samples_of([2, 8, 0])
     assert token_weights(samples, "response") == [1 / 6, 1 / 24, 0.0]
     assert token_weights(samples, "token") == [0.1, 0.1, 0.0]

@@ -56,7 +56,7 @@ def test_a_loaded_model_attends_as_its_family_does(family: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_company_changes_no_hidden_state(family: str, packed: bool, tmp_path: Path) -> None:
+def test_other_samples_in_the_batch_change_no_hidden_state(family: str, packed: bool, tmp_path: Path) -> None:
     model_of(family).save_pretrained(tmp_path)
     model = load_model(tmp_path, torch.float32)
 
@@ -171,7 +171,7 @@ def test_every_family_keeps_the_names_of_its_checkpoint(family: str, tied: bool,
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_a_tied_head_that_a_folder_stores_goes_out_as_it_came(adapters: bool, tmp_path: Path) -> None:
+def test_a_tied_head_that_a_folder_stores_is_exported_too(adapters: bool, tmp_path: Path) -> None:
     """Engines build a head of their own from it. By value it is the embedding."""
     source, target = tmp_path / "source", tmp_path / "target"
     model_of("qwen3").save_pretrained(source)
@@ -194,7 +194,7 @@ def test_a_tied_head_that_a_folder_stores_goes_out_as_it_came(adapters: bool, tm
     assert load_model(target, torch.float32).lm_head.weight.equal(sent["lm_head.weight"])
 
 
-def test_the_rotary_frequencies_of_old_folders_are_no_difference(tmp_path: Path) -> None:
+def test_rotary_frequencies_stored_in_old_folders_are_ignored(tmp_path: Path) -> None:
     model_of("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)

@@ -108,7 +108,7 @@ def test_merged_weights_differ_where_there_are_adapters_and_are_rounded_once(run
         assert all(torch.equal(result["rounded"][name], merged[name].bfloat16()) for name in merged)
 
 
-def test_all_ranks_hold_the_same_weights(runs: Runs) -> None:
+def test_all_ranks_hold_the_same_merged_weights(runs: Runs) -> None:
     (_, [alone]), (_, [first, second]) = runs[1], runs[2]
     for case in CASES:
         for name, tensor in first[case]["weights"].items():
@@ -225,7 +225,7 @@ def test_adapters_go_where_they_are_told_and_never_to_the_head(tmp_path: Path) -
             layers_to_adapt(model, LoraConfig(target_modules=("q_proj", name)))
 
 
-def test_a_frozen_head_costs_no_gradient() -> None:
+def test_a_frozen_head_gets_no_gradient_and_stores_no_tensor_for_one() -> None:
     hidden_TD, head_VD = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
     student, teacher = Logits(hidden_TD, head_VD), Logits(torch.randn(3, 4), head_VD)
     loss, _ = reverse_kl(student, teacher, torch.ones(3), temperature=1.0, chunk_tokens=2)

@@ -152,7 +152,9 @@ def test_all_objectives_equal_their_definitions_in_float64(
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("soft_caps", [{}, {"student_soft_cap": 20.0, "teacher_soft_cap": 5.0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_objectives_in_lower_precision(dtype: torch.dtype, soft_caps: dict[str, float], objective: Any) -> None:
+def test_all_objectives_in_lower_precision_equal_the_dense_reference(
+    dtype: torch.dtype, soft_caps: dict[str, float], objective: Any
+) -> None:
     generator = torch.Generator().manual_seed(0)
     # Each token's logits are evenly spread, so that the support is beyond doubt.
     spread = torch.stack([torch.randperm(50, generator=generator) for _ in range(7)]) * 0.5
@@ -168,7 +170,9 @@ def test_all_objectives_in_lower_precision(dtype: torch.dtype, soft_caps: dict[s
 
 @pytest.mark.parametrize("objective", [*EXACT, {"top_k": 256}, {"top_k": 256, "tail": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_real_vocabulary(dtype: torch.dtype, objective: dict[str, Any]) -> None:
+def test_with_a_vocabulary_of_152_thousand_the_loss_equals_the_dense_reference(
+    dtype: torch.dtype, objective: dict[str, Any]
+) -> None:
     inputs = [x.to(dtype) for x in random_inputs(5, 151_936, 16, 50.0, seed=0)]
     weights_T = random_weights(5, seed=0)
     reference = dense(inputs, weights_T, 0.7, **objective)
@@ -223,7 +227,7 @@ def test_the_same_tensor_as_embedding_and_head_collects_both_gradients(objective
 @pytest.mark.parametrize("magnitude", [1.0, 1e2, 1e4])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
-def test_extreme_logits_stay_finite_and_never_negative(
+def test_with_extreme_logits_the_loss_stays_finite_accurate_and_never_negative(
     magnitude: float, objective: dict[str, Any], soft_cap: float | None
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -243,7 +247,7 @@ def test_extreme_logits_stay_finite_and_never_negative(
 
 
 @pytest.mark.parametrize("objective", EXACT, ids=str)
-def test_zero_for_equal_distributions_and_only_for_them(objective: dict[str, Any]) -> None:
+def test_the_loss_is_zero_for_equal_distributions_and_only_for_them(objective: dict[str, Any]) -> None:
     hidden, head, bias, *_ = random_inputs(10, 50, 8, 20.0, seed=1)
     same = [hidden, head, bias]
     _, kl_T, gradients = ours([*same, *same], torch.ones(10), 0.7, 4, **objective)
@@ -258,7 +262,7 @@ def test_zero_for_equal_distributions_and_only_for_them(objective: dict[str, Any
 
 
 @pytest.mark.parametrize("loss_of", [reverse_kl, forward_kl])
-def test_no_gradient_for_the_teacher_and_none_at_all_without_grad(loss_of: Any) -> None:
+def test_the_teacher_gets_no_gradient_and_no_grad_keeps_the_loss_value(loss_of: Any) -> None:
     inputs = [x.requires_grad_() for x in random_inputs(4, 20, 5, 5.0, seed=2)]
     arguments: dict[str, Any] = {"temperature": 1.0, "chunk_tokens": 3}
     models = Logits(inputs[0], inputs[1]), Logits(inputs[3], inputs[4])
@@ -288,7 +292,7 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     "options", [*EXACT, {"top_k": 20, "student_soft_cap": 5.0}, {"top_k": 20, "tail": False}], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_of_all_tokens_and_the_vocabulary(dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_no_tensor_is_as_large_as_all_tokens_times_the_vocabulary(dtype: torch.dtype, options: dict[str, Any]) -> None:
     tokens, vocabulary, chunk = 200, 500, 8
     inputs = [x.to(dtype) for x in random_inputs(tokens, vocabulary, 4, 5.0, seed=0)]
     with LargestTensor() as largest:  # type: ignore[no-untyped-call]

@@ -29,7 +29,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize(
     ("kind", "place"), [*((kind, place) for kind in KINDS for place in PLACES), (ZERO_3, "teacher")], ids=str
 )
-def test_a_step_that_was_given_up_changes_nothing(ranks: list[dict[Any, Any]], kind: Any, place: str) -> None:
+def test_a_step_given_up_out_of_memory_leaves_weights_and_optimizer_unchanged(
+    ranks: list[dict[Any, Any]], kind: Any, place: str
+) -> None:
     for rank in ranks:
         losses, weights = rank[(*kind, "nowhere", 0)]
         (shortage, *again), after = rank[(*kind, place, 1)]
@@ -39,14 +41,16 @@ def test_a_step_that_was_given_up_changes_nothing(ranks: list[dict[Any, Any]], k
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_it_may_happen_again(ranks: list[dict[Any, Any]], kind: Any) -> None:
+def test_a_step_may_run_out_of_memory_twice_and_the_weights_stay_the_same(
+    ranks: list[dict[Any, Any]], kind: Any
+) -> None:
     for rank in ranks:
         seen, weights = rank[(*kind, "forward", 2)]
         assert [isinstance(entry, str) for entry in seen] == [True, True, False, False]
         assert all(torch.equal(tensor, rank[(*kind, "nowhere", 0)][1][name]) for name, tensor in weights.items())
 
 
-def test_what_took_the_memory_is_said(ranks: list[dict[Any, Any]]) -> None:
+def test_an_out_of_memory_error_lists_the_sizes_and_names_the_settings_to_lower(ranks: list[dict[Any, Any]]) -> None:
     said = ranks[0]["stage 3"]
     for part in (
         "out of memory",
@@ -84,7 +88,7 @@ def test_what_student_and_teacher_share_is_counted_once() -> None:
     assert "the largest micro-batch is 1 x 40 tokens of width 2048" in said[0]
 
 
-def test_only_a_lack_of_memory_is_one() -> None:
+def test_only_allocation_errors_count_as_out_of_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
@@ -106,7 +110,7 @@ class Step:
         return None if len(self.counts) <= self.failures else "metrics"
 
 
-def test_the_second_try_has_half_as_large_micro_batches_and_there_is_no_third() -> None:
+def test_a_step_is_retried_once_with_half_as_large_micro_batches() -> None:
     job: Any = SimpleNamespace(config=parse_config({"consolidate": {"micro_batch_tokens": 48}}))
     samples = tiny_samples(8, seed=0)
     step: Any = Step(failures=1)

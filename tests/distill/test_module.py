@@ -74,7 +74,7 @@ def objective(temperature: float) -> Objective:
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_padding_order_and_micro_batch_size_change_nothing(kind: str) -> None:
+def test_padding_order_and_micro_batch_size_change_neither_loss_nor_gradients(kind: str) -> None:
     samples = tiny_samples(6, seed=0)
     teacher = tiny_model(kind, seed=2)
     distiller = Distiller(tiny_model(kind, seed=1), objective(0.7))

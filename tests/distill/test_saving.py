@@ -29,7 +29,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_rank_goes_on_as_if_it_had_not_stopped(saved: Saved, case: Any) -> None:
+def test_training_resumed_from_a_checkpoint_equals_training_without_a_stop(saved: Saved, case: Any) -> None:
     for rank in saved[1]:
         result = rank[case]
         assert result["skipped"], "a gradient that is not finite changes nothing, nor the steps behind it"
@@ -48,7 +48,7 @@ def test_an_optimizer_on_the_host_makes_the_same_steps(saved: Saved, case: Any) 
 
 
 @pytest.mark.parametrize("case", ADAPTERS, ids=str)
-def test_what_is_frozen_is_in_no_checkpoint(saved: Saved, case: Any) -> None:
+def test_checkpoints_with_adapters_hold_no_frozen_weights(saved: Saved, case: Any) -> None:
     files = sorted((saved[0] / "-".join(map(str, case)) / "deepspeed").rglob("*.pt"))
     assert files
     for file in files:
@@ -69,7 +69,7 @@ def test_adapters_alone_give_the_same_function_to_any_number_of_ranks(saved: Sav
     assert_equal(dict(weights_of(student, torch.float32, folder / "source")), ranks[0][case]["saved"])
 
 
-def test_the_optimizer_lies_where_it_is_told() -> None:
+def test_the_optimizer_is_offloaded_to_the_host_only_if_configured() -> None:
     config = settings(2, "bfloat16", 2)
     assert "offload_optimizer" not in deepspeed_config(config, 2, "cuda")["zero_optimization"]
     config = config.model_copy(update={"offload_optimizer": True})

@@ -59,7 +59,9 @@ def text_bytes(model: Any, text: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 @pytest.mark.parametrize("pass_tokens", [1, 25, 1000])
-def test_it_equals_reading_every_prompt_alone(kind: str, attention: str, pass_tokens: int) -> None:
+def test_the_teacher_with_kept_texts_equals_reading_every_prompt_alone(
+    kind: str, attention: str, pass_tokens: int
+) -> None:
     model = tiny_model(kind, seed=1)
     model.set_attn_implementation(attention)
     teacher = teacher_of(model, pass_tokens=pass_tokens)
@@ -69,7 +71,7 @@ def test_it_equals_reading_every_prompt_alone(kind: str, attention: str, pass_to
     assert teacher.caches.counts == CacheCounts(hits=4, builds=4)
 
 
-def test_in_bfloat16_it_is_as_near_to_float32_as_reading_anew_is() -> None:
+def test_in_bfloat16_kept_texts_are_as_near_to_float32_as_reencoding() -> None:
     exact = log_probabilities(tiny_model("untied", seed=1), SAMPLES)
     model = tiny_model("untied", seed=1).bfloat16()
     ours = furthest(of_hidden(model, teacher_of(model).hidden(SAMPLES)), exact)
@@ -86,7 +88,7 @@ def test_families_with_full_attention_keep_their_texts(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
-def test_families_with_windows_read_everything_anew(family: str) -> None:
+def test_families_with_sliding_windows_keep_no_texts_and_reencode_every_prompt(family: str) -> None:
     model = model_of(family)
     model.set_attn_implementation("eager")
     rng = random.Random(0)
@@ -113,7 +115,7 @@ def test_the_configuration_says_whether_texts_can_be_kept(changes: dict[str, Any
     assert can_keep_texts(model) == can
 
 
-def test_neither_order_nor_company_changes_anything_and_kept_texts_stay_as_they_are() -> None:
+def test_teacher_outputs_depend_on_no_other_sample_and_kept_texts_stay_unchanged() -> None:
     model = tiny_model("tied", seed=1)
     teacher = teacher_of(model, pass_tokens=1000)
     together = teacher.hidden(SAMPLES)
@@ -125,7 +127,7 @@ def test_neither_order_nor_company_changes_anything_and_kept_texts_stay_as_they_
     assert all(torch.equal(x, y) for x, y in zip(together, again, strict=True))
 
 
-def test_texts_that_find_no_room_on_the_device_wait_on_the_host_or_are_read_again() -> None:
+def test_texts_without_room_on_the_device_are_kept_on_the_host_or_reencoded() -> None:
     model = tiny_model("tied", seed=1)
     expected = log_probabilities(model, SAMPLES)
     sizes = sorted(text_bytes(model, text) for text in KNOWLEDGE)
@@ -147,7 +149,7 @@ def text_cache(length: int) -> TextCache:
     return TextCache(((torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1)),))  # 8 bytes a token
 
 
-def test_the_least_recently_used_goes_first_and_is_copied_once() -> None:
+def test_the_least_recently_used_text_is_offloaded_first_and_copied_once() -> None:
     caches = TextCaches(lambda text: text_cache(len(text)), torch.device("cpu"), device_bytes=16, host_bytes=24)
     a, b, c, d = (1,), (2,), (3,), (4,)
     for text in (a, b, a, c):

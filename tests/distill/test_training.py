@@ -196,7 +196,7 @@ def test_bfloat16_follows_float32_and_is_the_same_at_every_stage(runs: Runs) -> 
         assert losses == pytest.approx([m["loss"] for m in ranks[0][kind, 3, precision]["metrics"]], rel=1e-3)
 
 
-def test_bounds_on_bfloat16_tell_a_precision_of_half_the_bits() -> None:
+def test_the_bounds_on_bfloat16_would_catch_rounding_to_five_bits() -> None:
     """Rounding to five bits, eight times as coarse, would be seen."""
     losses, _ = plain_training("tied")
     coarse, _ = plain_training("tied", rounding=1, bits=5)

@@ -93,9 +93,7 @@ def run(config: RunConfig, pool: Pool, knowledge: str, steps: int, folder: Path)
     return [orjson.loads(line) for line in job.metrics.read_bytes().splitlines()]
 
 
-def test_without_knowledge_untouched_weights_have_nothing_to_learn(
-    config: RunConfig, pool: Pool, tmp_path: Path
-) -> None:
+def test_without_knowledge_the_loss_of_untouched_weights_is_zero(config: RunConfig, pool: Pool, tmp_path: Path) -> None:
     """Zero at rest: every slip of an index, a template or a weight on the long way would show here."""
     (row,) = run(config, pool, "", 1, tmp_path)
     assert row["tokens"] > 0
@@ -114,7 +112,9 @@ def test_knowledge_is_distilled_into_the_weights(config: RunConfig, pool: Pool, 
 
 
 @pytest.mark.slow
-def test_one_step_ahead_learns_from_the_weights_before(config: RunConfig, pool: Pool, tmp_path: Path) -> None:
+def test_with_staleness_1_it_learns_from_responses_of_the_step_before(
+    config: RunConfig, pool: Pool, tmp_path: Path
+) -> None:
     rows = run(changed(config, max_staleness=1, learning_rate=LOW_RATE), pool, KNOWLEDGE, MANY_STEPS, tmp_path)
     kl = [row["kl_per_token"] for row in rows]
     assert sum(kl[-3:]) / 3 <= 0.7 * kl[0]
@@ -122,7 +122,7 @@ def test_one_step_ahead_learns_from_the_weights_before(config: RunConfig, pool: 
 
 
 @pytest.mark.parametrize("steps", [2, pytest.param(MANY_STEPS, marks=pytest.mark.slow)])
-def test_off_policy_the_teacher_writes_and_the_engines_keep_its_weights(
+def test_off_policy_the_teacher_generates_and_the_engines_keep_its_weights(
     config: RunConfig, pool: Pool, tmp_path: Path, steps: int
 ) -> None:
     config = changed(config, responses="teacher", divergence="forward", learning_rate=LOW_RATE)

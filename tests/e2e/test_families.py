@@ -37,7 +37,7 @@ PLAIN, ON, OFF = "plain", "on", "off"
         ("qwen3", False, OFF),
     ],
 )
-def test_a_round_changes_the_weights_and_nothing_else_of_a_policy(
+def test_a_round_changes_only_the_weights_in_a_policy_folder(
     family: str, tied: bool, thinking: str, tmp_path: Path
 ) -> None:
     closes = thinking == ON and not tied

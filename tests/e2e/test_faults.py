@@ -88,7 +88,7 @@ def serving(model: Path, name: str, player_count: int, max_tokens: int, **engine
         yield Stage(config, pool, gamers)
 
 
-def test_a_worker_that_is_killed_takes_its_engine_with_it(tmp_path: Path) -> None:
+def test_a_killed_vllm_worker_ends_its_engine_which_is_replaced(tmp_path: Path) -> None:
     """With tensor parallelism the ranks are processes of their own, below the core."""
     with serving(save_tiny_model(tmp_path), "test-workers", 1, 64, tensor_parallel=2, stall_deadline_s=30) as stage:
         (core,) = cores()
@@ -126,7 +126,9 @@ def both_engines(stage: Stage) -> None:
     assert len(cores()) == 2
 
 
-def test_a_core_that_is_killed_while_it_writes(stage: Stage, undisturbed: list[Trajectory]) -> None:
+def test_a_core_killed_while_it_writes_is_replaced_and_the_games_stay_the_same(
+    stage: Stage, undisturbed: list[Trajectory]
+) -> None:
     core = cores()[0]
     actor = core.parent()
     games, happened = stage.play(4, core.kill)
@@ -137,7 +139,9 @@ def test_a_core_that_is_killed_while_it_writes(stage: Stage, undisturbed: list[T
     assert_gone([core, actor])
 
 
-def test_a_core_that_is_killed_while_it_is_idle(stage: Stage, undisturbed: list[Trajectory]) -> None:
+def test_a_core_killed_while_idle_is_replaced_and_the_games_stay_the_same(
+    stage: Stage, undisturbed: list[Trajectory]
+) -> None:
     """It is found out without a request, or by the first one."""
     cores()[0].kill()
     games, happened = stage.play()
@@ -147,7 +151,9 @@ def test_a_core_that_is_killed_while_it_is_idle(stage: Stage, undisturbed: list[
 
 
 @pytest.mark.parametrize("which", ["core", "actor"])
-def test_an_engine_that_is_stopped_while_it_writes(stage: Stage, undisturbed: list[Trajectory], which: str) -> None:
+def test_an_engine_stopped_while_it_writes_is_replaced_and_the_games_stay_the_same(
+    stage: Stage, undisturbed: list[Trajectory], which: str
+) -> None:
     core = cores()[0]
     actor = core.parent()
     assert actor
@@ -158,14 +164,16 @@ def test_an_engine_that_is_stopped_while_it_writes(stage: Stage, undisturbed: li
     assert_gone([core, actor])
 
 
-def test_both_cores_are_killed_while_they_write(stage: Stage, undisturbed: list[Trajectory]) -> None:
+def test_both_cores_killed_while_they_write_are_replaced_and_the_games_stay_the_same(
+    stage: Stage, undisturbed: list[Trajectory]
+) -> None:
     games, happened = stage.play(4, lambda: [core.kill() for core in cores()])
     assert games == undisturbed
     assert happened["engine_restarts"] == 2
     both_engines(stage)
 
 
-def test_a_player_that_is_killed(stage: Stage, undisturbed: list[Trajectory]) -> None:
+def test_a_killed_player_is_replaced_and_the_games_stay_the_same(stage: Stage, undisturbed: list[Trajectory]) -> None:
     player = next(process for process in children() if re.match(r"ray::(\S+:)?Player\b", " ".join(process.cmdline())))
     games, happened = stage.play(4, player.kill)
     assert games == undisturbed

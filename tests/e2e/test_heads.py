@@ -48,7 +48,9 @@ def off_greedy(policy: Path, said: list[tuple[list[int], list[int]]]) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["tied", "stored", "untied"])
 @pytest.mark.parametrize("name", ["micro", "qwen3"])
-def test_two_rounds_write_what_the_policy_of_the_moment_would(name: str, head: str, tmp_path: Path) -> None:
+def test_every_response_of_two_rounds_is_what_the_policy_of_its_step_would_write(
+    name: str, head: str, tmp_path: Path
+) -> None:
     model, folder = model_of(name, head, tmp_path / "model"), tmp_path / "run"
     settings = ["rounds=2", f"thinking={str(name == 'micro').lower()}"]
     finished = oel("run", "exact", f"model={model}", *SMALL, *settings, "--run-dir", str(folder))

@@ -138,7 +138,7 @@ def test_a_job_killed_and_submitted_again_goes_on(cluster: Cluster, game: Path, 
     assert "canary" not in str(jobs)
 
 
-def test_ctrl_c_leaves_the_job_alone(cluster: Cluster, game: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_following_and_leaves_the_job_running(cluster: Cluster, game: Path, tmp_path: Path) -> None:
     submit = ["oel", "submit", str(game), *SMALL, "--name", "second", "--runs", str(tmp_path)]
     with subprocess.Popen(
         [BIN / submit[0], *submit[1:]],
@@ -168,7 +168,7 @@ def test_ctrl_c_leaves_the_job_alone(cluster: Cluster, game: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("changes", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "f00d" * 12}])
-def test_without_the_token_nothing_is_taken(cluster: Cluster, changes: dict[str, str]) -> None:
+def test_a_job_without_the_token_is_refused_in_one_line(cluster: Cluster, changes: dict[str, str]) -> None:
     refused = cluster.call("oel", "submit", "quickstart", "--name", "third", **changes)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.count("\n") == 1, refused.stderr

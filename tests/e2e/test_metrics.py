@@ -93,7 +93,7 @@ def test_every_series_has_data_with_its_tags(run: tuple[Scraper, RunFolder]) -> 
             assert set(series.value.tags) <= labels.keys(), series
 
 
-def test_values_are_those_of_the_run(run: tuple[Scraper, RunFolder]) -> None:
+def test_counters_agree_with_the_metrics_of_the_run(run: tuple[Scraper, RunFolder]) -> None:
     scraper, folder = run
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     collected = next(row for row in rows if row["stage"] == "collect")
@@ -109,13 +109,13 @@ def test_values_are_those_of_the_run(run: tuple[Scraper, RunFolder]) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("grpc_reflection") is None, reason="needs ray[serve]")
-def test_vllm_tells_its_own(run: tuple[Scraper, RunFolder]) -> None:
+def test_the_metrics_of_vllm_are_exported_with_the_name_of_the_engine(run: tuple[Scraper, RunFolder]) -> None:
     scraper, _ = run
     for name in ("ray_vllm_num_requests_running", "ray_vllm_generation_tokens_total"):
         assert any('model_name="engine-0"' in labels for labels in scraper.seen[name])
 
 
-def test_scalars_are_in_tensorboard(run: tuple[Scraper, RunFolder]) -> None:
+def test_tensorboard_holds_the_scalars_of_every_stage(run: tuple[Scraper, RunFolder]) -> None:
     _, folder = run
     scalars = written(folder.path / "tensorboard")
     assert [step for step, _ in scalars["training/kl_per_token"]] == [0, 1]
@@ -139,5 +139,5 @@ def test_actors_write_records_with_run_round_stage_and_actor(run: tuple[Scraper,
     assert "extractor-1-0" in {record.get("actor_name") for record in ours}
 
 
-def test_nothing_hung(run: tuple[Scraper, RunFolder]) -> None:
+def test_a_healthy_run_writes_no_stacks_of_hung_actors(run: tuple[Scraper, RunFolder]) -> None:
     assert not (run[1].path / "hang").exists()

@@ -45,7 +45,7 @@ SCALED_DOWN = [
         ("sokoban-qwen3-4b-instruct", True, False),
     ],
 )
-def test_a_preset_runs_from_end_to_end(
+def test_every_preset_runs_from_end_to_end_and_passes_verify(
     preset: str, tied: bool, thinking: bool, switches: list[str], tmp_path: Path
 ) -> None:
     can_think = not preset.endswith("-instruct")

@@ -97,7 +97,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
 
 
 @pytest.mark.parametrize("query", queries())
-def test_a_panel_has_data(prometheus: Prometheus, query: str) -> None:
+def test_every_panel_of_the_dashboard_has_data(prometheus: Prometheus, query: str) -> None:
     for name, value in VARIABLES.items():
         query = query.replace(name, value)
     assert any(math.isfinite(value) for value in prometheus.values(query))

@@ -40,7 +40,9 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sender_that_is_killed_in_the_middle_of_a_sync(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+def test_a_sender_killed_in_the_middle_of_a_sync_costs_no_byte_of_the_run(
+    undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     ended = oel(
         "run", "exact", f"model={model}", *SETTINGS, "--run-dir", str(folder), kill_after="r001.s0003.a0:half-sent"
@@ -51,7 +53,9 @@ def test_a_sender_that_is_killed_in_the_middle_of_a_sync(undisturbed: Path, mode
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_inside_a_round(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+def test_after_a_driver_is_killed_inside_a_round_it_resumes_at_the_last_checkpoint(
+    undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     arguments = ["run", "exact", f"model={model}", *SETTINGS, "--run-dir", str(folder)]
     assert oel(*arguments, kill_after="1:consolidate:2-done").returncode == -signal.SIGKILL

@@ -64,7 +64,7 @@ def texts(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if not left_out & {*path.parts}}
 
 
-def test_the_run_folder_holds_what_it_promises(undisturbed: Path) -> None:
+def test_the_run_folder_holds_every_promised_file_and_passes_verify(undisturbed: Path) -> None:
     verified = oel("verify", str(undisturbed), "--replay")
     assert verified.returncode == 0, verified.stdout
     expected = {
@@ -155,7 +155,7 @@ def test_stopped_by_signals_it_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_stages_by_hand_on_files_of_another_run_give_what_it_gave(
+def test_stages_by_hand_on_files_of_another_run_give_the_same_bytes(
     undisturbed: Path, model: Path, tmp_path: Path
 ) -> None:
     """Games and knowledge are all that extraction and consolidation read; no environment is there to be asked.

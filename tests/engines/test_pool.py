@@ -107,7 +107,7 @@ def assert_no_load(pool: Pool) -> None:
         time.sleep(0.02)
 
 
-def test_keys_spread_and_stay() -> None:
+def test_keys_spread_evenly_over_engines_and_each_stays_on_its_own() -> None:
     with two_engines() as pool:
         first = {key: engine_of(answer) for key, answer in zip("abcd", ask(pool, "abcd"), strict=True)}
         assert sorted(first.values()) == ["engine-0", "engine-0", "engine-1", "engine-1"]
@@ -131,7 +131,7 @@ def test_requests_of_a_dead_engine_go_to_the_other_until_none_is_left() -> None:
         assert str(answers[0]).startswith("no healthy engine is left (engine 0 died more than")
 
 
-def test_a_deadline_is_kept_whatever_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_ends_by_its_deadline_even_if_the_engine_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oel_ray.engines.client.CONTROL_DEADLINE_S", 2.0)
     with two_engines(generate_deadline_s=0.5, max_restarts=0) as pool:
         behave("wait", 0)
@@ -175,7 +175,7 @@ def test_an_engine_that_stands_still_is_replaced_before_its_requests_are_late() 
         assert (counts["prompt_tokens"], counts["response_tokens"]) == (40, 4)
 
 
-def test_an_engine_that_dies_unasked_is_replaced() -> None:
+def test_an_engine_that_dies_between_requests_is_replaced_without_a_request() -> None:
     with two_engines(stall_deadline_s=2.0) as pool:
         ray.kill(ray.get_actor("engine-1"))
         end = time.monotonic() + 15
@@ -198,7 +198,7 @@ def test_a_stalled_engine_of_a_trainer_gives_its_requests_up_at_once() -> None:
         assert restarts(pool) == 0
 
 
-def test_who_does_not_load_a_policy_in_time_is_replaced_by_one_that_has_it() -> None:
+def test_an_engine_that_misses_the_deadline_of_a_load_is_replaced_with_the_new_policy() -> None:
     with two_engines(sync_deadline_s=1.0) as pool:
         behave("never load", 1)
         pool.deploy(Path("policy"), "r002")
@@ -206,7 +206,7 @@ def test_who_does_not_load_a_policy_in_time_is_replaced_by_one_that_has_it() -> 
         assert [engine_of(answer) for answer in ask(pool, "abcd")] == ["r002"] * 4
 
 
-def test_a_sync_that_misses_its_deadline_costs_the_engines_that_have_not_finished(tmp_path: Path) -> None:
+def test_a_sync_that_misses_its_deadline_replaces_only_engines_that_have_not_finished(tmp_path: Path) -> None:
     with two_engines(fakes.Recording, policy=tmp_path / "steps") as pool:
         engines = pool.engines()
         client = EngineSyncClient(engines, 1, 1.0)
@@ -223,7 +223,7 @@ def test_a_sync_that_misses_its_deadline_costs_the_engines_that_have_not_finishe
         )
 
 
-def test_what_an_engine_says_in_a_failed_sync_is_told_in_a_line_though_others_wait(tmp_path: Path) -> None:
+def test_an_engines_error_in_a_sync_is_reported_at_once_in_one_line_while_others_wait(tmp_path: Path) -> None:
     said = "^engine 1 failed a weight sync: engines: RuntimeError: incomplete weight sync: missing .'lm_head.weight'.$"
     with two_engines(fakes.Recording, policy=tmp_path / "steps") as pool:
         client, started = EngineSyncClient(pool.engines(), 1, 60.0), time.monotonic()
@@ -234,7 +234,7 @@ def test_what_an_engine_says_in_a_failed_sync_is_told_in_a_line_though_others_wa
         assert time.monotonic() - started < 30
 
 
-def test_the_pool_answers_at_once_whatever_its_engines_do() -> None:
+def test_the_pool_answers_at_once_even_if_its_engines_hang() -> None:
     with two_engines(sync_deadline_s=2.0) as pool:
         behave("wait", 0, 1)
         running = [pool.actor.lease.remote(f"lease {n}", "a", 100) for n in range(50)]
@@ -250,7 +250,7 @@ def test_the_pool_answers_at_once_whatever_its_engines_do() -> None:
         ray.get(loading, timeout=30)
 
 
-def test_what_fails_while_a_trainer_sends_weights_is_replaced_when_all_are_asked_for() -> None:
+def test_engines_that_fail_during_training_are_replaced_only_when_the_trainer_asks_for_all() -> None:
     with two_engines() as pool:
         pool.deploy(Path("policy"), "r001")
         pool.engines()
@@ -263,7 +263,7 @@ def test_what_fails_while_a_trainer_sends_weights_is_replaced_when_all_are_asked
         assert restarts(pool) == 2
 
 
-def test_what_a_dead_trainer_had_leased_is_nobodys_when_the_next_one_begins() -> None:
+def test_leases_of_a_dead_trainer_are_dropped_when_the_next_one_asks_for_the_engines() -> None:
     with two_engines() as pool:
         ray.get(pool.actor.lease.remote("a dead rank's", "a", 100), timeout=30)
         assert sorted(loads(pool)) == [0, 100]
@@ -271,7 +271,7 @@ def test_what_a_dead_trainer_had_leased_is_nobodys_when_the_next_one_begins() ->
         assert loads(pool) == [0, 0]
 
 
-def test_deploying_replaces_what_died() -> None:
+def test_deploying_replaces_dead_engines_with_ones_that_serve_the_new_policy() -> None:
     with two_engines() as pool:
         pool.engines()
         behave("die", 0)
@@ -296,7 +296,7 @@ def test_a_replacement_that_does_not_serve_uses_up_the_budget(engine: type, why:
         assert restarts(pool) == 2
 
 
-def test_a_machine_without_memory_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_out_of_memory_error_of_ray_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray ends processes when memory runs out; who waits for them is told so by an error of another kind."""
     with two_engines() as pool:
 
@@ -401,7 +401,7 @@ def test_a_sync_reaches_every_engine_at_a_rank_of_its_own(tmp_path: Path) -> Non
     ]
 
 
-def test_a_rank_that_does_not_send_still_gathers() -> None:
+def test_a_rank_that_sends_no_weights_still_joins_every_gather() -> None:
     weights = FewWeights()
     sync = WeightSync([], weights, engines_config("float32"), rank=1, on_gpu=False)
     sync.send("r001.s0001.a0")
@@ -410,7 +410,7 @@ def test_a_rank_that_does_not_send_still_gathers() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_engine_behind_ray(tmp_path: Path) -> None:
+def test_a_real_engine_in_ray_serves_every_synced_policy_and_is_replaced_after_a_kill(tmp_path: Path) -> None:
     """A pool's whole life: start, answers, syncs; an engine that is killed leaves nothing behind and is replaced."""
     student = Student("untied", "bfloat16", tmp_path)
     config = engines_config("bfloat16", check_weights="all")

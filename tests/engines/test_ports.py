@@ -38,14 +38,14 @@ def start(tmp_path: Path, failures: int, monkeypatch: pytest.MonkeyPatch) -> lis
     return ports
 
 
-def test_an_engine_that_finds_its_port_taken_looks_in_other_ranges(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_whose_port_is_taken_starts_on_another_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ports = start(tmp_path, 2, monkeypatch)
     assert len(set(ports)) == 3 and all(20_000 <= port < 32_000 for port in ports)
     assert min(abs(one - other) for one in ports for other in ports if one != other) >= 20
 
 
-def test_an_engine_that_finds_no_port_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_finds_no_free_port_fails_with_that_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(RunFailed, match=r"^engine 0 did not start: .*address already in use"):
         start(tmp_path, 3, monkeypatch)

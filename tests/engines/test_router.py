@@ -38,7 +38,7 @@ def test_an_unhealthy_replica_gets_nothing() -> None:
         routes.pick("a", 10)
 
 
-def test_only_so_many_keys_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_router_forgets_the_least_recent_keys_beyond_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oel_ray.engines.router.REMEMBERED", 3)
     routes = router(1)
     for key in "abcade":

@@ -19,7 +19,7 @@ class Vllm:
         return agree
 
 
-def test_it_is_unwell_until_a_sync_comes_to_its_end() -> None:
+def test_an_engine_is_unhealthy_until_a_weight_sync_is_finished() -> None:
     engine = Engine.__new__(Engine)
     engine.index, engine._llm = 0, Vllm()
     engine._sync_failed = engine._sync_open = False

@@ -91,7 +91,7 @@ def test_a_good_environment_has_no_findings(env_id: str, params: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("env_id", IDS.split())
-def test_every_game_that_runs_here(env_id: str) -> None:
+def test_every_single_player_game_of_textarena_that_runs_here_keeps_all_rules(env_id: str) -> None:
     findings = [finding for finding in check_environment(env_id, {}) if finding.rule != "speed"]
     assert findings == [], told(findings)
 
@@ -104,7 +104,7 @@ def test_games_with_one_map_get_a_note(env_id: str) -> None:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_breach_is_found_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_rule_is_found_by_its_name_and_no_other_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if BROKEN[name] == {"speed"}:
         monkeypatch.setattr(check, "_SLOW_STEP_S", 0.001)
         monkeypatch.setattr(check, "_SLOW_BUILD_S", 0.001)
@@ -114,7 +114,7 @@ def test_a_breach_is_found_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert RULES[finding.rule] in str(finding) and "\n" not in str(finding)
 
 
-def test_every_rule_can_be_broken() -> None:
+def test_every_rule_is_broken_by_some_test_game() -> None:
     assert set.union(*BROKEN.values()) == set(RULES)
 
 
@@ -126,7 +126,7 @@ def test_an_exception_names_the_call() -> None:
     assert "no_such_module" in told(check_environment("absent", {}))
 
 
-def test_the_checker_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_checker_prints_nothing_and_leaves_the_random_state_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     import random
 
     random.seed(8)
@@ -147,7 +147,7 @@ def test_the_checker_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None
         ("Lamps-v1", {"rooms": "3"}, "must be of type int"),
     ],
 )
-def test_a_mistake_of_the_user_is_no_finding(env_id: str, params: dict, message: str) -> None:
+def test_a_wrong_id_or_parameter_is_a_user_error_and_no_finding(env_id: str, params: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_environment(env_id, params)
 
@@ -162,7 +162,7 @@ def test_a_mistake_of_the_user_is_no_finding(env_id: str, params: dict, message:
         ("TwentyQuestions-v0", ["OPENROUTER_API_KEY"]),
     ],
 )
-def test_what_cannot_be_played_here_says_why(
+def test_a_game_that_cannot_run_here_is_refused_with_the_reason_and_no_download(
     env_id: str, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nltk = pytest.importorskip("nltk")

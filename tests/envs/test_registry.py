@@ -99,7 +99,7 @@ def test_importing_the_package_imports_no_textarena() -> None:
         ("Sokoban-v0", {"dim_room": [1, 1]}, ["Sokoban-v0", "dim_room=[1, 1]"]),
     ],
 )
-def test_mistakes_are_told_in_one_line(env_id: str, params: dict, parts: list[str]) -> None:
+def test_a_wrong_environment_or_parameter_is_refused_in_one_line(env_id: str, params: dict, parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         make(env_id, 1, params)
     assert "\n" not in str(caught.value)
@@ -107,7 +107,7 @@ def test_mistakes_are_told_in_one_line(env_id: str, params: dict, parts: list[st
         assert part in str(caught.value)
 
 
-def test_known_ids_are_the_single_player_ones() -> None:
+def test_the_known_ids_hold_single_player_games_only() -> None:
     names = known_ids()
     assert {"FrozenLake-v0", "FrozenLake-v0-random", "Sokoban-v0-medium", "2048-v0"} <= set(names)
     assert not [name for name in names if name.startswith("Chess") or name.endswith("-raw")]

@@ -5,16 +5,16 @@ from oel_ray.envs.solvers import solve_frozen_lake, solve_sokoban
 WALL, FLOOR, TARGET, BOX, PLAYER = 0, 1, 2, 4, 5
 
 
-def test_shortest_way_round_a_hole() -> None:
+def test_the_lake_solver_finds_the_shortest_way_round_holes() -> None:
     assert solve_frozen_lake([" H ", "   ", "HHG"], (0, 0)) == ["[down]", "[right]", "[right]", "[down]"]
     assert solve_frozen_lake(["GH ", " H ", "    "], (2, 0)) == ["[up]", "[up]"]
 
 
-def test_no_way_is_an_empty_solution() -> None:
+def test_a_lake_without_a_way_has_an_empty_solution() -> None:
     assert solve_frozen_lake([" H ", "H  ", "  G"], (0, 0)) == []
 
 
-def test_one_push() -> None:
+def test_the_sokoban_solver_finds_a_single_push() -> None:
     fixed = [[0, 0, 0, 0, 0], [0, 1, 1, 2, 0], [0, 0, 0, 0, 0]]
     room = [[0, 0, 0, 0, 0], [0, PLAYER, BOX, 2, 0], [0, 0, 0, 0, 0]]
     assert solve_sokoban(fixed, room) == ["[right]"]
@@ -32,7 +32,7 @@ def test_two_boxes_need_both_targets() -> None:
     assert solve_sokoban(fixed, room) == ["[left]", "[right]", "[right]"]
 
 
-def test_a_search_beyond_the_limit_says_nothing() -> None:
+def test_a_sokoban_search_beyond_its_limit_gives_none() -> None:
     size = 8
     fixed = [[0 if {r, c} & {0, size - 1} else 1 for c in range(size)] for r in range(size)]
     fixed[1][1] = 2

@@ -55,7 +55,7 @@ def test_the_3x3_lake_has_19_maps() -> None:
         held_out_episodes(LAKE, 3, 20)
 
 
-def test_no_map_left_to_learn_on() -> None:
+def test_a_split_that_leaves_no_training_map_is_refused() -> None:
     hashes = {episode.map_hash for episode in held_out_episodes(LAKE, 3, 19)}
     with pytest.raises(UserError, match=r"19 distinct maps.*evaluate\.maps"):
         training_episodes(LAKE, 3, 1, "extraction", 1, hashes)
@@ -67,7 +67,7 @@ def test_training_repeats_maps_where_there_are_few() -> None:
     assert len(episodes) == 30 and len({episode.map_hash for episode in episodes}) == 1
 
 
-def test_the_official_seeds() -> None:
+def test_the_paper_split_uses_the_seeds_of_the_official_code() -> None:
     env = changed(LAKE, split="paper")
     held_out = held_out_episodes(env, 3, 40)
     assert [episode.seed for episode in held_out] == [468460046 + 1000 * i for i in range(40)]
@@ -84,7 +84,7 @@ def test_the_official_seeds() -> None:
 
 
 @pytest.mark.parametrize("split", ["by_map", "paper"])
-def test_only_maps_of_a_certain_length(split: str) -> None:
+def test_only_maps_with_solutions_within_the_bounds_are_drawn(split: str) -> None:
     env = changed(ROOM, split=split, min_solution=4, max_turns=5)
     every = changed(ROOM, split=split)
     held_out = held_out_episodes(env, 3, 8)
@@ -101,7 +101,7 @@ def test_only_maps_of_a_certain_length(split: str) -> None:
 
 @pytest.mark.parametrize("split", ["by_map", "paper"])
 @pytest.mark.parametrize("changes", [{"min_solution": 5, "max_turns": 10}, {"min_solution": 4, "max_turns": 3}])
-def test_no_map_is_long_or_short_enough(split: str, changes: dict) -> None:
+def test_bounds_that_no_map_meets_are_refused_with_the_lengths_found(split: str, changes: dict) -> None:
     with pytest.raises(UserError, match=r"solutions of \d to \d+ moves.*env\.min_solution.*env\.max_turns"):
         held_out_episodes(changed(LAKE, split=split, **changes), 3, 2)
     with pytest.raises(UserError, match=r"solutions of \d to \d+ moves.*env\.min_solution.*env\.max_turns"):

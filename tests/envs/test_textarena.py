@@ -88,7 +88,7 @@ def test_a_game_is_the_same_alone_and_among_others(env_id: str, params: dict) ->
     assert rounds(make(env_id, 11, params), others) == alone
 
 
-def test_chance_runs_on_as_in_a_bare_game() -> None:
+def test_random_draws_within_a_game_are_those_of_the_bare_textarena_game() -> None:
     """2048 draws a tile at every step: the draws continue from step to step although other code draws in between."""
     environment = make("2048-v0", 6, {})
     bare = textarena.make("2048-v0-raw")
@@ -117,7 +117,7 @@ def test_the_random_state_of_the_process_is_untouched() -> None:
 
 
 @pytest.mark.parametrize(("env_id", "params"), [LAKE, ROOM])
-def test_observations_do_not_pile_up(env_id: str, params: dict) -> None:
+def test_an_observation_holds_the_board_once(env_id: str, params: dict) -> None:
     firsts = set()
     for _ in range(5):
         environment = make(env_id, 3, params)
@@ -138,7 +138,7 @@ def lake_after(grid_wanted: str, moves: list[str]):
     raise AssertionError("no such board")
 
 
-def test_a_hole_is_no_success_although_it_pays() -> None:
+def test_falling_into_a_hole_is_no_success_although_textarena_rewards_it() -> None:
     environment, steps = lake_after("P  H  H G", ["[down]"])
     assert steps[-1].done and "hole" in steps[-1].outcome
     assert environment.success() is False
@@ -197,7 +197,7 @@ def test_success_is_false_before_the_end() -> None:
         ("\u2603 [\u4e0a] [right] \U0001f600", "[right]"),
     ],
 )
-def test_reading_moves(response: str, action: str) -> None:
+def test_the_last_known_move_in_brackets_is_the_action(response: str, action: str) -> None:
     assert read_action(response, moves_only=True) == action
 
 
@@ -211,7 +211,9 @@ def test_reading_moves(response: str, action: str) -> None:
         ("", ""),
     ],
 )
-def test_reading_other_games(response: str, action: str) -> None:
+def test_in_games_without_moves_the_last_bracket_or_else_the_whole_answer_is_the_action(
+    response: str, action: str
+) -> None:
     assert read_action(response, moves_only=False) == action
 
 
@@ -244,7 +246,7 @@ def test_any_single_player_game_is_played_by_its_own_rules(env_id: str) -> None:
 
 
 @pytest.mark.parametrize("env_id", ["Countdown-v0", "Cryptarithm-v0", "Slitherlink-v0", "ThreeCardMonte-v0"])
-def test_games_that_mix_up_reason_and_reward(env_id: str) -> None:
+def test_games_that_swap_reason_and_reward_give_the_reason_and_no_success(env_id: str) -> None:
     environment = make(env_id, 3, {})
     assert "Reason: Bad action" in environment.step("hm").feedback.replace("Invalid action", "Bad action")
     last = environment.step("hm")
@@ -260,7 +262,7 @@ def test_a_board_that_is_laid_out_later_has_a_hash_of_its_seed() -> None:
     assert make("Minesweeper-v0-small", 1, {}).map_hash == first.map_hash
 
 
-def test_map_hash_is_the_content() -> None:
+def test_two_boards_have_the_same_map_hash_only_if_they_are_equal() -> None:
     by_hash: dict[str, set[str]] = {}
     for seed in range(200):
         environment = make(LAKE[0], seed, LAKE[1])
@@ -292,7 +294,7 @@ def test_map_hashes_agree_between_processes() -> None:
         ("Sokoban-v0", {}, range(3)),
     ],
 )
-def test_solutions_win(env_id: str, params: dict, seeds: range) -> None:
+def test_playing_the_solution_wins_with_its_last_move(env_id: str, params: dict, seeds: range) -> None:
     for seed in seeds:
         environment = make(env_id, seed, params)
         solution = environment.solution()

@@ -68,7 +68,7 @@ def test_renaming_changes_nothing_but_the_letters_of_a_board() -> None:
 
 
 @given(WORLDS, SEEDS)
-def test_a_player_that_was_told_goes_a_shortest_way(world: World, seed: int) -> None:
+def test_a_player_that_was_told_reaches_the_goal(world: World, seed: int) -> None:
     rng = random.Random(seed)
     told = knowledge(rng.choice(["all", "hole", "goal", "repeated", "phrased"]), world, rng)
     played = shown.play(world, told, rng, limit=16, wander=0.0, thoughts=False)
@@ -93,7 +93,7 @@ def test_a_player_recites_what_it_was_told_and_is_puzzled_if_it_sees_none_of_it(
         assert puzzled == [not set(told) & set(world)]
 
 
-def test_most_of_those_who_know_nothing_say_so() -> None:
+def test_between_84_and_98_percent_of_players_without_knowledge_say_so() -> None:
     rng = random.Random(0)
     drawn = [shown.player_samples(worlds("train")[0], rng, history=False) for _ in range(600)]
     ignorant = [len(samples) for samples in drawn if len(samples) == 2 or shown.IGNORANT in samples[0].answer]
@@ -124,7 +124,7 @@ def _steps(here: Cell, there: Cell) -> int:
 
 
 @given(WORLDS, SEEDS)
-def test_the_listing_and_the_judgements_follow_from_what_is_believed(world: World, seed: int) -> None:
+def test_the_answer_names_each_cell_and_move_by_the_players_beliefs(world: World, seed: int) -> None:
     rng = random.Random(seed)
     board = shown.anywhere(world, rng)
     for held, roles in [
@@ -163,12 +163,12 @@ def test_knowledge_is_read_by_majority(world: World, seed: int) -> None:
 
 
 @given(text=st.text(max_size=60))
-def test_any_text_survives_the_tokenizer(text: str) -> None:
+def test_any_text_decodes_from_its_token_ids_unchanged(text: str) -> None:
     tokenizer = TOKENIZER
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) == text
 
 
-def test_what_always_stands_together_is_one_token(chat: ChatFormat) -> None:
+def test_fixed_phrases_of_prompts_are_single_tokens(chat: ChatFormat) -> None:
     board = shown.anywhere(World("K", "L"), random.Random(0))
     prompt = chat.game_ids(game_situation(shown.INSTRUCTIONS, [], board.observation()))
     assert len(prompt) < 70

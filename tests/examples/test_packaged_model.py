@@ -33,7 +33,7 @@ def pass_rate(finished: list[evaluate.Finished]) -> float:
     return sum(game.won for game in finished) / len(finished)
 
 
-def test_it_is_a_small_qwen3_with_the_tokenizer_that_this_code_builds() -> None:
+def test_the_packaged_model_is_a_small_qwen3_with_the_tokenizer_that_this_code_builds() -> None:
     assert resolve_model(MICRO, print) == PACKAGE
     policy = AutoModelForCausalLM.from_pretrained(PACKAGE)
     assert policy.config.architectures == ["Qwen3ForCausalLM"]
@@ -46,7 +46,7 @@ def test_it_is_a_small_qwen3_with_the_tokenizer_that_this_code_builds() -> None:
     ChatFormat.from_pretrained(PACKAGE, thinking=True).check_thinking()
 
 
-def test_its_card_holds_what_was_measured() -> None:
+def test_the_model_card_holds_the_measured_numbers() -> None:
     figures = json.loads((PACKAGE / FIGURES).read_text())
     parameters = sum(value.numel() for value in AutoModelForCausalLM.from_pretrained(PACKAGE).parameters())
     assert (PACKAGE / CARD).read_text() == card(figures, parameters)
@@ -61,7 +61,9 @@ def test_its_card_holds_what_was_measured() -> None:
     "known",
     [pytest.param([World(*REAL)], id="real"), pytest.param(worlds("held_out"), id="held-out", marks=pytest.mark.slow)],
 )
-def test_it_plays_by_what_it_is_told_and_writes_down_what_it_saw(model: evaluate.Model, known: list[World]) -> None:
+def test_the_packaged_model_plays_by_its_knowledge_and_extracts_what_it_saw(
+    model: evaluate.Model, known: list[World]
+) -> None:
     told, ignorant = play(model, "all", known), play(model, "none", known)
     assert pass_rate(told) >= 0.5
     assert pass_rate(ignorant) <= 0.35

@@ -39,13 +39,13 @@ def test_the_harness_samples_as_the_paper_does() -> None:
     assert "seed" not in ifeval.arguments(Path("policy"), "hf", "cuda", "ifeval", 42)["model_args"]
 
 
-def test_its_answer_is_read() -> None:
+def test_the_rate_and_error_are_read_from_the_answer_of_the_harness() -> None:
     assert ifeval.measured(ANSWER, "ifeval") == Measured(rate=0.625, error=0.125, count=16)
     with pytest.raises(UserError, match="the task other gave no prompt_level_strict_acc"):
         ifeval.measured(ANSWER, "other")
 
 
-def test_worlds_are_unseen_where_neither_the_game_nor_the_training_has_their_letters() -> None:
+def test_unseen_worlds_use_no_letters_of_the_game_and_no_pair_of_the_training() -> None:
     unseen = worlds.unseen()
     assert len(unseen) >= worlds.MAPS
     assert not {letter for world in unseen for letter in world} & {"H", "G"}

@@ -37,7 +37,7 @@ def test_without_results_the_page_says_so_and_names_every_command() -> None:
         assert all(claim.text in text for claim in experiment.claims)
 
 
-def test_numbers_have_intervals_and_claims_a_verdict() -> None:
+def test_every_number_has_an_interval_and_every_claim_a_verdict() -> None:
     text = page(*(rounds(seed) for seed in (0, 1, 2)))
     assert "No results are committed yet" not in text
     assert row(text, "oel | untouched model").startswith("| oel | untouched model | 11.0 ± 2.5 | 120.0 ± 0.0 |")
@@ -86,7 +86,7 @@ def test_where_nothing_is_claimed_each_arm_ends_better_or_worse_than_the_referen
     assert "| K-1 | **cannot be told apart** | - |" in page(arm("base", 0, 0.3, 0.5), arm("K-1", 1, 0.3, 0.5))
 
 
-def test_what_was_asked_for_and_is_not_there_is_told() -> None:
+def test_repetitions_that_were_asked_for_and_are_missing_are_named() -> None:
     asked = {"arms": ("extracted", "raw"), "seeds": (0, 1, 2)}
 
     def arm(label: str, seed: int, rate: float) -> report.ArmResult:
@@ -166,7 +166,7 @@ def test_the_command_makes_the_same_results_again() -> None:
     assert it.file_name == "a-1.7b.rounds.oel.seed-0.json"
 
 
-def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_results_are_read_unchanged_and_refused_under_another_file_name(tmp_path: Path) -> None:
     it = rounds(0)
     (tmp_path / it.file_name).write_text(it.model_dump_json(indent=1))
     assert report.read_results(tmp_path) == [it]

@@ -92,7 +92,7 @@ def test_the_micro_model_has_room_for_raw_games() -> None:
     check_context(config, model, model, make(config.env.id, 0, config.env.params))
 
 
-def test_a_run_is_started_gone_on_with_and_left_alone() -> None:
+def test_a_run_is_started_if_absent_resumed_if_unfinished_and_left_alone_if_finished() -> None:
     base = recipes.base(START)
     started = runner.next_command(base, 7, RUN, None, files)
     assert started == ["run", MICRO, *base.overrides, "seed=7", "--run-dir", str(RUN)]
@@ -101,7 +101,7 @@ def test_a_run_is_started_gone_on_with_and_left_alone() -> None:
     assert runner.next_command(base, 7, RUN, committed, files) is None
 
 
-def test_what_is_imported_comes_before_the_rest_and_after_a_kill_only_what_is_missing() -> None:
+def test_imports_come_before_the_other_stages_and_after_a_kill_only_missing_imports_are_given() -> None:
     raw = recipe("raw", "knowledge_vs_raw")
     new = [*raw.overrides, "seed=7", "--config", MICRO]
     read, practised = ("--trajectories", "base/1/extraction.jsonl"), ("--trajectories", "base/1/consolidation.jsonl")
@@ -127,7 +127,7 @@ def test_the_work_of_a_run_is_what_its_configuration_says() -> None:
     assert (imported.games, imported.extractions, imported.commands) == (128 * 3 * 3, 0, 2)
 
 
-def test_what_was_measured_is_read_with_where_it_stands(tmp_path: Path) -> None:
+def test_measured_points_name_their_round_step_and_source_file(tmp_path: Path) -> None:
     run = RunFolder.open(example_run.build(tmp_path / "base/seed-0"))
     points = {point.key: point for point in measure.run_points(run, 2, tmp_path)}
     assert sorted(key[:2] for key in points if key.step is None) == [
@@ -173,7 +173,7 @@ class Made(runner.Runs):
         return RunFolder.open(path if path.exists() else example_run.build(path))
 
 
-def test_a_result_says_what_it_is_of_and_what_else_was_asked_for(tmp_path: Path) -> None:
+def test_a_result_names_its_run_and_every_arm_and_seed_that_was_asked_for(tmp_path: Path) -> None:
     start, runs = Start("quickstart", ("rounds=2",)), Made(tmp_path)
     arms = named("beyond", start)
     it = runner.result(beyond.EXPERIMENT, arms[0], start, runs, 1, [0, 1])
@@ -184,14 +184,14 @@ def test_a_result_says_what_it_is_of_and_what_else_was_asked_for(tmp_path: Path)
     assert it.run_id == runs.made(arms[0].recipe, 1).info["run_id"]
 
 
-def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
     base = recipes.base(START)
     example_run.build(tmp_path / "base/seed-7")
     with pytest.raises(UserError, match="holds a run of other settings: choose another --out"):
         runner.Runs(tmp_path).made(base, 7)
 
 
-def test_nor_is_one_whose_settings_changed_on_the_way(tmp_path: Path) -> None:
+def test_a_run_whose_settings_changed_on_the_way_is_not_resumed(tmp_path: Path) -> None:
     base, runs = recipes.base(START), runner.Runs(tmp_path)
     config, path = base.config.model_copy(update={"seed": 7}), runs.folder(base, 7)
     with RunFolder.create(path, config.model_copy(update={"rounds": 4})):
@@ -202,7 +202,7 @@ def test_nor_is_one_whose_settings_changed_on_the_way(tmp_path: Path) -> None:
         runs.made(base, 7)
 
 
-def test_a_policy_is_measured_once_and_anew_when_it_was_made_anew(
+def test_a_policy_is_measured_once_and_again_only_if_its_weights_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[Sequence[str]] = []
@@ -243,7 +243,7 @@ def test_arms_that_do_not_share_what_they_should_are_not_compared(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "label"), [("on_vs_off_policy", "off_policy"), ("knowledge_vs_raw", "raw")])
-def test_an_arm_is_made_by_oel_commands_once(
+def test_an_arm_runs_its_oel_commands_once_and_shares_the_games_of_the_reference(
     name: str, label: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     experiment = next(it for it in EXPERIMENTS if it.name == name)._replace(out_of_distribution=False)
@@ -281,7 +281,7 @@ def test_a_command_is_asked_to_end_when_its_experiment_is() -> None:
         assert process.wait(20) == 7
 
 
-def test_what_would_be_missed_behind_the_first_runs_is_missed_at_once(
+def test_a_model_or_package_that_later_runs_need_is_missed_before_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -293,7 +293,7 @@ def test_what_would_be_missed_behind_the_first_runs_is_missed_at_once(
     assert "IF-Eval needs lm-evaluation-harness" in capsys.readouterr().err
 
 
-def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
+def test_a_plan_counts_only_work_that_is_left(tmp_path: Path) -> None:
     (arm,) = named("rounds")
     runs, seeds = runner.Runs(tmp_path), [0, 1]
     *_, whole, _ = runner.plan(rounds.EXPERIMENT, [arm], seeds, START, runs)
@@ -312,7 +312,9 @@ def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
         (["--plan", "--set", "extract.sedes=1"], 2, "did you mean 'extract.seeds'?"),
     ],
 )
-def test_the_command_line(options: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_plans_or_refuses_with_the_right_exit_code(
+    options: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert runner.main(rounds.EXPERIMENT, options) == code
     printed = capsys.readouterr()
     assert said in printed.out + printed.err

@@ -56,7 +56,7 @@ def shown(chat: ChatFormat, fake: ScriptedGenerate) -> list[str]:
     return [chat.tokenizer.decode(request.prompt_ids) for request in fake.requests]
 
 
-def test_a_chain_accumulates_with_provenance(chat: ChatFormat) -> None:
+def test_a_chain_adds_an_item_for_each_game_and_records_where_it_came_from(chat: ChatFormat) -> None:
     fake, seen = ScriptedGenerate(), list[AccumulationStep]()
     text = asyncio.run(chain(chat, fake, config(), on_step=seen.append))
     assert (text.id, text.round, text.seed, text.format) == ("r001-k00", 1, 0, "structured")
@@ -74,7 +74,7 @@ def test_a_chain_accumulates_with_provenance(chat: ChatFormat) -> None:
     assert KnowledgeText.from_json(text.to_json()) == text
 
 
-def test_requests_are_seeded_by_step_and_stay_on_one_key(chat: ChatFormat) -> None:
+def test_every_request_has_a_seed_of_its_own_and_a_chain_keeps_one_routing_key(chat: ChatFormat) -> None:
     fakes = [ScriptedGenerate(), ScriptedGenerate()]
     for seed, fake in enumerate(fakes):
         asyncio.run(chain(chat, fake, config(), seed=seed))
@@ -97,7 +97,7 @@ def test_every_seed_reads_all_trajectories_in_an_order_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_chain_that_was_cut_off_goes_on_as_if_it_had_not_been(chat: ChatFormat, form: str) -> None:
+def test_a_chain_resumed_after_any_step_gives_the_same_text(chat: ChatFormat, form: str) -> None:
     settings = config(format=form, max_tokens=400 if form == "raw" else 60)
     whole = asyncio.run(chain(chat, ScriptedGenerate(), settings, seed=1))
     assert any(step.dropped for step in whole.steps)
@@ -137,7 +137,7 @@ def test_items_that_are_no_advice_are_left_out_and_counted(
 
 
 @pytest.mark.parametrize("show", [True, False])
-def test_previous_knowledge_is_shown_or_hidden(chat: ChatFormat, show: bool) -> None:
+def test_the_prompt_shows_earlier_items_only_if_show_previous_is_on(chat: ChatFormat, show: bool) -> None:
     fake = ScriptedGenerate()
     asyncio.run(chain(chat, fake, config(show_previous=show)))
     third = shown(chat, fake)[2]
@@ -165,7 +165,9 @@ def test_the_prompt_is_the_extraction_prompt_of_the_transcript(chat: ChatFormat)
         ("- EXPERIENCE ITEM: " + "long " * 500, False, "over_long"),
     ],
 )
-def test_a_step_that_adds_nothing_says_why_and_keeps_the_rest(answer: str, thinking: bool, status: str) -> None:
+def test_a_step_that_adds_nothing_records_why_and_loses_no_earlier_item(
+    answer: str, thinking: bool, status: str
+) -> None:
     good = "</think>- EXPERIENCE ITEM: good"
     chat = ChatFormat(small_tokenizer(), thinking=thinking)
     fake = ScriptedGenerate(lambda key, index: answer if index == 1 else good)
@@ -177,7 +179,7 @@ def test_a_step_that_adds_nothing_says_why_and_keeps_the_rest(answer: str, think
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_what_is_not_taken_is_counted(chat: ChatFormat, keep: bool) -> None:
+def test_rejected_items_are_counted_by_reason(chat: ChatFormat, keep: bool) -> None:
     good, long = f"{ITEM_MARKER} holes kill", f"{ITEM_MARKER} {'long ' * 500}"
     answers = [f"So:\n{good}\n{ITEM_MARKER}\n{good}\n{long}\n{ITEM_MARKER} ", good, "nothing", long, good]
     text = asyncio.run(chain(chat, ScriptedGenerate(answers), config(max_tokens=200, keep_repeats=keep)))

@@ -48,7 +48,7 @@ def test_structured_items_survive_being_parsed_again(text: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "items"), [("", []), (" \n ", []), ("\none\n\ntwo\r\n", ["one\n\ntwo"]), (f"{M} x", [f"{M} x"])]
 )
-def test_unstructured_is_the_whole_answer(answer: str, items: list[str]) -> None:
+def test_an_unstructured_answer_is_one_item(answer: str, items: list[str]) -> None:
     assert unstructured_items(answer) == items
 
 
@@ -75,7 +75,7 @@ def test_an_item_that_is_too_long_never_empties_the_store(items: list[str], held
     assert kept[-1:] == store[-1:]
 
 
-def test_growth_ends_with_the_complete_texts_and_leaves_out_what_was_never_read() -> None:
+def test_growth_gives_each_text_after_the_steps_asked_for_and_only_whole_ones_without_steps() -> None:
     texts = [example_run.knowledge_text(1, seed) for seed in range(2)]
     early, complete = growth(texts, [9, 1, 2, 1])
     assert [text.text for text in early] == ["- EXPERIENCE ITEM: thing 0"] * 2

@@ -57,9 +57,7 @@ def journals(folder: Path) -> Callable[[str, type[AccumulationStep]], Journal[Ac
     return lambda name, kind: Journal(folder / name, kind, folder / "bad", "test")
 
 
-def test_a_run_that_is_asked_to_stop_ends_the_steps_that_it_is_at_and_goes_on_there(
-    policy: Path, tmp_path: Path
-) -> None:
+def test_a_run_asked_to_stop_finishes_its_current_steps_and_resumes_after_them(policy: Path, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     reports: list[int] = []
 
@@ -81,9 +79,7 @@ def test_a_run_that_is_asked_to_stop_ends_the_steps_that_it_is_at_and_goes_on_th
     assert [len(text.items) for text in texts] == [3, 3, 3, 3]
 
 
-def test_a_worker_that_is_killed_is_started_again_and_goes_on_behind_its_last_step(
-    policy: Path, tmp_path: Path
-) -> None:
+def test_a_killed_worker_is_restarted_and_goes_on_after_its_last_step(policy: Path, tmp_path: Path) -> None:
     gate, killed = tmp_path / "gate", list[int]()
 
     def kill_in_the_second_step(done: int, total: int) -> None:

@@ -37,7 +37,7 @@ def write(path: Path, *lines: Any) -> Path:
     return path
 
 
-def test_what_a_log_does_not_say_is_filled_in(tmp_path: Path, chat: ChatFormat) -> None:
+def test_fields_that_a_log_leaves_out_are_filled_in(tmp_path: Path, chat: ChatFormat) -> None:
     path = write(tmp_path / "log.jsonl", SMALLEST, SMALLEST | {"id": "mine", "env": "Locks", "outcome": "Done."})
     (first, second), bad = read_trajectories(path, 2, "consolidation", CONFIG, chat)
     assert bad == []
@@ -49,7 +49,7 @@ def test_what_a_log_does_not_say_is_filled_in(tmp_path: Path, chat: ChatFormat) 
     assert len(prefixes([first, second], chat)) == 4
 
 
-def test_token_ids_of_others_are_not_taken_over(tmp_path: Path, chat: ChatFormat) -> None:
+def test_token_ids_and_weight_versions_in_imported_games_are_dropped(tmp_path: Path, chat: ChatFormat) -> None:
     foreign = {"observation": "o", "response": "r", "prompt_ids": [1], "response_ids": [2], "weight_version": "r009"}
     path = write(tmp_path / "log.jsonl", SMALLEST | {"turns": [foreign]})
     (game,), _ = read_trajectories(path, 1, "extraction", CONFIG, chat)
@@ -116,7 +116,9 @@ def test_a_few_bad_lines_of_many_are_left_out_and_kept_with_the_reasons(tmp_path
         (SMALLEST | {"turns": [{"observation": 3, "response": "r"}]}, "turns.0.observation: Input should be a valid"),
     ],
 )
-def test_a_bad_line_says_why(tmp_path: Path, chat: ChatFormat, line: Any, message: str) -> None:
+def test_a_bad_line_is_refused_with_its_number_and_reason(
+    tmp_path: Path, chat: ChatFormat, line: Any, message: str
+) -> None:
     path = write(tmp_path / "log.jsonl", line)
     with pytest.raises(UserError, match="1 bad line: line 1: ") as error:
         read_trajectories(path, 1, "consolidation", CONFIG, chat)
@@ -164,14 +166,16 @@ def test_knowledge_comes_from_runs_and_from_text_files(tmp_path: Path, chat: Cha
         ("empty.txt", " \n", "holds no knowledge"),
     ],
 )
-def test_bad_knowledge_is_named(tmp_path: Path, chat: ChatFormat, name: str, text: str, message: str) -> None:
+def test_bad_knowledge_is_refused_by_file_and_reason(
+    tmp_path: Path, chat: ChatFormat, name: str, text: str, message: str
+) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
         read_knowledge([tmp_path / name], 1, CONFIG, chat)
     assert name in str(error.value) and message in str(error.value)
 
 
-def test_a_run_with_imports_keeps_its_promises(tmp_path: Path, chat: ChatFormat) -> None:
+def test_a_run_with_imports_passes_verify_and_tampering_with_them_is_found(tmp_path: Path, chat: ChatFormat) -> None:
     path = write(tmp_path / "log.jsonl", SMALLEST, SMALLEST)
     with RunFolder.create(tmp_path / "run", CONFIG) as folder:
         for split in ("extraction", "consolidation"):

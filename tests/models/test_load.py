@@ -13,7 +13,7 @@ from oel_ray.models.load import load_model
 MICRO = Path(__file__).parents[2] / "oel_ray" / "models" / "micro"
 
 
-def test_a_model_and_its_cache_have_the_size_that_is_told() -> None:
+def test_the_predicted_sizes_of_model_and_cache_are_the_real_ones() -> None:
     model = load_model(MICRO, torch.float32)
     size = model_size(MICRO, MICRO, None)
     assert size.parameters == size.own == size.trained == size.teacher == model.num_parameters()

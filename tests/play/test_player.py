@@ -77,7 +77,9 @@ def test_a_won_game_is_recorded_as_it_was_played(episode: Episode, chat: ChatFor
     assert last.prompt_ids == chat.game_ids(situation)
 
 
-def test_seeds_and_keys(episode: Episode, chat: ChatFormat) -> None:
+def test_the_seed_of_a_request_depends_on_game_sampling_seed_and_turn_and_not_on_the_answer(
+    episode: Episode, chat: ChatFormat
+) -> None:
     generate = ScriptedGenerate(["no move", "[left]", "no move", "[left]"])
     trajectory, _ = played(episode, chat, generate, config=EnvironmentConfig(max_turns=2), sampling_seed=2)
     assert [request.seed for request in generate.requests] == [
@@ -105,7 +107,7 @@ def test_every_prompt_holds_the_actions_so_far(chat: ChatFormat, episode: Episod
     assert success is True
 
 
-def test_the_turn_limit(episode: Episode, chat: ChatFormat) -> None:
+def test_a_game_that_reaches_the_turn_limit_ends_without_success(episode: Episode, chat: ChatFormat) -> None:
     trajectory, success = played(
         episode, chat, ScriptedGenerate(winning_answers(episode)), config=EnvironmentConfig(max_turns=3)
     )
@@ -113,7 +115,7 @@ def test_the_turn_limit(episode: Episode, chat: ChatFormat) -> None:
     assert "3 turns" in trajectory.outcome
 
 
-def test_the_context_limit_keeps_the_turns_so_far(episode: Episode, chat: ChatFormat) -> None:
+def test_a_game_whose_prompt_outgrows_the_context_ends_and_keeps_its_turns(episode: Episode, chat: ChatFormat) -> None:
     answers = winning_answers(episode)
     full, _ = played(episode, chat, ScriptedGenerate(answers))
     limit = len(full.turns[1].prompt_ids)
@@ -160,7 +162,7 @@ def test_replay_finds_what_was_tampered_with(episode: Episode, chat: ChatFormat)
     assert replay(cut)[0] is False and "ended_by" in replay(cut)[1]
 
 
-def test_the_outcome_says_the_result_if_it_is_asked_for(chat: ChatFormat, episode: Episode) -> None:
+def test_the_outcome_starts_with_the_result_if_state_result_is_on(chat: ChatFormat, episode: Episode) -> None:
     generate = ScriptedGenerate(winning_answers(episode))
     won, _ = played(episode, chat, generate, config=EnvironmentConfig(max_turns=10, state_result=True))
     assert won.outcome.startswith("The game was won. ") and "goal" in won.outcome

@@ -107,7 +107,7 @@ def test_a_run_that_is_asked_to_stop_ends_the_games_in_play_and_begins_none(tmp_
     assert sorted(begun(log)) == [f"g-{n}" for n in range(10)], "each game was begun once"
 
 
-def test_asked_twice_it_does_not_wait(tmp_path: Path) -> None:
+def test_a_second_signal_stops_the_stage_without_waiting_for_its_games(tmp_path: Path) -> None:
     log = tmp_path / "log"
 
     def on_progress(done: int) -> None:

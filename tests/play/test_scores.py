@@ -59,7 +59,7 @@ def test_repeating_a_map_does_not_shrink_its_error() -> None:
     assert score(once).pass_rate_se == score(often).pass_rate_se == 0.5
 
 
-def test_score_and_evaluation() -> None:
+def test_an_evaluation_holds_pass_rate_turn_lengths_and_the_scores_in_context() -> None:
     games = [game("a", 0, True, (2, 4)), game("a", 1, False, (9,)), game("b", 0, False, ()), game("b", 1, False, (1,))]
     numbers = score(games)
     assert (numbers.pass_rate, numbers.games, numbers.seeds) == (0.25, 4, 2)

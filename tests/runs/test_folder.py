@@ -65,7 +65,7 @@ def leave_lock(folder: Path, host: str, pid: int, age_s: float) -> None:
     os.utime(path, (time.time() - age_s,) * 2)
 
 
-def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
+def test_a_new_run_records_its_configuration_versions_and_status(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "a" / "run", small_config()) as folder:
         assert folder.config == small_config()
         assert read_json(folder.path / "status.json")["state"] == "running"
@@ -171,7 +171,7 @@ def test_stages_are_done_once(tmp_path: Path) -> None:
         assert folder.rounds() == [0, 1, 2]
 
 
-def test_a_stage_goes_on_with_what_an_attempt_of_its_own_key_left(tmp_path: Path) -> None:
+def test_a_stage_resumes_with_the_work_of_an_earlier_attempt_only_if_its_key_is_the_same(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
         stage = Stage(folder, 1, "collect")
         stage.begin("a").trajectories("extraction").write_text("half")
@@ -181,7 +181,7 @@ def test_a_stage_goes_on_with_what_an_attempt_of_its_own_key_left(tmp_path: Path
         assert kept.read_text() == "half", "it is neither read nor lost"
 
 
-def test_without_a_key_a_stage_starts_with_nothing(tmp_path: Path) -> None:
+def test_a_stage_without_a_key_starts_with_an_empty_folder(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
         stage = Stage(folder, 1, "collect")
         stage.begin().trajectories("extraction").write_text("half")
@@ -191,7 +191,7 @@ def test_without_a_key_a_stage_starts_with_nothing(tmp_path: Path) -> None:
         assert not stage.is_done
 
 
-def test_what_no_manifest_names_is_set_aside_on_resume(tmp_path: Path) -> None:
+def test_on_resume_files_that_no_manifest_names_are_moved_to_quarantine(tmp_path: Path) -> None:
     example_run.build(tmp_path)
     later = tmp_path / "rounds/003/trajectories/extraction.jsonl"
     later.parent.mkdir(parents=True)
@@ -229,7 +229,7 @@ def test_a_killed_run_goes_on_without_doing_a_stage_twice(tmp_path: Path, place:
 
 
 @pytest.mark.parametrize("left", ["nothing", "stale lock"])
-def test_of_two_that_start_at_once_one_proceeds(tmp_path: Path, left: str) -> None:
+def test_of_two_processes_that_start_at_once_only_one_gets_the_folder(tmp_path: Path, left: str) -> None:
     mode = "create"
     if left == "stale lock":
         with RunFolder.create(tmp_path, small_config()):
@@ -250,7 +250,7 @@ def test_of_two_that_start_at_once_one_proceeds(tmp_path: Path, left: str) -> No
     assert verify(tmp_path) == []
 
 
-def test_the_refused_are_told_who_holds_it(tmp_path: Path) -> None:
+def test_a_refused_process_is_told_who_holds_the_lock(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()):
         message = f"in use by process {os.getpid()} on {socket.gethostname()} since 2"
         with pytest.raises(UserError, match=message):
@@ -270,7 +270,7 @@ def test_the_refused_are_told_who_holds_it(tmp_path: Path) -> None:
         ("elsewhere", True, 61, True),
     ],
 )
-def test_a_stale_lock_is_taken_over(tmp_path: Path, host: str, dead: bool, age_s: float, stale: bool) -> None:
+def test_only_a_stale_lock_is_taken_over(tmp_path: Path, host: str, dead: bool, age_s: float, stale: bool) -> None:
     with RunFolder.create(tmp_path, small_config()):
         pass
     pid = dead_pid() if dead else os.getppid()
@@ -307,7 +307,7 @@ def test_the_heartbeat_keeps_the_lock_fresh(tmp_path: Path, monkeypatch: pytest.
         assert time.time() - (tmp_path / LOCK_FILE).stat().st_mtime < 10
 
 
-def test_who_lost_the_lock_commits_nothing(tmp_path: Path) -> None:
+def test_a_process_that_lost_the_lock_commits_nothing(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
         leave_lock(tmp_path, "elsewhere", 7, 0)
         with pytest.raises(RunFailed, match=r"the lock of the run folder was lost: .* process 7 on elsewhere"):
@@ -331,7 +331,7 @@ def test_a_folder_of_a_newer_version_is_refused(tmp_path: Path) -> None:
         RunFolder.open(tmp_path)
 
 
-def test_a_change_that_is_allowed_holds_from_the_first_stage_that_is_left(tmp_path: Path) -> None:
+def test_an_allowed_change_takes_effect_at_the_first_stage_that_is_left(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
         for number, name in ((0, "prepare"), (0, "evaluate"), (1, "collect"), (1, "extract")):
             example_run.STAGES[name](Stage(folder, number, name))
@@ -371,7 +371,9 @@ def test_a_change_that_is_allowed_holds_from_the_first_stage_that_is_left(tmp_pa
         ({"evaluate": {"maps": 5, "seeds": 2, "accumulation_steps": [1]}}, "held-out maps: 4 -> 5"),
     ],
 )
-def test_what_committed_stages_depend_on_never_changes(tmp_path: Path, change: dict[str, object], named: str) -> None:
+def test_a_setting_that_committed_stages_depend_on_cannot_be_changed(
+    tmp_path: Path, change: dict[str, object], named: str
+) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
         pass
     RunFolder.open_to_resume(tmp_path, small_config(**change), allow_change=True)
@@ -384,7 +386,7 @@ def test_what_committed_stages_depend_on_never_changes(tmp_path: Path, change: d
 
 
 @pytest.mark.parametrize("died_behind", ["config-0.yaml", "run.json"])
-def test_a_change_that_was_cut_off_is_no_change(
+def test_a_configuration_change_that_was_cut_off_has_no_effect(
     tmp_path: Path, died_behind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with RunFolder.create(tmp_path, small_config()) as folder:
@@ -410,7 +412,7 @@ def test_a_change_that_was_cut_off_is_no_change(
     assert (rounds, RunFolder.open(tmp_path).config) == ([2, 3], new)
 
 
-def test_a_changed_model_is_recorded_anew(tmp_path: Path) -> None:
+def test_a_changed_model_is_accepted_only_if_changes_are_allowed_and_prepare_runs_again(tmp_path: Path) -> None:
     model, path = tmp_path / "model", tmp_path / "run"
     model.mkdir()
     (model / "tokenizer.json").write_text("{}")
@@ -438,7 +440,7 @@ def test_a_changed_model_is_recorded_anew(tmp_path: Path) -> None:
         ("001/MANIFEST.json", b"[]", r"MANIFEST.json is no manifest"),
     ],
 )
-def test_what_a_run_would_go_on_from_is_as_it_was_committed(
+def test_a_run_is_resumed_only_if_the_files_it_goes_on_from_are_unchanged(
     tmp_path: Path, file: str, content: bytes | None, told: str
 ) -> None:
     run = example_run.build(tmp_path / "run")
@@ -454,7 +456,7 @@ def test_what_a_run_would_go_on_from_is_as_it_was_committed(
         pass
 
 
-def test_rounds_can_be_taken_back_whatever_their_files_are_like(tmp_path: Path) -> None:
+def test_rounds_can_be_taken_back_even_if_their_files_are_damaged(tmp_path: Path) -> None:
     run = example_run.build(tmp_path / "run")
     (run / "rounds/002/evaluation.json").write_bytes(b"{")
     with pytest.raises(UserError, match=r"put back what was there.*"):

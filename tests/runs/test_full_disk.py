@@ -51,7 +51,7 @@ def fill(disk: Path, but: int) -> Path:
 
 
 @pytest.mark.parametrize("room", [0, 5 * 4096])
-def test_a_run_ends_with_the_bytes_and_goes_on_once_there_is_room(disk: Path, room: int) -> None:
+def test_a_run_on_a_full_disk_ends_with_the_missing_bytes_and_resumes_once_there_is_room(disk: Path, room: int) -> None:
     path = disk / "run"
     with RunFolder.create(path, example_run.small_config()) as folder:
         example_run.prepare(Stage(folder, 0, "prepare"), Path("base-model"))
@@ -68,7 +68,7 @@ def test_a_run_ends_with_the_bytes_and_goes_on_once_there_is_room(disk: Path, ro
     assert verify(path) == []
 
 
-def test_the_line_that_did_not_fit_is_put_aside(disk: Path) -> None:
+def test_a_line_that_did_not_fit_on_the_disk_is_put_aside(disk: Path) -> None:
     def journal() -> Journal[AccumulationStep]:
         return Journal(disk / "steps.jsonl", AccumulationStep, disk / "quarantine/steps.jsonl", "test")
 

@@ -30,7 +30,7 @@ def test_a_record_is_there_once_it_is_appended(tmp_path: Path) -> None:
     assert not (tmp_path / "quarantine").exists()
 
 
-def test_a_file_that_was_cut_off_anywhere_goes_on_behind_its_last_whole_record(tmp_path: Path) -> None:
+def test_a_journal_cut_off_at_any_byte_goes_on_after_its_last_whole_record(tmp_path: Path) -> None:
     lines = [step.to_json() + b"\n" for step in STEPS]
     whole = b"".join(lines)
     for length in range(len(whole) + 1):
@@ -80,7 +80,7 @@ def test_a_full_disk_is_named_and_the_rest_goes_on_after_it(tmp_path: Path) -> N
     assert journal(tmp_path).records == STEPS
 
 
-def test_metrics_that_were_cut_off_are_mended_on_resume(tmp_path: Path) -> None:
+def test_a_cut_off_line_of_metrics_is_removed_on_resume(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, example_run.small_config()) as folder:
         folder.log_metrics({"round": 1, "kl": 0.5, "more": {"a": [1]}})
         (tmp_path / "metrics.jsonl").open("ab").write(b'{"round": 2, "k')

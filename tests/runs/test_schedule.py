@@ -33,7 +33,7 @@ def test_playing_never_replaces_imported_games(there: str, missing: str) -> None
     check_imports(CONFIG, {**FIRST, 1: {"import_extraction", "import_consolidation"}})
 
 
-def test_the_first_round_that_lacks_a_stage_is_meant() -> None:
+def test_a_stage_without_a_round_is_done_in_the_first_round_that_lacks_it() -> None:
     assert first_open_round(CONFIG, FIRST, "extract") == 1
     assert first_open_round(CONFIG, {**FIRST, 1: {"import_knowledge"}}, "extract") == 2
     assert first_open_round(CONFIG, {0: {"prepare"}}, "evaluate") == 0
@@ -57,7 +57,7 @@ def test_the_first_round_that_lacks_a_stage_is_meant() -> None:
         (2, "extract", set(), {"import_extraction"}, "round 1 has no policy to start from"),
     ],
 )
-def test_a_stage_that_cannot_be_done_says_why(
+def test_a_stage_that_lacks_its_inputs_is_refused_with_the_reason(
     number: int, stage: str, there: set[str], incoming: set[str], message: str
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -65,7 +65,7 @@ def test_a_stage_that_cannot_be_done_says_why(
     assert message in str(error.value)
 
 
-def test_a_stage_that_is_switched_off_is_named() -> None:
+def test_a_stage_that_is_switched_off_is_refused() -> None:
     config = small_config(evaluate={"enabled": False})
     with pytest.raises(UserError, match="nothing to evaluate: the configuration switches it off"):
         check_ready(config, {0: {"prepare"}}, 0, "evaluate")

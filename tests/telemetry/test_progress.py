@@ -15,7 +15,7 @@ from oel_ray.telemetry.progress import Progress
 from tests.support.example_run import small_config
 
 
-def test_lines_at_start_end_and_in_between() -> None:
+def test_without_a_terminal_a_stage_prints_a_line_at_its_start_each_interval_and_its_end() -> None:
     output = io.StringIO()
     progress = Progress(console=Console(file=output), interval_s=0.4)
     with progress.stage(1, 2, "collect", 64, "games") as stage:
@@ -33,7 +33,7 @@ def test_lines_at_start_end_and_in_between() -> None:
     assert re.fullmatch(pattern, between[-1])
 
 
-def test_a_stage_that_fails_says_so() -> None:
+def test_the_last_line_of_a_stage_that_fails_says_stopped() -> None:
     output = io.StringIO()
     with (
         pytest.raises(ValueError, match="boom"),
@@ -44,7 +44,7 @@ def test_a_stage_that_fails_says_so() -> None:
     assert output.getvalue().splitlines()[-1] == "[round 2/2] extract 3/8 steps, 0 s, stopped"
 
 
-def test_bars_in_a_terminal() -> None:
+def test_a_terminal_gets_a_progress_bar_with_the_note() -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=100)
     with Progress(console=console).stage(1, 2, "consolidate", 4, "steps") as stage:
@@ -54,7 +54,7 @@ def test_bars_in_a_terminal() -> None:
     assert "KL 0.31" in output.getvalue()
 
 
-def test_the_status_file_follows(tmp_path: Path) -> None:
+def test_the_status_file_names_the_stage_and_counts_what_is_done(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", small_config()) as folder:
         progress = Progress(folder, Console(file=io.StringIO()))
         with progress.stage(1, 2, "collect", 5, "games") as stage:
@@ -69,5 +69,5 @@ def test_the_status_file_follows(tmp_path: Path) -> None:
         }
 
 
-def test_durations() -> None:
+def test_durations_are_printed_in_seconds_then_minutes_then_hours() -> None:
     assert [duration(x) for x in (0.4, 59, 61, 3600 * 2 + 300)] == ["0 s", "59 s", "1 min 01 s", "2 h 05 min"]

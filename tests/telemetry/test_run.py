@@ -50,7 +50,7 @@ def rows(folder: RunFolder) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in (folder.path / "metrics.jsonl").read_bytes().splitlines()]
 
 
-def test_a_stage_is_told_of_when_it_is_committed(tmp_path: Path) -> None:
+def test_a_stage_is_tracked_when_it_is_committed(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", small_config()) as folder:
         told, stage = Told(folder), Stage(folder, 1, COLLECT)
         with told.telemetry.stage(stage):
@@ -66,7 +66,7 @@ def test_a_stage_is_told_of_when_it_is_committed(tmp_path: Path) -> None:
     assert told.said.getvalue() == "went wrong and was made good: 1 x engines replaced, 3 x an environment hung\n"
 
 
-def test_a_stage_that_is_not_committed_is_not_told_of(tmp_path: Path) -> None:
+def test_a_stage_that_is_not_committed_is_not_tracked(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", small_config()) as folder:
         told = Told(folder)
         with told.telemetry.stage(Stage(folder, 1, COLLECT)):
@@ -96,7 +96,7 @@ def test_training_steps_have_one_axis_over_all_rounds(tmp_path: Path) -> None:
     assert [(group, step) for group, _, step in told.tracked] == [("training", 6), ("training", 7)]
 
 
-def test_a_step_that_was_skipped_is_told_once(tmp_path: Path) -> None:
+def test_a_skipped_step_is_reported_once(tmp_path: Path) -> None:
     told = Told(RunFolder(tmp_path))
     skipped = step(1, kl_per_token=None, learning_rate=0.0, applied=False)
     with told.telemetry.progress.stage(2, 2, "consolidate", 5, "steps") as progress:

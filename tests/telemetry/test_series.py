@@ -41,13 +41,13 @@ def queried(panel: dict[str, Any]) -> set[str]:
     return {name for target in panel["targets"] for name in re.findall(r"\bray_\w+", target["expr"])}
 
 
-def test_names_are_what_prometheus_and_ray_take() -> None:
+def test_metric_names_are_unique_and_valid_for_prometheus_and_ray() -> None:
     names = [series.value.name for series in Series]
     assert len(set(names)) == len(names)
     assert [name for name in names if not re.fullmatch(r"oel_[a-z]+(_[a-z]+)*", name) or name.endswith("_total")] == []
 
 
-def test_units_and_tags_are_told() -> None:
+def test_every_metric_has_a_unit_and_no_tag_that_ray_adds_itself() -> None:
     for spec in (series.value for series in Series):
         assert spec.kind in ENDS and spec.unit and spec.tells, spec
         assert not set(spec.tags) & {"run", "round", "stage", "episode"}, spec
@@ -55,7 +55,7 @@ def test_units_and_tags_are_told() -> None:
     assert set(in_seconds) == {"s"}
 
 
-def test_no_metric_is_named_anywhere_else() -> None:
+def test_no_metric_is_named_outside_its_declaration() -> None:
     sources = {file: file.read_text() for file in Path(module.__file__).parents[1].rglob("*.py")}
     del sources[Path(module.__file__)]
     names = "|".join(series.value.name for series in Series)
@@ -91,7 +91,7 @@ def test_panels_group_by_tags_that_their_metrics_have() -> None:
 
 
 @pytest.mark.parametrize("series", [Series.TURNS, Series.STAGE_ETA, Series.TURN_LATENCY])
-def test_without_ray_nobody_is_told(series: Series) -> None:
+def test_reporting_a_metric_without_ray_does_nothing(series: Series) -> None:
     module.enter(1, "collect")
     module.report(series, 3)
     module.report(series, None)
@@ -102,7 +102,7 @@ def test_declaring_metrics_needs_no_ray() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_records_say_where_the_run_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_records_carry_the_round_and_stage_of_the_run(caplog: pytest.LogCaptureFixture) -> None:
     module.enter(2, "extract")
     with caplog.at_level("INFO", "oel_ray"):
         module.log.info("so it is")
@@ -110,14 +110,14 @@ def test_records_say_where_the_run_is(caplog: pytest.LogCaptureFixture) -> None:
     assert (record.getMessage(), record.__dict__["round"], record.__dict__["stage"]) == ("so it is", "2", "extract")
 
 
-def test_a_counter_of_vllm_is_exported_as_ray_does_it() -> None:
+def test_names_of_exported_metrics_have_the_prefix_and_suffixes_that_ray_adds() -> None:
     assert exported("Counter", "vllm_generation_tokens") == ["ray_vllm_generation_tokens_total"]
     assert exported(*Spec("oel_turn", "Histogram", "s", "")[1::-1]) == [
         f"ray_oel_turn{end}" for end in ENDS["Histogram"]
     ]
 
 
-def test_ray_is_told_to_print_every_line_before_it_is_imported() -> None:
+def test_ray_is_set_to_print_repeated_lines_before_it_is_imported() -> None:
     code = "import oel_ray, os, sys; sys.exit('ray' in sys.modules or os.environ['RAY_DEDUP_LOGS'] != '0')"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_DEDUP_LOGS"}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -60,7 +60,7 @@ def test_scalars_are_in_the_event_files(tmp_path: Path) -> None:
     assert scalars.keys() == {"training/step", "training/kl_per_token", "collect/round", "collect/wall_s"}
 
 
-def test_wandb_gets_them_as_well(tmp_path: Path, wandb: Path) -> None:
+def test_wandb_gets_the_same_scalars_as_tensorboard(tmp_path: Path, wandb: Path) -> None:
     wandb.write_text(
         "import contextlib, json\n"
         "class Run:\n"
@@ -93,14 +93,16 @@ def test_wandb_gets_them_as_well(tmp_path: Path, wandb: Path) -> None:
         ),
     ],
 )
-def test_a_failing_wandb_is_told_of_once(tmp_path: Path, wandb: Path, source: str | None, reason: str) -> None:
+def test_a_failing_wandb_is_reported_once_and_the_run_goes_on(
+    tmp_path: Path, wandb: Path, source: str | None, reason: str
+) -> None:
     if source is not None:
         wandb.write_text(source)
     assert run_of("wandb", tmp_path) == [f"the run goes on without W&B: {reason}"]
     assert written(tmp_path / "tensorboard")["collect/wall_s"] == [(1, 2.5)]
 
 
-def test_a_hanging_wandb_is_not_waited_for(tmp_path: Path, wandb: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_wandb_does_not_hold_up_the_run(tmp_path: Path, wandb: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "LAST_WORDS_S", 0.1)
     wandb.write_text("import time\ndef init(**_): time.sleep(60)\n")
     started = time.monotonic()

@@ -19,7 +19,7 @@ def test_a_situation_shows_earlier_actions_but_no_reasoning() -> None:
     assert "turn 3" in text
 
 
-def test_an_action_that_could_not_be_read_is_said_so() -> None:
+def test_the_prompt_marks_an_earlier_action_that_could_not_be_read() -> None:
     (turn,) = turns(1)
     assert "(none could be read)" in prompts.game_situation("", [turn.model_copy(update={"action": ""})], "")
 
@@ -44,7 +44,7 @@ def test_a_transcript_numbers_turns_as_played_when_some_are_left_out() -> None:
     assert "Find it." in text
 
 
-def test_a_transcript_without_turns_is_possible() -> None:
+def test_a_transcript_without_turns_still_says_how_the_game_ended() -> None:
     assert prompts.transcript("Find it.", [], "Broken off.").endswith("How it ended:\nBroken off.")
 
 
@@ -61,7 +61,7 @@ def test_an_empty_notebook_is_shown_as_empty() -> None:
     assert "(empty)" in prompts.extraction_prompt("GAME", " ", structured=True, show_previous=True)
 
 
-def test_no_knowledge_is_no_section() -> None:
+def test_empty_knowledge_adds_nothing_to_the_prompt() -> None:
     assert prompts.knowledge_section("") == prompts.knowledge_section(" \n") == ""
 
 

@@ -50,7 +50,7 @@ def test_every_environment_is_listed_and_nothing_is_downloaded(monkeypatch: pyte
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_facts_of_the_small_lake() -> None:
+def test_facts_of_a_lake_hold_its_maps_and_the_rates_of_random_and_perfect_play() -> None:
     found = facts(LAKE)
     assert (found.seeds, found.measured, found.oracle) == (64, found.maps, 1.0)
     assert 15 <= found.maps <= 19
@@ -60,13 +60,13 @@ def test_facts_of_the_small_lake() -> None:
     assert (bare.random, bare.oracle) == (None, None)
 
 
-def test_a_slow_environment_is_looked_at_for_less_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_environment_is_measured_on_fewer_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog_module, "_PATIENCE_S", 0.005)
     found = facts(LAKE)
     assert found.seeds < 64 and found.measured < 10
 
 
-def test_a_description() -> None:
+def test_a_description_fits_80_columns_and_tells_parameters_board_and_rates() -> None:
     text = printed(description(LAKE))
     for part in ("FrozenLake-v0, from TextArena", "num_holes", "You are P on the board", "|  P  |", "with 10 turns"):
         assert part in text

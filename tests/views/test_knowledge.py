@@ -20,7 +20,7 @@ def run(tmp_path: Path) -> Path:
     return example_run.build(tmp_path / "run")
 
 
-def test_every_text_has_a_line(run: Path) -> None:
+def test_the_listing_has_one_line_for_each_knowledge_text(run: Path) -> None:
     example_run.edit_json(
         run / "rounds/001/knowledge/seed-01.json", lambda text: text["steps"][0].update(rejected={"url": 2, "code": 1})
     )
@@ -46,7 +46,7 @@ def test_two_texts_are_compared_item_by_item(run: Path) -> None:
         knowledge.difference(folder, "r001-k00", "r009-k00")
 
 
-def test_what_a_game_taught_is_taken_back_with_all_that_was_made_of_it(run: Path) -> None:
+def test_dropping_a_game_withdraws_its_items_and_every_stage_that_used_them(run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with RunFolder.resume(run, None) as folder:
         again = takeback.drop(folder, LAST, len)
@@ -75,7 +75,7 @@ def test_what_a_game_taught_is_taken_back_with_all_that_was_made_of_it(run: Path
     assert verify(run) == []
 
 
-def test_a_game_that_taught_nothing_is_named(run: Path) -> None:
+def test_dropping_a_game_that_taught_nothing_is_refused_by_name(run: Path) -> None:
     with RunFolder.resume(run, None) as folder, pytest.raises(UserError, match=r"nothing in .* was learned from 'x'"):
         takeback.drop(folder, "x", len)
     assert verify(run) == []

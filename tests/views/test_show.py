@@ -25,7 +25,7 @@ def rendered(path: Path, identifier: str | None, width: int = 80) -> str:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_overview_fits(run: Path, width: int) -> None:
+def test_the_overview_fits_the_terminal_and_shows_every_number(run: Path, width: int) -> None:
     output = io.StringIO()
     Console(file=output, width=width).print(summary_table(run))
     lines = output.getvalue().splitlines()
@@ -39,7 +39,7 @@ def test_the_overview_fits(run: Path, width: int) -> None:
         assert stage in output.getvalue()
 
 
-def test_a_step_that_was_skipped_is_told_and_has_no_number(tmp_path: Path) -> None:
+def test_a_skipped_step_is_counted_and_shown_without_a_number(tmp_path: Path) -> None:
     path = example_run.build(tmp_path / "run")
     example_run.skip_step(RunFolder(path).files(1), 2)
     for step in range(3):
@@ -51,7 +51,7 @@ def test_a_step_that_was_skipped_is_told_and_has_no_number(tmp_path: Path) -> No
     assert "round 2: 3 of 3 steps skipped: loss or gradient not finite\n" in text
 
 
-def test_a_run_that_has_just_begun_has_an_overview(tmp_path: Path) -> None:
+def test_the_overview_can_be_shown_before_the_first_stage_has_ended(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", example_run.small_config()) as folder:
         assert "running" in rendered(folder.path, None)
         example_run.prepare(Stage(folder, 0, "prepare"), Path("m"))
@@ -86,7 +86,7 @@ def test_an_unknown_id_names_near_ones(run: Path) -> None:
         rendered(run, "r001-k09")
 
 
-def test_next_steps_name_places_that_exist(run: Path) -> None:
+def test_the_suggested_next_steps_name_paths_and_ids_that_exist(run: Path) -> None:
     places = dict(line.split(":", 1) for line in next_steps(run).splitlines())
     assert Path(places["the policy"].strip()).is_dir()
     assert places["as a page"].split() == ["oel", "report", str(run)]

@@ -43,16 +43,16 @@ def reseal(files: RoundFiles) -> None:
     edit_json(files.manifest, change)
 
 
-def test_a_clean_run(clean: Path) -> None:
+def test_a_clean_run_has_no_findings(clean: Path) -> None:
     assert verify(clean) == []
 
 
-def test_a_folder_without_a_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         verify(tmp_path)
 
 
-def test_changed_bytes(run: Path) -> None:
+def test_a_file_with_changed_missing_or_no_bytes_is_found(run: Path) -> None:
     path = run / "rounds/001/policy/model.safetensors"
     path.write_bytes(bytes(4095) + b"x")
     assert [str(x) for x in verify(run)] == [
@@ -162,7 +162,7 @@ COLLECTED_MAP = example_run.trajectory(0, 1, "extraction", "extraction 0").map_h
         ("in_context.jsonl", 0, lambda x: x.update(success=False), "in_context_steps.1.pass_rate is 0.375"),
     ],
 )
-def test_tampered_content(
+def test_tampered_content_is_found_although_the_manifest_was_resealed(
     run: Path, name: str, line: int, change: Callable[[dict[str, object]], None], expected: str
 ) -> None:
     files = RunFolder(run).files(1)
@@ -173,7 +173,7 @@ def test_tampered_content(
     assert all(finding.startswith("rounds/001/") for finding in found)
 
 
-def test_maps_that_are_split_by_seed_may_repeat(run: Path) -> None:
+def test_a_split_by_seed_allows_repeated_maps_but_no_repeated_seeds(run: Path) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("split: by_map", "split: paper"))
     files = RunFolder(run).files(1)
@@ -188,7 +188,7 @@ def test_maps_that_are_split_by_seed_may_repeat(run: Path) -> None:
 
 
 @pytest.mark.parametrize("restarted_with", ["r001.s0001.a1", "r001.s0001.a3"])
-def test_an_attempt_goes_on_with_the_weights_of_a_checkpoint(run: Path, restarted_with: str) -> None:
+def test_an_attempt_may_go_on_with_checkpoint_weights_if_versions_never_go_back(run: Path, restarted_with: str) -> None:
     files = RunFolder(run).files(1)
     attempt = restarted_with.rpartition(".")[2]
     edit_json(files.consolidation_metrics, lambda row: row.update(generated_by=restarted_with), 1)
@@ -215,7 +215,9 @@ def test_an_attempt_goes_on_with_the_weights_of_a_checkpoint(run: Path, restarte
         ("responses: teacher", ["r000", "r000", "r000"]),
     ],
 )
-def test_who_wrote_the_responses_is_what_was_configured(run: Path, setting: str, writers: list[str]) -> None:
+def test_responses_of_weights_other_than_the_configured_ones_are_found(
+    run: Path, setting: str, writers: list[str]
+) -> None:
     files = RunFolder(run).files(1)
     for line, writer in enumerate(writers):
         edit_json(files.consolidation_metrics, lambda row, writer=writer: row.update(generated_by=writer), line)
@@ -229,7 +231,7 @@ def test_who_wrote_the_responses_is_what_was_configured(run: Path, setting: str,
     assert not [finding for finding in findings(run) if finding.startswith("rounds/001/")]
 
 
-def test_a_step_that_was_skipped_may_lack_numbers(run: Path) -> None:
+def test_a_skipped_step_without_numbers_is_no_finding(run: Path) -> None:
     files = RunFolder(run).files(1)
     example_run.skip_step(files, 1)
     reseal(files)
@@ -237,7 +239,7 @@ def test_a_step_that_was_skipped_may_lack_numbers(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [EXTRACTION, CONSOLIDATION, METRICS, SAMPLES, GAMES, "in_context.jsonl"])
-def test_a_lost_line(run: Path, name: str) -> None:
+def test_a_lost_last_line_is_found(run: Path, name: str) -> None:
     files = RunFolder(run).files(1)
     path = files.root / name
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
@@ -247,25 +249,25 @@ def test_a_lost_line(run: Path, name: str) -> None:
     assert name == SAMPLES or any(f"{name}: holds" in finding and "planned were" in finding for finding in found)
 
 
-def test_a_lost_knowledge_text(run: Path) -> None:
+def test_a_lost_knowledge_text_is_found(run: Path) -> None:
     RunFolder(run).files(1).knowledge(1).unlink()
     found = findings(run)
     assert "rounds/001/knowledge/seed-01.json: is missing" in found
     assert "rounds/001/knowledge: holds 1 knowledge texts, planned were 2" in found
 
 
-def test_a_torn_line(run: Path) -> None:
+def test_a_torn_line_is_found_with_its_number(run: Path) -> None:
     path = RunFolder(run).files(1).evaluation_games
     path.write_bytes(path.read_bytes()[:-40])
     assert any("evaluation.jsonl:8: is not a EvaluationGame: Invalid JSON" in finding for finding in findings(run))
 
 
-def test_a_gate_that_names_no_round(run: Path) -> None:
+def test_a_gate_that_names_no_round_is_found(run: Path) -> None:
     edit_json(RunFolder(run).files(1).evaluation, lambda x: x.update(gate=GATE | {"deployed": "none"}))
     assert any("evaluation.json: is not an Evaluation: gate.deployed" in finding for finding in findings(run))
 
 
-def test_a_stage_that_is_missing_from_a_finished_run(run: Path) -> None:
+def test_a_missing_stage_is_found_only_if_the_run_says_finished(run: Path) -> None:
     edit_json(RunFolder(run).files(2).manifest, lambda manifest: manifest["stages"].pop("consolidate"))
     assert findings(run) == ["rounds/002/MANIFEST.json: lacks stage consolidate, although the run says finished"]
     shutil.rmtree(run / "rounds/002")
@@ -274,12 +276,12 @@ def test_a_stage_that_is_missing_from_a_finished_run(run: Path) -> None:
     assert findings(run) == []
 
 
-def test_a_round_that_was_never_planned(run: Path) -> None:
+def test_a_round_that_was_never_planned_is_found(run: Path) -> None:
     shutil.copytree(run / "rounds/002", run / "rounds/003")
     assert any("was never planned" in finding for finding in findings(run))
 
 
-def test_broken_files_beside_the_rounds(run: Path) -> None:
+def test_broken_status_manifest_metrics_and_configuration_files_are_found(run: Path) -> None:
     (run / "metrics.jsonl").write_text('{"a": 1}\n{"a"')
     (run / "status.json").write_text("")
     (run / "rounds/001/MANIFEST.json").write_text("{}")
@@ -291,7 +293,7 @@ def test_broken_files_beside_the_rounds(run: Path) -> None:
     assert findings(run)[0].startswith("config.yaml: cannot be read")
 
 
-def test_replay_decides_over_what_was_written(run: Path) -> None:
+def test_the_replay_overrules_the_recorded_success_and_rates(run: Path) -> None:
     def honest(game: Trajectory) -> tuple[bool, str]:
         assert isinstance(game, EvaluationGame)
         return game.success, ""
@@ -311,7 +313,7 @@ def test_replay_decides_over_what_was_written(run: Path) -> None:
     ]
 
 
-def test_findings_are_one_line_each(run: Path) -> None:
+def test_a_finding_is_one_line_even_if_the_data_holds_line_breaks(run: Path) -> None:
     path = RunFolder(run).files(1).evaluation_games
     path.write_bytes(orjson.dumps({"id": "a\nb"}) + b"\n")
     assert all("\n" not in str(finding) for finding in verify(run))

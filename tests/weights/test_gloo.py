@@ -79,7 +79,7 @@ def test_a_stream_that_differs_from_what_was_announced_is_refused(monkeypatch: p
         send_stream(None, announced, [a, b, a])  # type: ignore[arg-type]
 
 
-def test_when_both_sides_fail_the_engines_say_why() -> None:
+def test_if_both_sides_of_a_sync_fail_the_error_of_the_engine_is_raised() -> None:
     def engines_fail(info: dict[str, Any]) -> None:
         raise ValueError(f"cannot load {info['names']}")
 
@@ -95,7 +95,7 @@ def test_when_both_sides_fail_the_engines_say_why() -> None:
         lose_connection()
 
 
-def test_on_gpus_the_checks_are_ours_and_the_wire_is_vllms() -> None:
+def test_the_receiver_on_gpus_adds_our_checks_to_the_nccl_transfer_of_vllm() -> None:
     for step in ("start_weight_update", "receive_weights", "finish_weight_update"):
         assert getattr(NcclReceiver, step) is getattr(CheckedReceiver, step)
     for step in ("init_transfer_engine", "shutdown"):
@@ -165,7 +165,7 @@ def test_a_group_meets_at_the_address_that_the_peer_can_reach() -> None:
     assert gloo._own_address("127.0.0.1") == "127.0.0.1"
 
 
-def test_the_tensors_of_a_checkpoint_folder(tmp_path: Path) -> None:
+def test_only_files_in_the_index_of_a_checkpoint_are_read_if_there_is_one(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, 3), "scalar": torch.tensor(1.0)}, tmp_path / "model-1.safetensors")
     save_file({"b": torch.zeros(5).bfloat16()}, tmp_path / "model-2.safetensors")
     assert checkpoint_shapes(tmp_path) == {"a": (2, 3), "scalar": (), "b": (5,)}
@@ -176,7 +176,9 @@ def test_the_tensors_of_a_checkpoint_folder(tmp_path: Path) -> None:
     assert {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(tmp_path)} == checkpoint_shapes(tmp_path)
 
 
-def test_the_cause_of_a_failed_start_is_what_a_vllm_process_logged(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_cause_of_a_failed_start_is_the_first_error_that_a_vllm_process_logged(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     vague = RuntimeError("Engine core initialization failed. See root cause above.")
     print("(Worker pid=1) ERROR 11-22 16:18:05 [old.py:1] KeyError: of an earlier start", flush=True)
     log = StartLog()

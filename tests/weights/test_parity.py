@@ -92,7 +92,7 @@ def test_an_engine_that_cannot_start_says_why_in_a_line(tmp_path: Path, environm
 
 
 @ALL
-def test_the_code_under_test_runs_in_the_worker_too(case: Case) -> None:
+def test_the_worker_of_vllm_imports_the_same_package_as_the_test(case: Case) -> None:
     import oel_ray
 
     assert case.engine.call("in_worker", "package_folder") == oel_ray.__path__[0]
@@ -158,7 +158,7 @@ def test_in_ten_syncs_under_load_no_response_is_mixed_or_stale(case: Case) -> No
 
 
 @cases("float32-tied")
-def test_under_load_a_sync_without_the_reset_is_seen(case: Case) -> None:
+def test_under_load_a_sync_that_keeps_the_prefix_cache_gives_stale_responses(case: Case) -> None:
     case.engine.call("keep_stale_cache", True)
     wrong = wrong_under_load(case, 2, 200)
     case.engine.call("keep_stale_cache", False)
@@ -167,7 +167,7 @@ def test_under_load_a_sync_without_the_reset_is_seen(case: Case) -> None:
 
 
 @cases("float32-tied")
-def test_a_sync_without_the_drain_is_seen(case: Case) -> None:
+def test_a_sync_that_does_not_wait_for_running_requests_fails_or_gives_a_mixed_response(case: Case) -> None:
     """By the reset, which cannot be done then, and if that is left out by the response; whichever is first."""
     case.engine.call("freeze", True)
     sender = case.engine.sender(case.student.weights)
@@ -195,7 +195,7 @@ def test_a_sync_without_the_drain_is_seen(case: Case) -> None:
 
 
 @cases("float32-tied")
-def test_a_sync_without_the_completeness_check_is_seen(case: Case) -> None:
+def test_a_sync_without_the_completeness_check_serves_wrong_weights(case: Case) -> None:
     policy = case.student.become(400)
     case.engine.call("in_worker", "leave_out_completeness")
     sender = case.engine.sender(Without(case.student.weights, ["model.layers.0.mlp.down_proj.weight"]))
@@ -208,19 +208,19 @@ def test_a_sync_without_the_completeness_check_is_seen(case: Case) -> None:
 
 
 @cases("float32-tied")
-def test_it_keeps_the_contract_of_engines(case: Case) -> None:
+def test_the_vllm_engine_keeps_the_contract_of_engines(case: Case) -> None:
     keeps_the_contract(case.engine.submit, str(case.student.first), max_tokens=24)
 
 
 @cases("float32-tied")
-def test_it_tells_how_much_of_a_prompt_was_in_its_cache(case: Case) -> None:
+def test_a_repeated_prompt_is_reported_as_cached(case: Case) -> None:
     case.engine.call("drop_cache")
     cached = [case.engine.call("generate", PROMPTS[0], GREEDY, 0, 60.0).cached_tokens for _ in range(2)]
     assert cached[0] == 0 and CACHED <= cached[1] < len(PROMPTS[0])
 
 
 @ALL
-def test_a_policy_folder_is_loaded_as_well(case: Case) -> None:
+def test_loading_a_policy_folder_replaces_the_weights_and_the_prefix_cache(case: Case) -> None:
     policy = case.student.become(3)
     assert warm(case.engine) >= CACHED
     assert case.error(policy) > 5
@@ -240,7 +240,7 @@ def test_a_response_does_not_depend_on_what_else_is_asked(case: Case, sampling: 
 
 
 @cases("float32-tied", "float32-untied")
-def test_a_kept_cache_is_seen(case: Case) -> None:
+def test_a_prefix_cache_kept_over_a_load_gives_wrong_probabilities(case: Case) -> None:
     warm(case.engine)
     policy = case.student.become(4)
     case.engine.call("keep_stale_cache", True)
@@ -254,7 +254,7 @@ def test_a_kept_cache_is_seen(case: Case) -> None:
 
 
 @cases("float32-tied", "bfloat16-tied")
-def test_a_tied_head_that_is_not_packed_again_is_seen(case: Case) -> None:
+def test_a_tied_head_that_is_not_repacked_after_a_sync_gives_wrong_probabilities(case: Case) -> None:
     policy = case.student.become(5)
     case.engine.call("in_worker", "leave_out_head_repack")
     sender = case.engine.sender(case.student.weights)

@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("runs") / "example")
 
 
-def test_what_is_read_are_the_numbers_of_the_files(run: Path) -> None:
+def test_the_report_reads_the_numbers_that_the_run_recorded(run: Path) -> None:
     report = read_report(run)
     assert [data.number for data in report.rounds] == [0, 1, 2]
     first, second, _ = report.rounds
@@ -45,7 +45,7 @@ def test_what_is_read_are_the_numbers_of_the_files(run: Path) -> None:
     assert second.items_per_text == 1
 
 
-def test_a_step_that_was_skipped_is_a_gap(tmp_path: Path) -> None:
+def test_a_skipped_step_is_a_gap_in_the_curve_and_a_note_on_the_page(tmp_path: Path) -> None:
     run = build(tmp_path / "run")
     skip_step(RunFolder(run).files(1), 0)
     edit_json(RunFolder(run).files(1).consolidation_metrics, lambda row: row.update(kl_per_token=-0.5), 1)
@@ -72,7 +72,7 @@ def test_the_headline_has_both_rates_with_their_intervals(run: Path) -> None:
     assert "2.0 tokens per turn before and 2.0 after round 2, 1.00 times as many" in headline
 
 
-def test_the_headline_of_a_run_with_one_evaluation_or_none(tmp_path: Path) -> None:
+def test_with_fewer_than_two_evaluations_the_headline_claims_no_change(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", small_config()) as folder:
         assert read_report(folder.path).headline == "No policy has been evaluated yet."
         for name in ("prepare", "evaluate"):
@@ -86,7 +86,7 @@ def test_the_headline_of_a_run_with_one_evaluation_or_none(tmp_path: Path) -> No
         assert "running in round 1, collect 3/5" in write_report(folder.path).read_text()
 
 
-def test_the_games_shown_are_first_of_all_one_that_was_lost_and_is_won() -> None:
+def test_the_first_pair_of_games_shown_was_lost_before_and_is_won_after() -> None:
     before, after = games(0, "policy"), games(1, "policy")
     changed = [
         game.model_copy(update={"success": not game.success}) if n == 5 else game for n, game in enumerate(after)
@@ -138,7 +138,7 @@ def as_import(stages: dict[str, object]) -> None:
     del stages["collect"]
 
 
-def test_the_page_stands_alone_and_is_the_same_every_time(run: Path, tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_is_the_same_to_the_byte_each_time(run: Path, tmp_path: Path) -> None:
     page = write_report(run, tmp_path / "a")
     text = page.read_text()
     assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!#)", text), "the page loads something"
@@ -158,7 +158,7 @@ def test_the_page_stands_alone_and_is_the_same_every_time(run: Path, tmp_path: P
         assert png == (tmp_path / "b" / f"{name}.png").read_bytes()
 
 
-def test_what_games_and_models_wrote_is_text(tmp_path: Path) -> None:
+def test_html_written_by_games_and_models_is_escaped(tmp_path: Path) -> None:
     run = build(tmp_path / "run")
     game_file, text_file = run / "rounds/000/evaluation.jsonl", run / "rounds/001/knowledge/seed-00.json"
     lines = [EvaluationGame.from_json(line) for line in game_file.read_bytes().splitlines()]
@@ -178,7 +178,7 @@ def test_what_games_and_models_wrote_is_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("done", range(8))
-def test_an_unfinished_run_has_a_page_too(done: int, tmp_path: Path) -> None:
+def test_the_page_of_an_unfinished_run_says_not_yet(done: int, tmp_path: Path) -> None:
     plan = [(0, "prepare"), (0, "evaluate"), (1, "collect"), (1, "extract")]
     plan += [(1, "evaluate_in_context"), (1, "consolidate"), (1, "evaluate"), (2, "collect")]
     with RunFolder.create(tmp_path / "run", small_config()) as folder:

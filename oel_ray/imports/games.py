@@ -135,11 +135,10 @@ def _trajectory(
     given: _GivenTrajectory, name: str, number: int, split: TrainingSplit, config: RunConfig, chat: ChatFormat
 ) -> Trajectory:
     following = [turn.observation for turn in given.turns[1:]] + [""]
+    actions = [strip_thinking(turn.response, thinking=chat.thinking) or "" for turn in given.turns]
     turns = [
-        Turn.model_validate(
-            {"action": _action(turn, chat), "feedback": shown_next} | turn.model_dump(exclude_none=True) | _UNKNOWN
-        )
-        for turn, shown_next in zip(given.turns, following, strict=True)
+        Turn.model_validate({"action": action, "feedback": shown} | turn.model_dump(exclude_none=True) | _UNKNOWN)
+        for turn, action, shown in zip(given.turns, actions, following, strict=True)
     ]
     return Trajectory(
         **given.model_dump(include={"params", "seed", "instructions", "outcome", "ended_by"}),
@@ -151,10 +150,6 @@ def _trajectory(
         template=prompts.game_template(show_actions=config.env.show_actions),
         turns=turns,
     )
-
-
-def _action(turn: _GivenTurn, chat: ChatFormat) -> str:
-    return strip_thinking(turn.response, thinking=chat.thinking) or ""
 
 
 def _problems(trajectory: Trajectory, ids: set[str], config: RunConfig, chat: ChatFormat) -> Iterator[str]:

@@ -24,15 +24,19 @@ def can_pack(model: Any) -> bool:
     It takes positions that are told, and layers that look back at a sample's own tokens: all of them or a window, no
     chunks that are counted from the start of the row, and no state that is carried on from token to token.
     """
-    config = model.config.get_text_config()
-    layers = DynamicCache(config=config).layers
     return (
         has_fixed_rotations(model)
         and not model._is_stateful
-        and not getattr(config, "attention_chunk_size", None)
-        and len(layers) == config.num_hidden_layers
-        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        and not getattr(model.config.get_text_config(), "attention_chunk_size", None)
+        and _has_only_layers(model, DynamicLayer, DynamicSlidingWindowLayer)
     )
+
+
+def _has_only_layers(model: Any, *kinds: type) -> bool:
+    """Whether every layer of the model keeps keys and values, and in one of these ways."""
+    config = model.config.get_text_config()
+    layers = DynamicCache(config=config).layers
+    return len(layers) == config.num_hidden_layers and all(type(layer) in kinds for layer in layers)
 
 
 def reads_packed(model: Any, packing: Literal["auto", "always", "never"]) -> bool:
@@ -60,11 +64,5 @@ def can_keep_texts(model: Any) -> bool:
     that is told for each pair of positions whether one sees the other; and positions that are told as well and turn
     keys by the same angle however long the prompt is.
     """
-    config = model.config.get_text_config()
-    layers = DynamicCache(config=config).layers
-    return (
-        len(layers) == config.num_hidden_layers
-        and all(type(layer) is DynamicLayer for layer in layers)
-        and model.config._attn_implementation in _PAIRWISE_MASKS
-        and has_fixed_rotations(model)
-    )
+    told = model.config._attn_implementation in _PAIRWISE_MASKS
+    return told and has_fixed_rotations(model) and _has_only_layers(model, DynamicLayer)

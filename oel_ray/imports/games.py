@@ -123,7 +123,7 @@ def read_trajectories(
             trajectories.append(trajectory)
     if len(bad) > max_bad * (len(bad) + len(trajectories)):
         rest = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        count = f"{len(bad)} bad line{'s' * (len(bad) > 1)}"
+        count = f"{len(bad)} bad line{'s' if len(bad) > 1 else ''}"
         named = "; ".join(f"line {line.line}: {line.reason}" for line in bad[:_NAMED])
         raise UserError(f"{path} has {count}: {named}{rest}: mend or remove them, or allow a larger share by --max-bad")
     if not trajectories:

@@ -113,8 +113,8 @@ def check_ready(
 
 def planned_stages(config: RunConfig, round_number: int) -> list[str]:
     """The stages of a round, in order. Round 0 is the untouched model."""
-    evaluate = [layout.EVALUATE] * config.evaluate.enabled
+    evaluate = [layout.EVALUATE] if config.evaluate.enabled else []
     if round_number == 0:
         return [layout.PREPARE, *evaluate]
-    in_context = [layout.EVALUATE_IN_CONTEXT] * (config.evaluate.enabled and config.evaluate.in_context)
+    in_context = [layout.EVALUATE_IN_CONTEXT] if config.evaluate.enabled and config.evaluate.in_context else []
     return [layout.COLLECT, layout.EXTRACT, *in_context, layout.CONSOLIDATE, *evaluate]

@@ -173,8 +173,10 @@ def outlook(config: RunConfig, size: ModelSize, nodes: Nodes, *, on_gpu: bool) -
     }
     lying = sum(count for name, count in rank.items() if "host" not in name)
     cached = f"caches {gib(cache)} for {cache / token:,.0f} tokens" if there or not on_gpu else "caches in what is left"
-    few = ": too little, raise engines.tensor_parallel" * (cache <= 0 < there)
-    tight = ": tight, lower consolidate.teacher_cache_gib, or raise zero_stage or workers" * (lying > 0.85 * there > 0)
+    few = ": too little, raise engines.tensor_parallel" if cache <= 0 < there else ""
+    tight = ""
+    if lying > 0.85 * there > 0:
+        tight = ": tight, lower consolidate.teacher_cache_gib, or raise zero_stage or workers"
     parts = ", ".join(f"{name} {gib(count)}" for name, count in rank.items())
     return [
         f"nodes: {placement(demands(config, on_gpu=on_gpu), nodes)}",

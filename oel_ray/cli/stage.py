@@ -19,21 +19,6 @@ from oel_ray.telemetry.progress import Progress
 
 
 @dataclass(frozen=True)
-class Files:
-    """Where a stage's input comes from, if it is not what the run made itself."""
-
-    trajectories: dict[TrainingSplit, Path]
-    knowledge: list[Path]
-    max_bad: float
-    """The share of bad lines in a file of trajectories that is left out."""
-
-    @property
-    def stages(self) -> set[str]:
-        """The import stages that reading these files amounts to."""
-        return {IMPORT_OF[split] for split in self.trajectories} | ({IMPORT_KNOWLEDGE} if self.knowledge else set())
-
-
-@dataclass(frozen=True)
 class SingleStage:
     """A stage that can be done. All that comes from elsewhere is read and checked."""
 
@@ -69,13 +54,16 @@ def plan_stage(
     settings: RunConfig | None,
     name: str,
     round_number: int | None,
-    files: Files,
+    trajectories: dict[TrainingSplit, Path],
+    knowledge: list[Path],
+    max_bad: float,
     note: Callable[[str], None],
 ) -> SingleStage:
     """Check and read all that a stage needs; writes nothing.
 
     `settings` start a new run at `path`, or must be those of the run there. Without `round_number` it is the first
-    round that lacks the stage.
+    round that lacks the stage. Files stand in for what the run would have made itself; `max_bad` is the share of bad
+    lines in a file of trajectories that is left out.
 
     Raises:
         UserError: something is missing or wrong.
@@ -90,11 +78,12 @@ def plan_stage(
         raise UserError(f"{path} holds no run: start one there with --config CONFIG")
     committed[0] = committed.get(0, set()) | {PREPARE}  # every stage makes up for it
     number = first_open_round(config, committed, name) if round_number is None else round_number
-    check_ready(config, committed, number, name, files.stages)
+    incoming = [IMPORT_OF[split] for split in trajectories] + ([IMPORT_KNOWLEDGE] if knowledge else [])
+    check_ready(config, committed, number, name, incoming)
     model, auto = preflight(starting_at(run, number) if run else config, note, plays=name in PLAYED)
-    trajectories = {
-        split: read_trajectories(file, number, split, config, model.chat, files.max_bad)
-        for split, file in files.trajectories.items()
+    games = {
+        split: read_trajectories(file, number, split, config, model.chat, max_bad)
+        for split, file in trajectories.items()
     }
-    knowledge = read_knowledge(files.knowledge, number, config, model.chat)
-    return SingleStage(path, config, run is None, number, name, trajectories, knowledge, auto)
+    texts = read_knowledge(knowledge, number, config, model.chat)
+    return SingleStage(path, config, run is None, number, name, games, texts, auto)

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -49,7 +48,7 @@ def run(
     if config is None and not resume:
         raise UserError(f"give a CONFIG, a YAML file or a preset: {', '.join(preset_names())}")
     settings = load(config, overrides) if config else None
-    path = run_dir or _default_run_dir(str(config))
+    path = run_dir or Path("runs", f"{Path(str(config)).stem}-{datetime.now():%Y%m%d-%H%M%S}")
     note = Progress().note
     if resume and not (settings and not (path / RUN_FILE).exists()):
         preflight_resumed(RunFolder.open_to_resume(path, settings, allow_change=allow_config_change), note)
@@ -187,13 +186,13 @@ def _one_stage(
     max_bad: float = 0.0,
 ) -> None:
     """Do one stage of one round, in an existing run or in a new one."""
-    from oel_ray.cli.stage import Files, plan_stage
+    from oel_ray.cli.stage import plan_stage
 
     if overrides and config is None:
         raise UserError(f"'{overrides[0]}' changes a configuration: name one with --config to start a new run")
     settings = load(config, overrides) if config else None
-    files = Files({split: path for split, path in (trajectories or {}).items() if path}, knowledge or [], max_bad)
-    stage = plan_stage(run_dir, settings, name, number, files, Progress().note)
+    games = {split: path for split, path in (trajectories or {}).items() if path}
+    stage = plan_stage(run_dir, settings, name, number, games, knowledge or [], max_bad, Progress().note)
     folder = stage.open()
     _work(folder, run_dir, lambda: stage.work(folder, Progress(folder)))
     print(next_steps(run_dir))
@@ -201,7 +200,7 @@ def _one_stage(
 
 def _work(folder: RunFolder, path: Path, work: Callable[[], None]) -> None:
     """Do the work of a run; ends the process with the right code where that does not come to its end."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     again = f"oel run --resume --run-dir {shlex.quote(str(path))}"
     try:
         with folder:
@@ -210,11 +209,3 @@ def _work(folder: RunFolder, path: Path, work: Callable[[], None]) -> None:
         end(130, f"oel: interrupted: the run is in {path}; go on with: {again}")
     except RunFailed as failure:
         end(1, f"oel: run failed: {failure}; the run is in {path}; go on with: {again}")
-
-
-def _default_run_dir(config: str) -> Path:
-    return Path("runs") / f"{Path(config).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

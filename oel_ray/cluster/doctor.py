@@ -122,9 +122,10 @@ def _ask_cluster(address: str, config: RunConfig, folder: Path) -> tuple[dict[st
     offline = {"env_vars": {"HF_HUB_OFFLINE": "1"}}
     with ray.init(address=address, runtime_env=offline, log_to_driver=False, logging_level="ERROR") as context:
         dashboard, nodes = context.dashboard_url or "", session.alive_nodes()
-        exposed = f"the dashboard at {dashboard} takes jobs from anybody: start Ray with RAY_AUTH_MODE=token"
         asked = {node: (config, folder, node, versions(), there.get("GPU", 0)) for node, there in nodes.items()}
-        faults = [_fault(lambda: session.check_nodes(config, nodes, "it")), exposed * is_open(dashboard)]
+        faults = [_fault(lambda: session.check_nodes(config, nodes, "it"))]
+        if is_open(dashboard):
+            faults.append(f"the dashboard at {dashboard} takes jobs from anybody: start Ray with RAY_AUTH_MODE=token")
         return session.ask_nodes(look, asked, ANSWER_S), faults
 
 

@@ -2,10 +2,12 @@
 Train group); needs no Ray itself.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -78,14 +80,15 @@ class TextCaches:
         self._device = device
         self._device_bytes = device_bytes
         self._host_bytes = host_bytes
-        self._on_device: dict[Text, TextCache] = {}  # both least recently used first
-        self._on_host: dict[Text, TextCache] = {}
+        # Without a limit of their own: what is put in may be too large, and what goes from the device is not lost.
+        self._on_device: LRUCache[Text, TextCache] = LRUCache(math.inf, _size)
+        self._on_host: LRUCache[Text, TextCache] = LRUCache(math.inf, _size)
         self._bytes_per_token = 0  # known from the first text on
 
     @property
     def device_size(self) -> int:
         """Bytes of the caches on the device."""
-        return _total(self._on_device)
+        return int(self._on_device.currsize)
 
     def distance(self, text: Text) -> int:
         """Return 0 for a text on the device, 1 on the host, 2 for neither. Use near texts first, because those stay."""
@@ -95,10 +98,10 @@ class TextCaches:
         """The text's cache on the device. It may be larger than the budget: `make_room` when done with it."""
         if text in self._on_device:
             self.counts.hits += 1
-            cache = self._on_device.pop(text)
+            cache = self._on_device[text]
         elif text in self._on_host:
             self.counts.loads += 1
-            kept = self._on_host[text] = self._on_host.pop(text)
+            kept = self._on_host[text]
             self.make_room(kept.size)
             cache = kept.moved(lambda tensor: tensor.to(self._device, non_blocking=True))
         else:
@@ -111,9 +114,8 @@ class TextCaches:
 
     def make_room(self, needed: int = 0) -> None:
         """Offload caches until the device's budget has `needed` bytes free."""
-        while self._on_device and _total(self._on_device) + needed > self._device_bytes:
-            text = next(iter(self._on_device))
-            self._offload(text, self._on_device.pop(text))
+        while self._on_device and self._on_device.currsize + needed > self._device_bytes:
+            self._offload(*self._on_device.popitem())
 
     def clear(self) -> None:
         """Forget all texts: the model that read them has other weights now."""
@@ -123,11 +125,11 @@ class TextCaches:
     def _offload(self, text: Text, cache: TextCache) -> None:
         if text in self._on_host or cache.size > self._host_bytes:
             return
-        while _total(self._on_host) + cache.size > self._host_bytes:
-            del self._on_host[next(iter(self._on_host))]
+        while self._on_host.currsize + cache.size > self._host_bytes:
+            self._on_host.popitem()
         self.counts.offloads += 1
         self._on_host[text] = cache.moved(_host_copy)
 
 
-def _total(caches: dict[Text, TextCache]) -> int:
-    return sum(cache.size for cache in caches.values())
+def _size(cache: TextCache) -> int:
+    return cache.size

@@ -8,13 +8,14 @@ generation or a sync.
 
 import asyncio
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from cachetools import LRUCache
 from ray.exceptions import RayTaskError
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -55,7 +56,7 @@ class EnginePool(Named):
         self._engine = engine
         self._router = router([])
         self._leases: dict[str, tuple[Replica, int, Any, float]] = {}
-        self._given_back_early: OrderedDict[str, None] = OrderedDict()
+        self._given_back_early: LRUCache[str, bool] = LRUCache(REMEMBERED)
         self._policy, self._version = "", ""
         self._trainer_sends = False
         self._counts: Counter[str] = Counter(engine_restarts=0)
@@ -100,8 +101,7 @@ class EnginePool(Named):
         """
         while not any(replica.healthy for replica in self._router.replicas) and (coming := self._replacements()):
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
-        if lease in self._given_back_early:
-            del self._given_back_early[lease]
+        if self._given_back_early.pop(lease, False):
             raise EngineUnavailable("the request was given up before its lease was granted")
         replica = self._router.pick(key, tokens)
         self._leases[lease] = (replica, tokens, replica.handle, time.monotonic())
@@ -117,9 +117,7 @@ class EnginePool(Named):
             report(Series[name.upper()], count)
         if lease not in self._leases:
             # Calls of an async actor may overtake each other, so the request for this lease may still arrive.
-            self._given_back_early[lease] = None
-            if len(self._given_back_early) > REMEMBERED:
-                self._given_back_early.popitem(last=False)
+            self._given_back_early[lease] = True
             return
         replica, tokens, handle, since = self._leases.pop(lease)
         report(Series.TURN_LATENCY, time.monotonic() - since if counts and "requests" in counts else None)

@@ -1,10 +1,11 @@
 """Which engine answers a request. Pure; the pool's control actor holds it."""
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from cachetools import LRUCache
 
 from oel_ray.errors import EngineUnavailable
 
@@ -34,7 +35,7 @@ class Router:
     """Route each key to the replica that served it last, unless that is much busier than the least busy one."""
 
     replicas: list[Replica]
-    _home: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    _home: MutableMapping[str, int] = field(default_factory=lambda: LRUCache(REMEMBERED))
 
     def pick(self, key: str, tokens: int) -> Replica:
         """Choose the replica for a request of `tokens` tokens, and add them to its load.
@@ -49,9 +50,6 @@ class Router:
         home = self.replicas[self._home[key]] if key in self._home else None
         chosen = self.choose(healthy, home if home and home.healthy else None, tokens)
         self._home[key] = chosen.index
-        self._home.move_to_end(key)
-        if len(self._home) > REMEMBERED:
-            self._home.popitem(last=False)
         chosen.load += tokens
         return chosen
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 
+from oel_ray.envs.base import Environment
 from oel_ray.envs.registry import make
 from oel_ray.records import Episode
 from oel_ray.seeds import derive_seed
@@ -13,10 +14,11 @@ def random_rate(episodes: Sequence[Episode], max_turns: int, games: int, run_see
     wins = []
     for episode in episodes:
         for game in range(games):
-            won = _random_game(episode, max_turns, derive_seed(run_seed, "random_player", episode.id, game))
-            if won is None:
+            environment = make(episode.env, episode.seed, episode.params)
+            if not environment.actions:
                 return None
-            wins.append(won)
+            seed = derive_seed(run_seed, "random_player", episode.id, game)
+            wins.append(_random_game(environment, max_turns, random.Random(seed)))
     return sum(wins) / len(wins) if wins else None
 
 
@@ -31,11 +33,7 @@ def oracle_rate(episodes: Sequence[Episode], max_turns: int) -> float | None:
     return sum(solved) / len(solved) if solved else None
 
 
-def _random_game(episode: Episode, max_turns: int, seed: int) -> bool | None:
-    environment = make(episode.env, episode.seed, episode.params)
-    if not environment.actions:
-        return None
-    choices = random.Random(seed)
+def _random_game(environment: Environment, max_turns: int, choices: random.Random) -> bool:
     environment.reset()
     for _ in range(max_turns):
         if environment.step(choices.choice(environment.actions)).done:

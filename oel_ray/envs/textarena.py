@@ -228,14 +228,12 @@ def _mend(state: Any) -> None:
 
 
 def _constructor_defaults(tree: ast.Module, class_name: str) -> dict[str, Any]:
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == class_name:
-            for function in node.body:
-                if isinstance(function, ast.FunctionDef) and function.name == "__init__":
-                    names = [argument.arg for argument in function.args.args[1:]]
-                    values = [ast.literal_eval(value) for value in function.args.defaults]
-                    without = len(names) - len(values)
-                    return dict.fromkeys(names[:without]) | dict(zip(names[without:], values, strict=True))
+    game = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
+    for function in game.body if game else ():
+        if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+            names = [argument.arg for argument in function.args.args[1:]]
+            values = [ast.literal_eval(value) for value in function.args.defaults]
+            return dict.fromkeys(names) | dict(zip(names[len(names) - len(values) :], values, strict=True))
     return {}
 
 

@@ -123,7 +123,7 @@ def read_trajectories(
             trajectories.append(trajectory)
     if len(bad) > max_bad * (len(bad) + len(trajectories)):
         rest = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        count = f"{len(bad)} bad line{'s' * (len(bad) > 1)}"
+        count = f"{len(bad)} bad line{'s' if len(bad) > 1 else ''}"
         named = "; ".join(f"line {line.line}: {line.reason}" for line in bad[:_NAMED])
         raise UserError(f"{path} has {count}: {named}{rest}: mend or remove them, or allow a larger share by --max-bad")
     if not trajectories:
@@ -135,11 +135,10 @@ def _trajectory(
     given: _GivenTrajectory, name: str, number: int, split: TrainingSplit, config: RunConfig, chat: ChatFormat
 ) -> Trajectory:
     following = [turn.observation for turn in given.turns[1:]] + [""]
+    actions = [strip_thinking(turn.response, thinking=chat.thinking) or "" for turn in given.turns]
     turns = [
-        Turn.model_validate(
-            {"action": _action(turn, chat), "feedback": shown_next} | turn.model_dump(exclude_none=True) | _UNKNOWN
-        )
-        for turn, shown_next in zip(given.turns, following, strict=True)
+        Turn.model_validate({"action": action, "feedback": shown} | turn.model_dump(exclude_none=True) | _UNKNOWN)
+        for turn, action, shown in zip(given.turns, actions, following, strict=True)
     ]
     return Trajectory(
         **given.model_dump(include={"params", "seed", "instructions", "outcome", "ended_by"}),
@@ -151,10 +150,6 @@ def _trajectory(
         template=prompts.game_template(show_actions=config.env.show_actions),
         turns=turns,
     )
-
-
-def _action(turn: _GivenTurn, chat: ChatFormat) -> str:
-    return strip_thinking(turn.response, thinking=chat.thinking) or ""
 
 
 def _problems(trajectory: Trajectory, ids: set[str], config: RunConfig, chat: ChatFormat) -> Iterator[str]:

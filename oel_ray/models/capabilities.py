@@ -25,15 +25,19 @@ def can_pack(model: Any) -> bool:
     Its layers must use full or sliding-window attention. Chunks counted from the start of the row, or a recurrent
     state, would mix samples.
     """
-    config = model.config.get_text_config()
-    layers = DynamicCache(config=config).layers
     return (
         has_fixed_rotations(model)
         and not model._is_stateful
-        and not getattr(config, "attention_chunk_size", None)
-        and len(layers) == config.num_hidden_layers
-        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        and not getattr(model.config.get_text_config(), "attention_chunk_size", None)
+        and _has_only_layers(model, DynamicLayer, DynamicSlidingWindowLayer)
     )
+
+
+def _has_only_layers(model: Any, *kinds: type) -> bool:
+    """Whether every layer of the model keeps keys and values, and in one of these ways."""
+    config = model.config.get_text_config()
+    layers = DynamicCache(config=config).layers
+    return len(layers) == config.num_hidden_layers and all(type(layer) in kinds for layer in layers)
 
 
 def reads_packed(model: Any, packing: Literal["auto", "always", "never"]) -> bool:
@@ -62,11 +66,5 @@ def can_keep_texts(model: Any) -> bool:
     has to accept a mask over pairs of positions. The model has to accept `position_ids`, with a rotary embedding that
     does not depend on the length.
     """
-    config = model.config.get_text_config()
-    layers = DynamicCache(config=config).layers
-    return (
-        len(layers) == config.num_hidden_layers
-        and all(type(layer) is DynamicLayer for layer in layers)
-        and model.config._attn_implementation in _PAIRWISE_MASKS
-        and has_fixed_rotations(model)
-    )
+    told = model.config._attn_implementation in _PAIRWISE_MASKS
+    return told and has_fixed_rotations(model) and _has_only_layers(model, DynamicLayer)

@@ -227,8 +227,10 @@ class RunFolder:
         number = left[0][0] if left else self.config.rounds
         for source in sorted({number, max(number - 1, 0)}, reverse=True):
             for path, what in self.changed_files(source):
-                rollback = f", or take the round back with 'oel rollback {self.path} --to-round {source - 1}'"
-                raise UserError(f"{path} {what}: put back what was there{rollback * (source > 0)}")
+                remedy = "put back what was there"
+                if source > 0:
+                    remedy += f", or take the round back with 'oel rollback {self.path} --to-round {source - 1}'"
+                raise UserError(f"{path} {what}: {remedy}")
 
     def _write_change(self, config: RunConfig, differences: list[str]) -> None:
         """Replace the configuration, in an order that a kill at any place leaves sound."""

@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 import uuid
-from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 from pydantic import ValidationError
 
 from oel_ray.errors import RunFailed, UserError
 from oel_ray.records import Record
+from oel_ray.runs.files import now
 
 LOCK_FILE = "lock.json"
 TAKEOVER_FILE = "lock.takeover"
@@ -58,7 +59,7 @@ class FolderLock:
             host=socket.gethostname(),
             pid=os.getpid(),
             command=shlex.join(sys.argv),
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            started=now(),
         )
         if not _create(path, me):
             _take_over(path, me)
@@ -85,11 +86,9 @@ class FolderLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            try:
+            with contextlib.suppress(OSError):  # a file server that does not answer now may answer the next beat
                 if self._ours():
                     os.utime(self._path)
-            except OSError:
-                continue  # a file server that does not answer now may answer the next beat
 
 
 def _create(path: Path, holder: Holder) -> bool:
@@ -131,12 +130,7 @@ def _take_over(path: Path, me: Holder) -> None:
 
 
 def _is_dead(holder: Holder) -> bool:
-    if holder.host == socket.gethostname():
-        try:
-            os.kill(holder.pid, 0)
-        except OSError as error:
-            return isinstance(error, ProcessLookupError)
-    return False
+    return holder.host == socket.gethostname() and not psutil.pid_exists(holder.pid)
 
 
 def _read(path: Path) -> Holder | None:

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.runs import layout
-from oel_ray.runs.layout import COLLECT, CONSOLIDATE, EVALUATE, EVALUATE_IN_CONTEXT, EXTRACT, PREPARE
 
 Committed = Mapping[int, Collection[str]]
 
@@ -114,8 +113,8 @@ def check_ready(
 
 def planned_stages(config: RunConfig, round_number: int) -> list[str]:
     """The stages of a round, in order. Round 0 is the untouched model."""
-    evaluate = [EVALUATE] * config.evaluate.enabled
+    evaluate = [layout.EVALUATE] if config.evaluate.enabled else []
     if round_number == 0:
-        return [PREPARE, *evaluate]
-    in_context = [EVALUATE_IN_CONTEXT] * (config.evaluate.enabled and config.evaluate.in_context)
-    return [COLLECT, EXTRACT, *in_context, CONSOLIDATE, *evaluate]
+        return [layout.PREPARE, *evaluate]
+    in_context = [layout.EVALUATE_IN_CONTEXT] if config.evaluate.enabled and config.evaluate.in_context else []
+    return [layout.COLLECT, layout.EXTRACT, *in_context, layout.CONSOLIDATE, *evaluate]

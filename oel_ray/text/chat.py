@@ -13,6 +13,8 @@ models is tokenised without special tokens, so it cannot open or close a turn.
 from pathlib import Path
 from typing import Any
 
+from cachetools import LRUCache
+
 from oel_ray.errors import UserError
 from oel_ray.records import Frame
 from oel_ray.text import prompts
@@ -49,7 +51,7 @@ class ChatFormat:
             raise UserError("the model's tokenizer has no chat template: use an instruction-tuned model")
         self.tokenizer = tokenizer
         self.thinking = thinking
-        self._prefixes: dict[str, list[int]] = {}
+        self._prefixes: LRUCache[str, list[int]] = LRUCache(_REMEMBERED)
         self.frame = frame or self._rendered_frame()
         self.before_ids: list[int] = self._ids(self.frame.before, special=True)
         self.after_ids: list[int] = self._ids(self.frame.after, special=True)
@@ -138,8 +140,6 @@ class ChatFormat:
     def game_prefix_ids(self, knowledge: str = "") -> list[int]:
         """The part of `game_ids` that depends on the knowledge alone."""
         if knowledge not in self._prefixes:
-            if len(self._prefixes) == _REMEMBERED:
-                del self._prefixes[next(iter(self._prefixes))]
             section = self._ids(prompts.knowledge_section(knowledge))
             self._prefixes[knowledge] = [*self.before_ids, *self._ids(prompts.GAME_HEAD), *section]
         return [*self._prefixes[knowledge]]

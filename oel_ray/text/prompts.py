@@ -90,11 +90,12 @@ def extraction_prompt(game: str, previous: str, *, structured: bool, show_previo
     ]
     if show_previous:
         parts += ["=== Notebook so far ===", previous.strip() or "(empty)", "=== End of the notebook ===", ""]
+    added = " What you write is added to the notebook, so leave out what it says already." if show_previous else ""
     parts += [
         "Go through the record turn by turn and compare what the player did with what happened next. Work out which "
         "rules the game seems to follow, why this game ended the way it did, and which way of playing should win.",
         "Write down what is new in it: short statements that help in any game of this kind, whatever its board looks "
-        "like." + (" What you write is added to the notebook, so leave out what it says already." * show_previous),
+        f"like.{added}",
     ]
     if structured:
         parts += [

@@ -63,7 +63,8 @@ def explain(config: RunConfig, auto: Auto) -> list[str]:
         rows["on GPUs"] = _shares(demands(config, on_gpu=True))
     if "auto" in precisions(config).values():
         rows["precision"] = f"auto stands for {'bfloat16, on GPUs' if device == 'cuda' else auto}"
-        rows["precision"] += "; for bfloat16 on GPUs" * (device == "auto")
+        if device == "auto":
+            rows["precision"] += "; for bfloat16 on GPUs"
     rows["tokens"] = f"at most, beside the prompt; engines.max_model_len={config.engines.max_model_len}"
     rows |= {f"  {budget.name}": _room(budget, config) for budget in budgets(config)}
     return [f"{name:<12} {text}" for name, text in rows.items()]

@@ -74,9 +74,11 @@ def remarks(path: Path) -> list[str]:
     for number in folder.rounds():
         stages = folder.manifest(number).stages
         bad = sum(entry.counts.get(BAD_LINES, 0) for entry in stages.values())
-        said += [f"round {number}: bad lines of imported games left out: {bad}"] * (bad > 0)
+        if bad:
+            said.append(f"round {number}: bad lines of imported games left out: {bad}")
         lost = [not row.applied for row in training_steps(folder, number)]
-        said += [f"round {number}: {sum(lost)} of {len(lost)} steps skipped: loss or gradient not finite"] * any(lost)
+        if any(lost):
+            said.append(f"round {number}: {sum(lost)} of {len(lost)} steps skipped: loss or gradient not finite")
         if EVALUATE in stages and (gate := read_json(folder.files(number).evaluation).get("gate")):
             said.append(f"round {number}: {Gate.model_validate(gate)}")
     return said

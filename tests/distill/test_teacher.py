@@ -163,6 +163,15 @@ def test_the_least_recently_used_text_is_offloaded_first_and_copied_once() -> No
     assert caches.counts.offloads == 3
 
 
+def test_the_host_forgets_what_was_wanted_longest_ago() -> None:
+    caches = TextCaches(lambda text: text_cache(len(text)), torch.device("cpu"), device_bytes=8, host_bytes=16)
+    a, b, c = (1,), (2,), (3,)
+    for text in (a, b, c, a):  # the last one comes back from the host, and c takes the place of b there
+        caches.get(text)
+    assert [caches.distance(text) for text in (a, b, c)] == [0, 2, 1]
+    assert caches.device_size == 8
+
+
 def test_a_text_in_use_may_be_larger_than_the_budget() -> None:
     caches = TextCaches(lambda text: text_cache(len(text)), torch.device("cpu"), device_bytes=8, host_bytes=8)
     caches.get((1, 2))

@@ -25,14 +25,12 @@ _SPELLED = 6
 
 
 class Figure(NamedTuple):
-    """How a figure is made, and whether the run has anything to show in it.
+    """How a figure is made, and whether the run has anything to show in it; the page has its title and caption.
 
-    `caption` says what is to be seen; a `wide` one takes a row of the page for itself.
+    A `wide` one takes a row of the page for itself.
     """
 
     name: str
-    title: str
-    caption: str
     has_data: Callable[[Report], bool]
     draw: Callable[[Report, Any], None]
     wide: bool = False
@@ -170,36 +168,8 @@ def _legend(axes: Any, columns: int = 2) -> None:
 
 
 _FIGURES = [
-    Figure(
-        "pass_rate",
-        "Pass rate",
-        "On held-out games, with 95 % intervals clustered by map. From one bare policy to the next: what it wins with "
-        "the round's knowledge in its prompt, after so many games had been read for it (small numbers). Consolidation "
-        "is to bring the bare policy there. (Figure 4 of the paper.)",
-        lambda report: bool(report.evaluated),
-        _pass_rate,
-        wide=True,
-    ),
-    Figure(
-        "tokens",
-        "Length of responses",
-        "On held-out games, thinking included; read like the figure above. (Figure 5 of the paper.)",
-        lambda report: bool(report.evaluated),
-        _tokens,
-    ),
-    Figure(
-        "reverse_kl",
-        "Reverse KL",
-        "Of the student to the teacher that reads the knowledge, on responses that the student has just written.",
-        lambda report: any(data.kl for data in report.rounds),
-        _kl,
-    ),
-    Figure(
-        "time",
-        "Wall time",
-        "What each stage of a round took.",
-        lambda report: any(STAGES.keys() & data.seconds.keys() for data in report.rounds),
-        _time,
-        wide=True,
-    ),
+    Figure("pass_rate", lambda report: bool(report.evaluated), _pass_rate, wide=True),
+    Figure("tokens", lambda report: bool(report.evaluated), _tokens),
+    Figure("reverse_kl", lambda report: any(data.kl for data in report.rounds), _kl),
+    Figure("time", lambda report: any(STAGES.keys() & data.seconds.keys() for data in report.rounds), _time, wide=True),
 ]

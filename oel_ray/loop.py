@@ -33,7 +33,7 @@ from oel_ray.ids import policy_version
 from oel_ray.models.resolve import resolve_model
 from oel_ray.play.evaluation import as_evaluation_game, plan_games, score_round
 from oel_ray.play.players import Game, Players, play_missing, player_pool
-from oel_ray.preflight import tell_outlook
+from oel_ray.preflight import report_outlook
 from oel_ray.records import Episode, EvaluationGame, KnowledgeText, Split, Trajectory, read_jsonl, write_jsonl
 from oel_ray.runs import layout
 from oel_ray.runs.files import model_files, write_json
@@ -68,7 +68,7 @@ def work(config: RunConfig, folder: RunFolder, progress: Progress, todo: Sequenc
     chosen = ", ".join(f"{key}={value}" for key, value in precisions(config).items())
     progress.note(f"precision: {chosen}; auto stands for {folder.auto}")
     with ray_cluster(config, folder.run_id, progress.note) as on_gpu:
-        tell_outlook(config, policy, progress.note, on_gpu=on_gpu)
+        report_outlook(config, policy, progress.note, on_gpu=on_gpu)
         progress.note(f"starting {config.engines.count} engines on {policy}")
         with (
             engine_pool(config.engines, policy, on_gpu=on_gpu) as pool,
@@ -134,15 +134,15 @@ class Rounds:
         from oel_ray.extract.stage import extract
 
         trajectories = self._trajectories(number, "extraction")
-        config, policy_of = self.config.extract, self.folder.deployed(number)
+        config, source_round = self.config.extract, self.folder.deployed(number)
         with self._stage(number, layout.EXTRACT, config.seeds * len(trajectories), "steps") as (stage, progress):
             asked = config.model_dump(exclude={"workers", "resources"}), trajectories
-            self._begin(stage, policy_of, *asked)
+            self._begin(stage, source_round, *asked)
             texts = extract(
                 trajectories,
                 number,
                 self.config,
-                self.folder.policy(policy_of),
+                self.folder.policy(source_round),
                 self.pool.client,
                 lambda done, _: progress.update(done),
                 partial(stage.journal, note=self.progress.note),
@@ -163,8 +163,8 @@ class Rounds:
         config = self.config.consolidate
         with self._stage(number, layout.CONSOLIDATE, config.steps, "steps") as (stage, progress):
             stage.begin("checkpoints")
-            version = self._deploy(policy_of := self.folder.deployed(number))
-            policy = self.folder.policy(policy_of)
+            version = self._deploy(source_round := self.folder.deployed(number))
+            policy = self.folder.policy(source_round)
             frame = self.folder.frame
             chat = ChatFormat.from_pretrained(policy, thinking=self.config.thinking, frame=frame)
             starts = prefixes(self._trajectories(number, "consolidation"), chat)
@@ -213,10 +213,10 @@ class Rounds:
         random = random_rate(self.held_out, turns, games, self.config.seed)
         return {"random": random, "oracle": oracle_rate(self.held_out, turns)}
 
-    def _evaluate(self, number: int, name: str, policy_of: int, knowledge: list[list[KnowledgeText]]) -> None:
+    def _evaluate(self, number: int, name: str, source_round: int, knowledge: list[list[KnowledgeText]]) -> None:
         planned = plan_games(self.held_out, self.config.evaluate, number, knowledge)
         with self._stage(number, name, len(planned), "games") as (stage, progress):
-            self._begin(stage, policy_of, planned)
+            self._begin(stage, source_round, planned)
             journal = stage.journal("games.jsonl", EvaluationGame, self.progress.note)
             games = play_missing(self.players, planned, journal, as_evaluation_game, progress.update)
             if name == layout.EVALUATE_IN_CONTEXT:
@@ -235,22 +235,22 @@ class Rounds:
         with self.telemetry.stage(stage), self.progress.stage(number, rounds, name, total, unit) as progress:
             yield stage, progress
 
-    def _begin(self, stage: Stage, policy_of: int, *asked: Any) -> None:
+    def _begin(self, stage: Stage, source_round: int, *asked: Any) -> None:
         """Start a stage in which that policy responds.
 
         Its inputs are everything that determines prompts and responses.
         """
-        self._deploy(policy_of)
-        config, files = self.config, self.folder.policy_files(policy_of)
+        self._deploy(source_round)
+        config, files = self.config, self.folder.policy_files(source_round)
         stage.begin(config.thinking, config.seed, config.env, config.engines.max_model_len, files, *asked)
 
-    def _deploy(self, policy_of: int) -> str:
+    def _deploy(self, source_round: int) -> str:
         """Have the engines serve the policy that a round ended with; returns its weight version."""
-        version = policy_version(policy_of)
-        if self._deployed != policy_of:
-            self.pool.deploy(self.folder.policy(policy_of), version)
-            self._deployed = policy_of
-            self.telemetry.serves(policy_of)
+        version = policy_version(source_round)
+        if self._deployed != source_round:
+            self.pool.deploy(self.folder.policy(source_round), version)
+            self._deployed = source_round
+            self.telemetry.serves(source_round)
         return version
 
     def _trajectories(self, number: int, split: Split) -> list[Trajectory]:

@@ -61,10 +61,10 @@ def preflight_resumed(folder: RunFolder, note: Callable[[str], None]) -> None:
     """
     check_imports(folder.config, folder.committed)
     if left := unfinished(folder.config, folder.committed):
-        preflight(starting_at(folder, left[0][0]), note, plays=any(name in PLAYED for _, name in left))
+        preflight(config_from_round(folder, left[0][0]), note, plays=any(name in PLAYED for _, name in left))
 
 
-def tell_outlook(config: RunConfig, policy: Path, note: Callable[[str], None], *, on_gpu: bool) -> None:
+def report_outlook(config: RunConfig, policy: Path, note: Callable[[str], None], *, on_gpu: bool) -> None:
     """Report where the pools of the run can run in the joined Ray, and the memory that they take there."""
     from oel_ray.distill.memory import model_size
 
@@ -74,7 +74,7 @@ def tell_outlook(config: RunConfig, policy: Path, note: Callable[[str], None], *
         note(line)
 
 
-def starting_at(folder: RunFolder, number: int) -> RunConfig:
+def config_from_round(folder: RunFolder, number: int) -> RunConfig:
     """Copy the configuration, with the policy that a round starts from as its model."""
     if layout.PREPARE not in folder.committed.get(0, ()):
         return folder.config

@@ -17,7 +17,7 @@ from oel_ray.config.schema import GateConfig
 from oel_ray.errors import UserError
 from oel_ray.play.players import Game
 from oel_ray.play.scores import passed_gate
-from oel_ray.preflight import starting_at
+from oel_ray.preflight import config_from_round
 from oel_ray.records import EvaluationGame, Trajectory
 from oel_ray.runs import layout
 from oel_ray.runs.folder import RunFolder
@@ -134,7 +134,7 @@ def test_the_next_round_plays_learns_and_starts_from_the_policy_that_was_kept(ru
     assert [folder.deployed(number) for number in range(4)] == [0, 0, 0, 2]
     base, first, second = (folder.policy(number) for number in range(3))
     assert engines.deployed == [(base, "r000"), (first, "r001"), (base, "r000"), (second, "r002")]
-    assert starting_at(folder, 2).model == str(base)
+    assert config_from_round(folder, 2).model == str(base)
     assert f"round 1: {KEPT}\n" in said
     assert verify(path) == []
 

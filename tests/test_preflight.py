@@ -96,7 +96,7 @@ def test_a_model_that_cannot_read_packed_samples_is_found(model: Path) -> None:
 def test_a_run_first_prints_its_placement_and_the_memory_of_engines_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "alive_nodes", lambda: {"a": {"CPU": 0.0}, "b": {"CPU": 4.0, "memory": 8.0 * 2**30}})
     said: list[str] = []
-    preflight.tell_outlook(
+    preflight.report_outlook(
         config(resolve_model("micro", print)), resolve_model("micro", print), said.append, on_gpu=False
     )
     where, engine, rank = said

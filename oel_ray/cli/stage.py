@@ -10,7 +10,7 @@ from oel_ray.config.schema import RunConfig
 from oel_ray.errors import UserError
 from oel_ray.imports.games import Imported, put_trajectories, read_trajectories
 from oel_ray.imports.knowledge import put_knowledge, read_knowledge
-from oel_ray.preflight import preflight, starting_at
+from oel_ray.preflight import config_from_round, preflight
 from oel_ray.records import KnowledgeText, TrainingSplit
 from oel_ray.runs.folder import RunFolder
 from oel_ray.runs.layout import IMPORT_KNOWLEDGE, IMPORT_OF, PREPARE, RUN_FILE
@@ -80,7 +80,7 @@ def plan_stage(
     number = first_open_round(config, committed, name) if round_number is None else round_number
     incoming = [IMPORT_OF[split] for split in trajectories] + ([IMPORT_KNOWLEDGE] if knowledge else [])
     check_ready(config, committed, number, name, incoming)
-    model, auto = preflight(starting_at(run, number) if run else config, note, plays=name in PLAYED)
+    model, auto = preflight(config_from_round(run, number) if run else config, note, plays=name in PLAYED)
     games = {
         split: read_trajectories(file, number, split, config, model.chat, max_bad)
         for split, file in trajectories.items()

@@ -50,6 +50,17 @@ def test_the_package_stays_small() -> None:
     assert sum(sizes.values()) < 8530
 
 
+def test_the_server_side_reads_experience_and_knows_no_game() -> None:
+    rooms = {"extract", "consolidate", "distill", "engines", "weights"}
+    games = re.compile(r"\b(Trajectory|Episode|EvaluationGame)\b")
+    files = [file for file in FILES if rooms & set(file.parts)]
+    assert len(files) > 20 and [file.name for file in files if games.search(file.read_text())] == []
+
+
+def test_few_modules_stand_outside_of_the_rooms() -> None:
+    assert len([file for file in FILES if file.parent == ROOT / "oel_ray"]) <= 12
+
+
 def test_every_ray_get_has_a_deadline() -> None:
     found = {f"{file.relative_to(ROOT)}:{line}" for file in FILES for line in endless_gets(file.read_text())}
     assert found == set()

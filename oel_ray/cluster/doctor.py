@@ -17,8 +17,9 @@ from urllib import error, request
 from urllib.parse import urlsplit
 
 from oel_ray.cluster import session
+from oel_ray.cluster.actors import failure
 from oel_ray.config.schema import RunConfig
-from oel_ray.errors import UserError, one_line
+from oel_ray.errors import UserError
 from oel_ray.formats import gib
 from oel_ray.models.policy import check_model, check_teacher
 from oel_ray.runs.folder import PACKAGES, installed
@@ -57,7 +58,7 @@ def examine(config: RunConfig, run_dir: Path, note: Callable[[str], None]) -> li
     found += [Finding(node[:12], f"what it writes to {above} is not seen here: {_SHARE}") for node in unseen]
     for node, answer in answers.items():
         no_answer = "gave no answer ({}): have oel-ray installed there, or take the node out"
-        found += answer if isinstance(answer, list) else [Finding(node[:12], no_answer.format(one_line(answer, -1)))]
+        found += answer if isinstance(answer, list) else [Finding(node[:12], no_answer.format(failure(answer)))]
     return found
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from oel_ray.cluster.actors import DIED, plain
+from oel_ray.cluster.actors import DIED, failure, plain
 from oel_ray.cluster.stacks import dump_stacks
 from oel_ray.config.schema import EnginesConfig
-from oel_ray.errors import EngineUnavailable, one_line
+from oel_ray.errors import EngineUnavailable
 from oel_ray.records import Generation, Sampling
 
 POOL_NAME = "engine-pool"
@@ -153,4 +153,4 @@ def answer_of(reference: Any, timeout_s: float) -> Any:
     except RayTaskError as error:
         raise plain(error) from error
     except DIED as error:
-        raise EngineUnavailable(f"the engine pool died: {one_line(error, 0)}") from error
+        raise EngineUnavailable(f"the engine pool died: {failure(error)}") from error

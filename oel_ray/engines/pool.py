@@ -20,14 +20,14 @@ from ray.exceptions import RayTaskError
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from oel_ray.cluster.actors import DIED, plain
+from oel_ray.cluster.actors import DIED, failure
 from oel_ray.cluster.demand import engine_takes, ray_options
 from oel_ray.cluster.stacks import WATCH, Named, dump_stacks
 from oel_ray.config.schema import EnginesConfig
 from oel_ray.engines.client import CONTROL_DEADLINE_S, POOL_NAME, Pool, answer_of
 from oel_ray.engines.engine import Engine
 from oel_ray.engines.router import REMEMBERED, Replica, Router
-from oel_ray.errors import EngineUnavailable, RunFailed, one_line
+from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.telemetry.series import Series, enter, log, report
 
 
@@ -204,7 +204,7 @@ class EnginePool(Named):
                     await self._on_all([replica], "start", self._version, deadline_s=config.start_deadline_s)
                     await self._on_all([replica], "canary", deadline_s=CONTROL_DEADLINE_S)
                 except (RunFailed, RayTaskError, *DIED) as error:
-                    replica.why_dead = one_line(plain(error) if isinstance(error, RayTaskError) else error, 0)
+                    replica.why_dead = failure(error)
                     continue
                 self._mark(replica, healthy=True)
                 replica.why_dead = ""

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
+from oel_ray.cluster.actors import failure
 from oel_ray.cluster.demand import ray_options
 from oel_ray.cluster.stacks import WATCH, Named
 from oel_ray.config.schema import RunConfig
-from oel_ray.errors import RunFailed, one_line
+from oel_ray.errors import RunFailed
 from oel_ray.extract.chain import accumulate
 from oel_ray.records import AccumulationStep, Experience, Frame, Generate, KnowledgeText
 from oel_ray.runs.journal import Journal
@@ -144,6 +145,4 @@ def _result(reference: Any, seed: int) -> KnowledgeText:
         result: KnowledgeText = ray.get(reference)  # ready
         return result
     except RayError as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        reason = one_line(cause, 0 if isinstance(error, RayTaskError) else -1)  # a dead actor's reason comes last
-        raise RunFailed(f"extraction seed {seed} failed: {reason}") from error
+        raise RunFailed(f"extraction seed {seed} failed: {failure(error)}") from error

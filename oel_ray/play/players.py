@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
-from oel_ray.cluster.actors import DIED
+from oel_ray.cluster.actors import DIED, failure
 from oel_ray.cluster.demand import ray_options
 from oel_ray.cluster.stacks import WATCH, dump_stacks
 from oel_ray.config.schema import CollectConfig, RunConfig
-from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed, one_line
+from oel_ray.errors import EngineUnavailable, EnvironmentFailed, RunFailed
 from oel_ray.play.player import player_actor
 from oel_ray.records import Episode, Frame, Generate, KnowledgeText, Sampling, Trajectory
 from oel_ray.runs.journal import Journal
@@ -171,7 +171,7 @@ class _Playing:
         try:
             stuck: str = ray.get(reference)  # ready
         except DIED as error:
-            self._lose(actor, f"{_DIED}: {one_line(error, -1)}")
+            self._lose(actor, f"{_DIED}: {failure(error)}")
             return
         if stuck:
             self._lose(actor, "an environment hung", stuck)
@@ -187,13 +187,13 @@ class _Playing:
             report(Series.EPISODES, 1, status=result[0].ended_by)
             report(Series.TURNS, len(result[0].turns))
         except DIED as error:
-            self._lose(actor, f"{_DIED}: {one_line(error, -1)}")
+            self._lose(actor, f"{_DIED}: {failure(error)}")
             return
         except RayTaskError as error:
             if isinstance(error.cause, EngineUnavailable):
                 raise RunFailed(f"game {self._games[this.game].episode.id}: {error.cause}") from error
             raised = isinstance(error.cause, EnvironmentFailed)
-            self._again(this, actor, f"an environment raised {error.cause}" if raised else one_line(error.cause, 0))
+            self._again(this, actor, f"an environment raised {error.cause}" if raised else failure(error))
         else:
             self._on_played(self._games[this.game], *result)
         del self.running[reference]

@@ -2,10 +2,16 @@
 
 Marks the tests that docs/faults.md names: `pytest -m faults` runs them. Property tests draw the same examples every
 time, so that a change fails by itself and not by chance; `make fuzz` draws new ones.
+
+`make check` leaves out the tests that are marked `ray`, `vllm` or `process`. A test that starts a process and has none
+of these marks fails.
 """
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -25,3 +31,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         file, _, name = item.nodeid.partition("::")
         if (file, name.partition("[")[0]) in named:
             item.add_marker("faults")
+        if "e2e" in Path(file).parts:
+            item.add_marker("ray")
+            item.add_marker("vllm")
+
+
+_started: list[str] = []
+
+
+def _note_process(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in ("subprocess.Popen", "os.posix_spawn", "os.fork"):
+        _started.append(f"{event} {arguments[:2]}"[:200])
+
+
+sys.addaudithook(_note_process)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Whoever starts a process says so, or `make check` would grow slow without anybody's notice."""
+    yield
+    marks, processes = {mark.name for mark in item.iter_markers()}, [*_started]
+    _started.clear()
+    assert not processes or marks & {"ray", "vllm", "process"}, f"mark this test, for it started {processes}"

@@ -10,8 +10,7 @@ LOCK := requirements/cpu.lock
 TORCH := torch==2.13.0+cpu
 # Where pip finds the CPU build of torch, if it is not where pip looks by itself.
 TORCH_INDEX ?=
-# Python compiles what it imports; compiling all that is installed takes a minute or two.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
 # How long `make soak` kills.
 MINUTES ?= 30

@@ -4,6 +4,8 @@ import torch
 from benchmarks.step_vs_trl import have_trl
 from tests.benchmarks.commands import check, last_line, run
 
+pytestmark = pytest.mark.process
+
 
 def test_everything_for_a_gpu_runs_on_a_cpu_at_tiny_sizes() -> None:
     line = last_line("benchmarks.gpu", "--device", "cpu", "--tiny", "--runs", "1")

@@ -22,6 +22,7 @@ def allocates(mebibytes: int, held: int, passing: int) -> Callable[[], None]:
     return function
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("held", "passing"), [(1, 1), (300, 1), (1, 500)])
 def test_transient_memory_is_what_the_function_takes_and_no_more(held: int, passing: int) -> None:
     ballast = torch.ones(400 * MIB // 4)  # of the parent: none of the child's business
@@ -31,6 +32,7 @@ def test_transient_memory_is_what_the_function_takes_and_no_more(held: int, pass
     assert len(ballast)
 
 
+@pytest.mark.process
 def test_a_process_that_fails_is_an_error() -> None:
     with pytest.raises(Exception, match="non-zero exit status"):
         harness.transient_bytes(f"{__name__}:no_such_setup", "cpu", {})

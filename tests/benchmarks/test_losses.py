@@ -23,6 +23,7 @@ def test_our_loss_and_the_naive_one_give_the_same_gradients(forward: bool) -> No
         assert torch.allclose(ours, naive, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.process
 def test_the_memory_benchmark_finds_the_chunked_loss_smaller_than_the_naive_one() -> None:
     line = last_line("benchmarks.loss_memory", *SMALL, "--vocabulary", "100000")
     check(line, "loss_memory", ">= 10", "naive", "ours")

@@ -140,6 +140,7 @@ def test_a_simulated_engine_keeps_the_contract_of_engines(loop: asyncio.Abstract
     submit("shutdown").result(30)
 
 
+@pytest.mark.ray
 def test_the_pool_serves_simulated_engines(tmp_path: Path) -> None:
     import oel_ray.cluster.session  # noqa: F401 - sets what Ray reads when it is imported
 

@@ -22,6 +22,7 @@ def test_samples_are_of_one_length_and_take_texts_in_turn() -> None:
     assert first.knowledge_ids[:HEAD] == tuple(first.student_prompt_ids[:HEAD])
 
 
+@pytest.mark.process
 def test_without_trl_it_says_so_in_one_line() -> None:
     done = run("benchmarks.step_vs_trl", without=("trl",))
     assert done.returncode == 2

@@ -13,6 +13,8 @@ from oel_ray.runs.folder import RunFolder
 from oel_ray.views.verify import verify
 from tests.support import example_run
 
+pytestmark = pytest.mark.process
+
 FAKE_LOOP = """
 import os, sys, time, types
 from oel_ray.errors import RunFailed

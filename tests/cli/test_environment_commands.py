@@ -43,6 +43,7 @@ def test_oel_envs_with_an_id_measures_it_with_the_turns_asked_for(oel: Oel) -> N
     assert "measured with 3 turns" in output and "0.0% won" in output
 
 
+@pytest.mark.process
 def test_check_env_fails_only_if_a_rule_is_broken(oel: Oel) -> None:
     code, output, errors = oel("check-env", "Good")
     assert (code, errors) == (0, "")

@@ -218,7 +218,14 @@ MISTAKES: list[tuple[str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("command", "culprit", "remedy"), MISTAKES, ids=[mistake[0] for mistake in MISTAKES])
+ROWS = [
+    # A process of its own asks a cluster.
+    pytest.param(*mistake, id=mistake[0], marks=pytest.mark.ray if re.search("cluster.address=.*{", mistake[0]) else ())
+    for mistake in MISTAKES
+]
+
+
+@pytest.mark.parametrize(("command", "culprit", "remedy"), ROWS)
 def test_a_mistake_is_one_line_and_writes_nothing(
     command: str,
     culprit: str,

@@ -168,6 +168,7 @@ def oel_submit(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.process
 def test_a_job_is_submitted_and_followed(tmp_path: Path) -> None:
     """The command line, and Ray's own client, with all but the cluster; RAY_ADDRESS does not count for more."""
     (tmp_path / "game.yaml").write_text("base: quickstart\n")

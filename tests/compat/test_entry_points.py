@@ -37,6 +37,7 @@ def test_the_names_that_pip_and_entry_points_know_are_there() -> None:
     assert callable(load(PROJECT["entry-points"]["vllm.general_plugins"]["oel_ray_weight_transfer"]))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", [["-m", "oel_ray"], ["-c", "from {} import {main}; {main}()"]])
 def test_the_console_script_and_the_module_are_the_command_line(command: list[str]) -> None:
     module, _, main = PROJECT["scripts"]["oel"].partition(":")
@@ -94,6 +95,7 @@ def test_an_environment_is_asked_for_what_it_was_asked_for() -> None:
     assert returned == {"reset": str, "step": envs.Step, "success": bool, "solution": list[str] | None}
 
 
+@pytest.mark.process
 def test_an_environment_of_before_is_found_by_its_entry_point_and_keeps_the_rules(tmp_path: Path) -> None:
     """As installed: its package's metadata and its module are on the path, and nothing of it is in this repository."""
     info = tmp_path / "doors-1.0.dist-info"

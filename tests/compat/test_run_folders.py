@@ -163,6 +163,7 @@ def test_what_a_game_taught_is_taken_out_of_a_run_folder(run: Path, unpacked: Pa
     assert "every promise holds" in oel("verify", run)
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("run", [FINISHED], indirect=True)
 def test_a_finished_run_has_nothing_left_to_do(run: Path) -> None:
@@ -213,6 +214,7 @@ def collected(unpacked: Path, tmp_path: Path) -> Resumed:
     return go_on(IN_COLLECT, unpacked, tmp_path, last="2:collect")
 
 
+@pytest.mark.ray
 def test_no_game_that_a_killed_run_holds_is_played_again(collected: Resumed) -> None:
     held = (collected.before / "rounds/002" / WORK[IN_COLLECT] / "games.jsonl").read_bytes().splitlines()
     files = [collected.run / f"rounds/002/trajectories/{split}.jsonl" for split in ("extraction", "consolidation")]
@@ -224,6 +226,7 @@ def test_no_game_that_a_killed_run_holds_is_played_again(collected: Resumed) -> 
     assert collected.done("collect") == Counter(f"2:collect:{number}-done" for number in range(4, 8))
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("resumed", [IN_EXTRACT], indirect=True)
 def test_no_step_that_a_killed_run_holds_is_done_again(resumed: Resumed) -> None:
     wanted, missing = Counter[str](), 0
@@ -241,6 +244,7 @@ def test_no_step_that_a_killed_run_holds_is_done_again(resumed: Resumed) -> None
     assert not resumed.done("collect")
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("resumed", [pytest.param(IN_COLLECT, marks=pytest.mark.slow), IN_EXTRACT], indirect=True)
 def test_a_killed_run_goes_on_to_what_a_finished_one_holds(resumed: Resumed, unpacked: Path) -> None:
     """The same files with the same keys; what was committed before keeps its bytes."""

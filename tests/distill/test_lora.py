@@ -59,6 +59,7 @@ def plain_training(kind: str) -> list[float]:
     return losses
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_one_rank_and_two_train_like_plain_peft(runs: Runs, kind: str) -> None:
     losses = plain_training(kind)
@@ -68,6 +69,7 @@ def test_one_rank_and_two_train_like_plain_peft(runs: Runs, kind: str) -> None:
             assert result["losses"] == pytest.approx(losses, rel=1e-3 if case[2] == "float32" else 0.05), case
 
 
+@pytest.mark.process
 def test_a_step_changes_the_adapters_alone(runs: Runs) -> None:
     for _, case, result in every_rank(runs):
         assert len(result["trained"]) == 2 * 7 * 2  # two factors in each of the seven linear layers of two blocks
@@ -75,21 +77,25 @@ def test_a_step_changes_the_adapters_alone(runs: Runs) -> None:
         assert result["gradients"] == []
 
 
+@pytest.mark.process
 def test_student_and_teacher_are_one_set_of_weights_in_memory(runs: Runs) -> None:
     for _, case, result in every_rank(runs):
         assert result["shared"], case
 
 
+@pytest.mark.process
 def test_the_teacher_reads_the_same_before_and_after(runs: Runs) -> None:
     for _, case, result in every_rank(runs):
         before, after = result["teacher"]
         assert all(map(torch.equal, before, after)), case
 
 
+@pytest.mark.process
 def test_without_knowledge_the_first_loss_is_zero(runs: Runs) -> None:
     assert {result["without knowledge"] for *_, result in every_rank(runs)} == {0.0}
 
 
+@pytest.mark.process
 def test_untrained_adapters_give_the_checkpoint_back_whatever_is_computed_in(runs: Runs) -> None:
     """The folder holds float32; a bfloat16 student has only rounded values of it."""
     for folder, case, result in every_rank(runs):
@@ -98,6 +104,7 @@ def test_untrained_adapters_give_the_checkpoint_back_whatever_is_computed_in(run
         assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in result["start"].items()), case
 
 
+@pytest.mark.process
 def test_merged_weights_differ_where_there_are_adapters_and_are_rounded_once(runs: Runs) -> None:
     for folder, case, result in every_rank(runs):
         checkpoint = load_file(folder / f"source-{case[0]}" / "model.safetensors")
@@ -108,6 +115,7 @@ def test_merged_weights_differ_where_there_are_adapters_and_are_rounded_once(run
         assert all(torch.equal(result["rounded"][name], merged[name].bfloat16()) for name in merged)
 
 
+@pytest.mark.process
 def test_all_ranks_hold_the_same_merged_weights(runs: Runs) -> None:
     (_, [alone]), (_, [first, second]) = runs[1], runs[2]
     for case in CASES:
@@ -117,6 +125,7 @@ def test_all_ranks_hold_the_same_merged_weights(runs: Runs) -> None:
                 assert torch.allclose(tensor, alone[case]["weights"][name], atol=5e-3), (case, name)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_exported_folder_is_the_student_without_an_adapter(runs: Runs, case: Any) -> None:
     folder, ranks = runs[2]

@@ -26,6 +26,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return launch(2, folder, "tests.support.memory_worker")[1]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("kind", "place"), [*((kind, place) for kind in KINDS for place in PLACES), (ZERO_3, "teacher")], ids=str
 )
@@ -40,6 +41,7 @@ def test_a_step_given_up_out_of_memory_leaves_weights_and_optimizer_unchanged(
         assert all(torch.equal(tensor, weights[name]) for name, tensor in after.items())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_step_may_run_out_of_memory_twice_and_the_weights_stay_the_same(
     ranks: list[dict[Any, Any]], kind: Any
@@ -50,6 +52,7 @@ def test_a_step_may_run_out_of_memory_twice_and_the_weights_stay_the_same(
         assert all(torch.equal(tensor, rank[(*kind, "nowhere", 0)][1][name]) for name, tensor in weights.items())
 
 
+@pytest.mark.process
 def test_an_out_of_memory_error_lists_the_sizes_and_names_the_settings_to_lower(ranks: list[dict[Any, Any]]) -> None:
     said = ranks[0]["stage 3"]
     for part in (

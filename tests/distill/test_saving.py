@@ -28,6 +28,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_resumed_from_a_checkpoint_equals_training_without_a_stop(saved: Saved, case: Any) -> None:
     for rank in saved[1]:
@@ -39,6 +40,7 @@ def test_training_resumed_from_a_checkpoint_equals_training_without_a_stop(saved
         assert all(map(torch.equal, *result["teacher"])), "the teacher is what the round began with"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", OFFLOADED, ids=str)
 def test_an_optimizer_on_the_host_makes_the_same_steps(saved: Saved, case: Any) -> None:
     for rank in saved[1]:
@@ -47,6 +49,7 @@ def test_an_optimizer_on_the_host_makes_the_same_steps(saved: Saved, case: Any) 
         assert "masters and optimizer (on the host) 0.00 GiB" in rank[case]["account"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", ADAPTERS, ids=str)
 def test_checkpoints_with_adapters_hold_no_frozen_weights(saved: Saved, case: Any) -> None:
     files = sorted((saved[0] / "-".join(map(str, case)) / "deepspeed").rglob("*.pt"))
@@ -59,6 +62,7 @@ def test_checkpoints_with_adapters_hold_no_frozen_weights(saved: Saved, case: An
     assert len(names) == 2 * 7 * 2  # two factors in each of the seven linear layers of two blocks
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", ADAPTERS, ids=str)
 def test_adapters_alone_give_the_same_function_to_any_number_of_ranks(saved: Saved, case: Any) -> None:
     """Also in bfloat16: the weights beside them are the policy's still, and not rounded sums."""

@@ -152,6 +152,7 @@ def sum_of_kl(student: Any, teacher: Any, sample: Any, temperature: float, **obj
     return divergence(student_TV, teacher_TV, **objective).sum()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_one_rank_two_ranks_and_all_stages_train_like_plain_pytorch(runs: Runs, kind: str) -> None:
     losses, gradients = plain_training(kind)
@@ -164,6 +165,7 @@ def test_one_rank_two_ranks_and_all_stages_train_like_plain_pytorch(runs: Runs, 
                     assert torch.allclose(gradient, gradients[name], rtol=1e-4, atol=1e-6), (case, name)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", DIVERGENCES, ids=str)
 def test_the_configured_divergence_is_what_is_trained(runs: Runs, case: Any) -> None:
     kind, _, name = case
@@ -173,6 +175,7 @@ def test_the_configured_divergence_is_what_is_trained(runs: Runs, case: Any) -> 
         assert all(rank[case] == pytest.approx(losses, rel=1e-4) for rank in ranks)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", LIVE, ids=str)
 def test_a_live_teacher_has_the_students_weights_in_every_step(runs: Runs, case: Any) -> None:
     kind, _, precision = case
@@ -185,6 +188,7 @@ def test_a_live_teacher_has_the_students_weights_in_every_step(runs: Runs, case:
             assert all(off < limit for off, limit in zip(apart(rank["live", *case], losses), near, strict=True))
 
 
+@pytest.mark.process
 def test_bfloat16_follows_float32_and_is_the_same_at_every_stage(runs: Runs) -> None:
     _, ranks = runs[2]
     for kind, stage, precision in BFLOAT16:
@@ -203,6 +207,7 @@ def test_the_bounds_on_bfloat16_would_catch_rounding_to_five_bits() -> None:
     assert any(off > limit for off, limit in zip(apart(coarse, losses), what_rounding_does("tied"), strict=True))
 
 
+@pytest.mark.process
 def test_metrics_agree_on_all_ranks(runs: Runs) -> None:
     _, ranks = runs[2]
     for case in FLOAT32 + BFLOAT16:
@@ -214,6 +219,7 @@ def test_metrics_agree_on_all_ranks(runs: Runs) -> None:
         assert [m["tokens"] for m in metrics] == sizes
 
 
+@pytest.mark.process
 def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(runs: Runs) -> None:
     for _, ranks in runs.values():
         for case in FLOAT32 + (BFLOAT16 if len(ranks) > 1 else []):
@@ -225,12 +231,14 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(runs: Runs) -> No
                 assert all(torch.equal(tensor, untouched[name]) for name, tensor in rank[case]["start"].items())
 
 
+@pytest.mark.process
 def test_without_knowledge_the_loss_is_zero(runs: Runs) -> None:
     for _, ranks in runs.values():
         for case in WITHOUT_KNOWLEDGE:
             assert abs(ranks[0]["without knowledge", *case]) < 1e-6
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", [kind for kind, _ in PACKED])
 def test_packed_samples_train_as_padded_ones(runs: Runs, kind: str) -> None:
     losses, _ = plain_training(kind)
@@ -240,6 +248,7 @@ def test_packed_samples_train_as_padded_ones(runs: Runs, kind: str) -> None:
             assert rank["packed without knowledge", kind] == 0.0, "the teacher reads as the student does"
 
 
+@pytest.mark.process
 def test_streamed_weights_have_checkpoint_names_and_are_masters_rounded_once(runs: Runs) -> None:
     folder, ranks = runs[2]
     for case in FLOAT32 + BFLOAT16:
@@ -256,6 +265,7 @@ def test_streamed_weights_have_checkpoint_names_and_are_masters_rounded_once(run
                 assert torch.equal(tensor, ranks[1][case][dtype]["weights"][name])
 
 
+@pytest.mark.process
 def test_partitioned_weights_equal_whole_ones(runs: Runs) -> None:
     _, ranks = runs[2]
     for kind in ("tied", "untied"):
@@ -266,6 +276,7 @@ def test_partitioned_weights_equal_whole_ones(runs: Runs) -> None:
         assert max(off) < 1e-3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", FLOAT32 + BFLOAT16, ids=str)
 def test_the_exported_folder_loads_and_holds_the_rounded_masters(runs: Runs, case: Any) -> None:
     folder, ranks = runs[2]

@@ -18,6 +18,8 @@ from oel_ray.runs.layout import RoundFiles
 from tests.support.consolidation_driver import PER_STEP, STEPS
 from tests.support.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.process
+
 AFTER_FOUR = "1:consolidate:3-done"
 EACH_STEP = "consolidate.checkpoint_every=1"
 

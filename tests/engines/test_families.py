@@ -11,6 +11,8 @@ from tests.support.probed_engine import ProbedEngine
 from tests.support.served import InProcess, top_error, warm
 from tests.support.tiny_engines import PROMPTS, Student, engines_config
 
+pytestmark = pytest.mark.vllm
+
 LIMIT = 1e-3
 OTHERS = [
     "qwen3-tied",

@@ -26,6 +26,8 @@ from tests.support.probed_engine import BreakableEngine
 from tests.support.served import OnRay, assert_gone, children, sampled_error, warm
 from tests.support.tiny_engines import Student, engines_config
 
+pytestmark = pytest.mark.vllm
+
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=90)
 
 

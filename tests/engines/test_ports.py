@@ -12,6 +12,8 @@ from oel_ray.config.schema import EnginesConfig
 from oel_ray.engines.engine import Engine
 from oel_ray.errors import RunFailed
 
+pytestmark = pytest.mark.vllm
+
 TAKEN = "DistNetworkError: the server socket has failed to listen. code: -98, name: EADDRINUSE, address already in use"
 
 

@@ -16,6 +16,8 @@ import vllm
 from tests.support.served import assert_gone, children
 from tests.support.tiny_engines import CONTEXT, PROMPTS, Student, plain_logprobs
 
+pytestmark = pytest.mark.vllm
+
 
 def test_vllm_serve_answers_like_plain_transformers(tmp_path: Path) -> None:
     policy = Student("tied", "float32", tmp_path).become(1)

@@ -47,6 +47,7 @@ tuned.defaults = {"sides": 2, "name": "coin"}
 """
 
 
+@pytest.mark.process
 def test_an_installed_package_adds_environments_and_comes_first(tmp_path: Path) -> None:
     (tmp_path / "coin_game.py").write_text(PLUGIN)
     info = tmp_path / "coin_game-1.0.dist-info"
@@ -80,6 +81,7 @@ def test_an_installed_package_adds_environments_and_comes_first(tmp_path: Path) 
     assert "'absent' (no_such_module:game) cannot be loaded: ModuleNotFoundError" in lines[3]
 
 
+@pytest.mark.process
 def test_importing_the_package_imports_no_textarena() -> None:
     code = "import oel_ray.envs.splits, oel_ray.envs.baselines, oel_ray.envs.replay, oel_ray.play.player, sys\n"
     code += "assert not {'textarena', 'ray', 'torch', 'transformers'} & set(sys.modules)"

@@ -272,6 +272,7 @@ def test_two_boards_have_the_same_map_hash_only_if_they_are_equal() -> None:
     assert len(set.union(*by_hash.values())) == 19
 
 
+@pytest.mark.process
 def test_map_hashes_agree_between_processes() -> None:
     code = (
         "from oel_ray.envs import make\n"

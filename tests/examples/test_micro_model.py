@@ -191,6 +191,7 @@ def test_lessons_follow_when_the_first_ones_are_learned_and_the_rate_falls_to_no
     assert Progress(4e6).learning_rate() == 0
 
 
+@pytest.mark.process
 def test_a_few_steps_of_training_learn_and_go_on_where_they_were(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "examples.micro_model.train", "--out", str(tmp_path), "--workers", "1"]
     lines = []

@@ -59,6 +59,7 @@ def test_told_of_letters_that_it_never_saw_the_micro_model_wins() -> None:
     assert it.rate >= 0.4
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "package"), [("hf", "transformers"), ("vllm", "vllm")])
 def test_the_harness_measures_a_task_of_our_own(backend: str, package: str, tmp_path: Path) -> None:

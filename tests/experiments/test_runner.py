@@ -270,6 +270,7 @@ def test_a_command_that_fails_ends_the_experiment_with_its_exit_code() -> None:
     assert ended.value.code == 130
 
 
+@pytest.mark.process
 def test_a_command_is_asked_to_end_when_its_experiment_is() -> None:
     child = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print(0, flush=True)"
     command = [sys.executable, "-c", f"{child}; time.sleep(30)"]

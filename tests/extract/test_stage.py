@@ -19,6 +19,8 @@ from tests.support.scripted_extractor import HeldAtSecondStep
 from tests.support.tokenizers_for_tests import small_tokenizer
 from tests.support.trajectories_for_tests import make_trajectory
 
+pytestmark = pytest.mark.ray
+
 GAMES = [make_trajectory(f"game-{number}") for number in range(3)]
 CONFIG = RunConfig(extract=ExtractConfig(seeds=4, workers=2, max_tokens=512, sampling=SamplingConfig(max_tokens=64)))
 

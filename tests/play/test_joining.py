@@ -19,7 +19,7 @@ from tests.support.tokenizers_for_tests import small_tokenizer
 
 import ray  # isort: skip
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 @dataclass

@@ -190,6 +190,7 @@ def test_a_player_refuses_another_map(chat: ChatFormat, episode: Episode) -> Non
         played(other, chat, ScriptedGenerate(["[up]"]))
 
 
+@pytest.mark.ray
 def test_a_player_in_ray_plays_many_games_at_once(policy: Path) -> None:
     import ray
 

@@ -24,6 +24,8 @@ from tests.support.installed import installed
 from tests.support.scripted import SAMPLING, ScriptedGenerate
 from tests.support.tokenizers_for_tests import small_tokenizer
 
+pytestmark = pytest.mark.ray
+
 SEATS = 4
 LIMITS = CollectConfig(step_deadline_s=1.5)
 

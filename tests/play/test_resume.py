@@ -15,6 +15,8 @@ from oel_ray.records import Episode, Trajectory
 from oel_ray.runs.journal import Journal
 from tests.support.scripted import SAMPLING
 
+pytestmark = pytest.mark.ray
+
 SEATS = 2
 
 

@@ -210,6 +210,7 @@ def test_on_resume_files_that_no_manifest_names_are_moved_to_quarantine(tmp_path
     assert verify(tmp_path) == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", ["1:collect", "1:consolidate:moved", "2:evaluate:moved"])
 def test_a_killed_run_goes_on_without_doing_a_stage_twice(tmp_path: Path, place: str) -> None:
     path = tmp_path / "run"
@@ -228,6 +229,7 @@ def test_a_killed_run_goes_on_without_doing_a_stage_twice(tmp_path: Path, place:
     assert there == {entry.name for entry in path.iterdir()}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("left", ["nothing", "stale lock"])
 def test_of_two_processes_that_start_at_once_only_one_gets_the_folder(tmp_path: Path, left: str) -> None:
     mode = "create"
@@ -260,6 +262,7 @@ def test_a_refused_process_is_told_who_holds_the_lock(tmp_path: Path) -> None:
     assert not (tmp_path / TAKEOVER_FILE).exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("host", "dead", "age_s", "stale"),
     [
@@ -286,6 +289,7 @@ def test_only_a_stale_lock_is_taken_over(tmp_path: Path, host: str, dead: bool, 
     assert not (tmp_path / TAKEOVER_FILE).exists()
 
 
+@pytest.mark.process
 def test_a_takeover_that_died_does_not_block_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "TAKEOVER_WAIT_S", 0.1)
     with RunFolder.create(tmp_path, small_config()):
@@ -316,6 +320,7 @@ def test_a_process_that_lost_the_lock_commits_nothing(tmp_path: Path) -> None:
     assert (tmp_path / LOCK_FILE).exists()
 
 
+@pytest.mark.process
 def test_a_run_that_died_while_it_was_made_can_be_made_again(tmp_path: Path) -> None:
     leave_lock(tmp_path, socket.gethostname(), dead_pid(), 0)
     (tmp_path / "config.yaml").write_text("rounds:")

@@ -15,6 +15,8 @@ from oel_ray.runs.stage import Stage
 from oel_ray.views.verify import verify
 from tests.support import example_run
 
+pytestmark = pytest.mark.process
+
 
 @contextmanager
 def mounted(place: Path, size: str) -> Iterator[Path]:

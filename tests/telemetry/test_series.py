@@ -97,6 +97,7 @@ def test_reporting_a_metric_without_ray_does_nothing(series: Series) -> None:
     module.report(series, None)
 
 
+@pytest.mark.process
 def test_declaring_metrics_needs_no_ray() -> None:
     code = "import sys, oel_ray.telemetry.series, oel_ray.telemetry.progress; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -117,6 +118,7 @@ def test_names_of_exported_metrics_have_the_prefix_and_suffixes_that_ray_adds() 
     ]
 
 
+@pytest.mark.process
 def test_ray_is_set_to_print_repeated_lines_before_it_is_imported() -> None:
     code = "import oel_ray, os, sys; sys.exit('ray' in sys.modules or os.environ['RAY_DEDUP_LOGS'] != '0')"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_DEDUP_LOGS"}

@@ -20,6 +20,8 @@ from oel_ray.weights.gloo import TensorSpec, gloo_group, receive_stream, send_st
 from oel_ray.weights.receive import CheckedReceiver, NcclReceiver, UpdateInfo
 from oel_ray.weights.send import NamedTensors, _alongside
 
+pytestmark = pytest.mark.vllm
+
 Named = list[tuple[str, torch.Tensor]]
 
 

@@ -22,6 +22,8 @@ from tests.support.probed_engine import WORKER_FAULTS, ProbedEngine
 from tests.support.served import InProcess, assert_gone, children, sampled_error, top_error, warm
 from tests.support.tiny_engines import PROMPTS, Student, Without, engines_config, is_greedy
 
+pytestmark = pytest.mark.vllm
+
 FLOAT32_LIMIT, BFLOAT16_LIMIT = 1e-3, 0.05
 CACHED = 256  # eight blocks of 32 tokens, of the shortest prompt
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=24)

@@ -138,6 +138,7 @@ def as_import(stages: dict[str, object]) -> None:
     del stages["collect"]
 
 
+@pytest.mark.process
 def test_the_page_loads_nothing_and_is_the_same_to_the_byte_each_time(run: Path, tmp_path: Path) -> None:
     page = write_report(run, tmp_path / "a")
     text = page.read_text()

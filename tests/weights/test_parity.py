@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from oel_ray.config.precision import bfloat16_units
 from oel_ray.errors import EngineUnavailable, RunFailed
 from oel_ray.records import Sampling
 from tests.support.engine_contract import keeps_the_contract
@@ -255,7 +256,8 @@ def test_a_prefix_cache_kept_over_a_load_gives_wrong_probabilities(case: Case) -
     assert case.error(policy) < 1
 
 
-@cases("float32-tied", "bfloat16-tied")
+# oneDNN reorders a bfloat16 head only where the processor multiplies bfloat16.
+@cases("float32-tied", *(["bfloat16-tied"] if bfloat16_units() else []))
 def test_a_tied_head_that_is_not_repacked_after_a_sync_gives_wrong_probabilities(case: Case) -> None:
     policy = case.student.become(5)
     case.engine.call("in_worker", "leave_out_head_repack")

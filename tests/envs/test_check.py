@@ -16,6 +16,8 @@ from oel_ray.errors import UserError
 from tests.support import broken_games
 from tests.support.installed import installed
 
+pytestmark = pytest.mark.process
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_environment"
 IN_CI = [
     ("FrozenLake-v0", {"size": 3, "num_holes": 2}),

@@ -264,6 +264,7 @@ def test_an_arm_runs_its_oel_commands_once_and_shares_the_games_of_the_reference
     assert it.run_id == made.info["run_id"]
 
 
+@pytest.mark.process
 def test_a_command_that_fails_ends_the_experiment_with_its_exit_code() -> None:
     with pytest.raises(SystemExit) as ended:
         runner.run_child([sys.executable, "-c", "raise SystemExit(130)"])

@@ -40,8 +40,9 @@ _started: list[str] = []
 
 
 def _note_process(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in ("subprocess.Popen", "os.posix_spawn", "os.fork"):
-        _started.append(f"{event} {arguments[:2]}"[:200])
+    # Programs of this environment alone: libraries ask `uname` and the like once in the life of a process.
+    if event == "subprocess.Popen" and str(Path(sys.executable).parent) in str(arguments[:2]):
+        _started.append(str(arguments[1])[:200])
 
 
 sys.addaudithook(_note_process)

@@ -18,8 +18,8 @@ MINUTES ?= 30
 .PHONY: help setup quickstart check test slow faults soak fuzz lint
 help:
 	@echo "make quickstart   set up, then run one round of online experiential learning on this machine's CPU"
-	@echo "make check        set up, then lint, type-check, and the tests that start no other process; three minutes"
-	@echo "make test         set up, then lint, type-check and test, as CI does; a quarter of an hour"
+	@echo "make check        set up, then lint, type-check, and the tests that start no other process; minutes"
+	@echo "make test         set up, then lint, type-check and test, as CI does; half an hour"
 	@echo "make slow         set up, then all other tests; hours"
 	@echo "make faults       set up, then run every test that docs/faults.md names; about an hour"
 	@echo "make soak         set up, then kill a random part of a run every 20 s for MINUTES=30"

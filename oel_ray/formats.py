@@ -1,11 +1,10 @@
 """Write sizes, shares and times for people. Any process; pure."""
 
+ABSENT = "-"
+
 
 def gib(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
-
-
-ABSENT = "-"
 
 
 def clock(seconds: float) -> str:

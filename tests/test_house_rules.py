@@ -88,7 +88,6 @@ def test_no_code_that_comes_with_a_model_is_run() -> None:
     assert [file.name for file in FILES if re.search(r"trust_remote_code\W+True", file.read_text())] == []
 
 
-@pytest.mark.process
 def test_no_package_registry_is_named() -> None:
     """Where packages come from is the affair of whoever installs: pip's configuration, or `make TORCH_INDEX=...`."""
     if not (ROOT / ".git").exists():

@@ -18,8 +18,6 @@ from oel_ray.errors import EngineUnavailable
 from oel_ray.records import Generation, Sampling
 
 POOL_NAME = "engine-pool"
-
-
 CONTROL_DEADLINE_S = 60.0
 
 

@@ -73,8 +73,6 @@ def seal(path: Path) -> FileEntry:
 
 
 _READ = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin"}
-
-
 _SMALL_BYTES = 2**26
 
 

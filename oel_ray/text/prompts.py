@@ -14,8 +14,6 @@ GAME_TEMPLATE = "turns-1"
 
 WITHOUT_ACTIONS = "turns-1-no-actions"
 """The same wording without the player's own actions, as the official code shows Sokoban."""
-
-
 ITEM_MARKER = "- EXPERIENCE ITEM:"
 
 GAME_HEAD = (
